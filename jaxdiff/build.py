@@ -1,0 +1,94 @@
+"""Config to module: the one place where the names in `config.json` become the fields of a network."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxdiff.models.clip import CLIPTextModel
+from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.models.vae import AutoencoderKL
+from jaxdiff.types import Key, Params
+
+NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
+
+
+def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) -> UNet2DConditionModel:
+    """The denoising network; `remat` recomputes each block in the backward pass."""
+    depths = config.per_level("transformer_layers_per_block")
+
+    def masked(blocks: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(depth if block.startswith("CrossAttn") else 0 for depth, block in zip(depths, blocks, strict=True))
+
+    return UNet2DConditionModel(
+        out_channels=config.out_channels,
+        channels=config.block_out_channels,
+        layers=config.per_level("layers_per_block"),
+        down_depths=masked(config.down_block_types),
+        up_depths=masked(config.up_block_types[::-1]),  # the file lists them from the coarsest
+        mid_depth=depths[-1],
+        heads=config.heads,
+        linear_projection=config.use_linear_projection,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        freq_shift=config.freq_shift,
+        dtype=dtype,
+        remat=remat,
+    )
+
+
+def vae(config: VAEConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) -> AutoencoderKL:
+    """The autoencoder."""
+    return AutoencoderKL(
+        out_channels=config.out_channels,
+        latent_channels=config.latent_channels,
+        channels=config.block_out_channels,
+        layers=config.layers_per_block,
+        groups=config.norm_num_groups,
+        dtype=dtype,
+        remat=remat,
+    )
+
+
+def text_encoder(
+    config: CLIPTextConfig, dtype: DTypeLike = jnp.float32, remat: bool = False, skip_layers: int = 0
+) -> CLIPTextModel:
+    """The prompt's reader; `skip_layers` 1 takes the penultimate layer of a full-depth folder."""
+    return CLIPTextModel(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        max_positions=config.max_position_embeddings,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        activation=config.hidden_act,
+        eps=config.layer_norm_eps,
+        skip_layers=skip_layers,
+        dtype=dtype,
+        remat=remat,
+    )
+
+
+def example_inputs(config: NetworkConfig) -> tuple[Any, ...]:
+    """The smallest inputs that a network's `__call__` takes: enough to find the shapes of its parameters."""
+    if isinstance(config, UNetConfig):
+        side = 2 ** (len(config.block_out_channels) - 1)
+        x = jnp.zeros((1, side, side, config.in_channels))
+        return x, jnp.zeros((1,)), jnp.zeros((1, 1, config.cross_attention_dim))
+    if isinstance(config, VAEConfig):
+        return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
+    return (jnp.zeros((1, config.max_position_embeddings), jnp.int32),)
+
+
+def init(module: nn.Module, config: NetworkConfig, key: Key) -> Params:
+    """Random float32 parameters: a pure function of the key, to be jitted with the shardings that are wanted."""
+    return module.init(key, *example_inputs(config))["params"]
+
+
+def param_shapes(module: nn.Module, config: NetworkConfig) -> Params:
+    """The tree of `jax.ShapeDtypeStruct`s that `init` would fill, without computing anything."""
+    return jax.eval_shape(lambda: init(module, config, jax.random.key(0)))

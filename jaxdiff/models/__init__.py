@@ -1,0 +1,1 @@
+"""One file a network, with the parameter names of diffusers and transformers."""

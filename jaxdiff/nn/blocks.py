@@ -1,0 +1,152 @@
+"""The residual block, and the down, middle and up stages that the UNet and the autoencoder are stacked from."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxdiff.nn.attention import Attention, Transformer2D
+from jaxdiff.nn.layers import Conv1x1, Conv3x3, GroupNorm, upsample_nearest
+from jaxdiff.types import Context
+
+Features = Float[Array, "b h w c"]
+Embedding = Float[Array, "b d"]
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice; the timestep embedding, where there is one, is added between them."""
+
+    channels: int
+    groups: int
+    eps: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Features, emb: Embedding | None = None) -> Float[Array, "b h w c2"]:
+        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        h = Conv3x3(self.channels, dtype=self.dtype, name="conv1")(h)
+        if emb is not None:
+            h += nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(emb))[:, None, None, :]
+        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
+        h = Conv3x3(self.channels, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.channels:
+            x = Conv1x1(self.channels, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2. The autoencoder pads right and bottom only; the UNet pads all round."""
+
+    pad_all_round: bool
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Features) -> Float[Array, "b h2 w2 c"]:
+        padding = ((1, 1), (1, 1)) if self.pad_all_round else ((0, 1), (0, 1))
+        return Conv3x3(x.shape[-1], stride=2, padding=padding, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour to `size`, then a 3x3 convolution."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Features, size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+        return Conv3x3(x.shape[-1], dtype=self.dtype, name="conv")(upsample_nearest(x, size))
+
+
+class Stage(nn.Module):
+    """What the stages of one resolution share: their width, their norms and how they make their children.
+
+    `depth` is the number of transformer blocks after each residual block; 0 means no attention. `remat` recomputes each
+    child in the backward pass instead of keeping its activations.
+    """
+
+    channels: int
+    layers: int
+    groups: int
+    eps: float
+    depth: int = 0
+    heads: int = 1
+    linear_projection: bool = False
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    def resnet(self, i: int) -> ResnetBlock:
+        cls = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        return cls(self.channels, self.groups, self.eps, self.dtype, name=f"resnets_{i}")
+
+    def transformer(self, i: int) -> Transformer2D:
+        cls = nn.remat(Transformer2D) if self.remat else Transformer2D
+        return cls(self.depth, self.heads, self.groups, self.linear_projection, self.dtype, name=f"attentions_{i}")
+
+
+class DownStage(Stage):
+    """Residual blocks (each with its transformer), then a halving; returns the features and every skip on the way."""
+
+    downsample: bool = True
+    pad_all_round: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Features, emb: Embedding | None = None, context: Context | None = None
+    ) -> tuple[Array, tuple[Array, ...]]:
+        skips = ()
+        for i in range(self.layers):
+            x = self.resnet(i)(x, emb)
+            if self.depth:
+                x = self.transformer(i)(x, context)
+            skips += (x,)
+        if self.downsample:
+            x = Downsample(self.pad_all_round, self.dtype, name="downsamplers_0")(x)
+            skips += (x,)
+        return x, skips
+
+
+class UpStage(Stage):
+    """Residual blocks that each take one skip (last first) where there are any, then a doubling to `size`."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Features,
+        emb: Embedding | None = None,
+        context: Context | None = None,
+        *,
+        skips: Sequence[Array] = (),
+        size: tuple[int, int] | None = None,
+    ) -> Array:
+        for i in range(self.layers):
+            if skips:
+                x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+            x = self.resnet(i)(x, emb)
+            if self.depth:
+                x = self.transformer(i)(x, context)
+        if size is not None:
+            x = Upsample(self.dtype, name="upsamplers_0")(x, size)
+        return x
+
+
+class CrossAttentionMiddle(Stage):
+    """Residual block, then `layers` times a transformer and a residual block, at the UNet's lowest resolution."""
+
+    @nn.compact
+    def __call__(self, x: Features, emb: Embedding, context: Context) -> Features:
+        x = self.resnet(0)(x, emb)
+        for i in range(self.layers):
+            x = self.resnet(i + 1)(self.transformer(i)(x, context), emb)
+        return x
+
+
+class AttentionMiddle(Stage):
+    """Residual block, single-head attention over all pixels, residual block: the autoencoder's middle."""
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        x = self.resnet(0)(x)
+        b, h, w, c = x.shape
+        attention = Attention(1, qkv_bias=True, norm_groups=self.groups, dtype=self.dtype, name="attentions_0")
+        return self.resnet(1)(x + attention(x.reshape(b, h * w, c)).reshape(b, h, w, c))

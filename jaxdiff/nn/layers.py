@@ -1,0 +1,77 @@
+"""Convolutions, normalisations and embeddings: NHWC, compute in `dtype`, statistics in float32."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def Conv3x3(
+    channels: int, *, stride: int = 1, padding: int | tuple[tuple[int, int], ...] = 1, dtype: DTypeLike, name: str
+) -> nn.Conv:
+    """A 3x3 convolution; padding 1 keeps the size at stride 1."""
+    return nn.Conv(channels, (3, 3), strides=stride, padding=padding, dtype=dtype, name=name)
+
+
+def Conv1x1(channels: int, *, dtype: DTypeLike, name: str) -> nn.Conv:
+    """A 1x1 convolution: a matrix product over channels."""
+    return nn.Conv(channels, (1, 1), dtype=dtype, name=name)
+
+
+class GroupNorm(nn.Module):
+    """Normalises over pixels and groups of neighbouring channels (Wu & He 2018, eq. 1-7)."""
+
+    groups: int
+    eps: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw c"]:
+        b, *hw, c = x.shape
+        scale = self.param("scale", nn.initializers.ones_init(), (c,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (c,))
+        x = x.astype(jnp.float32)
+        # Sums for each channel first, groups after: one pass over the pixels that every backend vectorises.
+        pixels = tuple(range(1, x.ndim - 1))
+        moments = jnp.stack([x.mean(pixels), jnp.square(x).mean(pixels)])
+        mean, square = moments.reshape(2, b, self.groups, c // self.groups).mean(-1)
+        inverse_std = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
+        mean, inverse_std = (jnp.repeat(v, c // self.groups, axis=-1) for v in (mean, inverse_std))
+        gain = inverse_std * scale
+        shape = (b, *(1 for _ in hw), c)
+        return (x * gain.reshape(shape) + (bias - mean * gain).reshape(shape)).astype(self.dtype)
+
+
+def LayerNorm(*, eps: float = 1e-5, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    """Normalises each token over its features; statistics in float32 (linen's own rule)."""
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
+
+
+def timestep_embedding(
+    t: Float[Array, " b"], dim: int, *, flip_sin_to_cos: bool, freq_shift: int
+) -> Float[Array, "b {dim}"]:
+    """Sinusoids of the step number at geometric frequencies (Vaswani et al. 2017, section 3.5; Ho et al. 2020, B)."""
+    half = dim // 2
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    waves = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+class TimestepMLP(nn.Module):
+    """Two dense layers that turn sinusoids into the embedding which every residual block reads."""
+
+    dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.dim}"]:
+        x = nn.Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
+        return nn.Dense(self.dim, dtype=self.dtype, name="linear_2")(nn.silu(x))
+
+
+def upsample_nearest(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+    """Doubles each side, then crops to `size`: an odd side comes back from its rounded-up half."""
+    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return x[:, : size[0], : size[1]]

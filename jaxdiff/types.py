@@ -1,0 +1,23 @@
+"""The vocabulary that every room shares: array shapes, parameter trees and the one function everything wraps."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+from jaxtyping import Array, Float
+
+# A nested dict of arrays, as `module.init(key, ...)["params"]` returns it; a path such as
+# ("down_blocks_0", "resnets_1", "conv1", "kernel") names a leaf.
+Params: TypeAlias = dict[str, Any]
+
+# A typed JAX key (`jax.random.key`). Used once: `fold_in` for time, `split` for parts.
+Key: TypeAlias = jax.Array
+
+# Shape letters: b images, h w c height, width and channels, t tokens, d features.
+Latent: TypeAlias = Float[Array, "*b h w c"]
+Image: TypeAlias = Float[Array, "*b h w 3"]  # in [-1, 1]
+Context: TypeAlias = Float[Array, "*b t d"]
+Sigma: TypeAlias = Float[Array, ""]
+
+# (x, sigma) -> the model's guess of the clean x_0, where x = x_0 + sigma * eps and eps is standard normal.
+DenoiseFn: TypeAlias = Callable[[Latent, Sigma], Latent]
