@@ -1,0 +1,82 @@
+"""From a file's bytes to a square picture: decoding that trusts nothing, a background, crop and flip."""
+
+import dataclasses
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jaxdiff.config import DataConfig
+from jaxdiff.data.captions import COLOURS, Caption
+from jaxdiff.data.record import BadRecord, Record
+
+MAX_PIXELS = 64_000_000
+"""Pictures of more pixels than this are refused before they are decoded: a small file can hold a huge picture."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """The picture as 8-bit RGB, or RGBA where part of it is transparent, upright as its EXIF data says.
+
+    Raises:
+        BadRecord: where the bytes are no picture, only a part of one, or of more than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadRecord(f"it is {width}x{height}, more than {MAX_PIXELS} pixels")
+            image = ImageOps.exif_transpose(image)  # decodes all of it; a truncated file raises here
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+            if not image.has_transparency_data:
+                return image.convert("RGB")
+            image = image.convert("RGBA")
+            return image if image.getextrema()[3][0] < 255 else image.convert("RGB")
+    except BadRecord:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
+        raise BadRecord(f"{type(error).__name__}: {error}") from error
+
+
+def on_background(image: Image.Image, colour: str) -> Image.Image:
+    """A transparent picture on one of `COLOURS`. Art that is pure black is drawn white on black."""
+    drawing = image.convert("RGB")
+    if colour == "black" and drawing.getextrema() == ((0, 0),) * 3:
+        drawing = ImageOps.invert(drawing)
+    ground = Image.new("RGB", image.size, COLOURS[colour])
+    ground.paste(drawing, mask=image.getchannel("A"))
+    return ground
+
+
+def augment(image: Image.Image, rng: np.random.Generator, *, size: int, crop: float, flip: bool) -> Image.Image:
+    """A random square of at least `crop` of the shorter side, mirrored half of the time if `flip`, at `size` pixels.
+
+    A crop of 1 takes the middle.
+    """
+    share, x, y, mirrored = rng.random(4)
+    shorter = min(image.size)
+    side = shorter if crop == 1 else shorter * (crop + (1 - crop) * share)
+    x, y = (0.5, 0.5) if crop == 1 else (x, y)
+    left, top = (image.width - side) * x, (image.height - side) * y
+    if (side, image.size) != (size, (size, size)):
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return ImageOps.mirror(image) if flip and mirrored < 0.5 else image
+
+
+def prepare(record: Record, rng: np.random.Generator, config: DataConfig) -> tuple[np.ndarray, Caption]:
+    """The record's picture as uint8 [size, size, 3], augmented by `rng`, and its caption with the background's colour.
+
+    Raises:
+        BadRecord: where the picture cannot be decoded.
+    """
+    image, caption = decode(record.image), record.caption
+    colour = str(rng.choice(list(COLOURS)))
+    if image.mode == "RGBA":
+        image, caption = on_background(image, colour), dataclasses.replace(caption, colour=colour)
+    image = augment(image, rng, size=config.size, crop=config.crop, flip=config.flip)
+    return np.asarray(image), caption
+
+
+def to_float(images: np.ndarray) -> np.ndarray:
+    """uint8 pictures as float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1

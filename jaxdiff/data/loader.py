@@ -1,0 +1,153 @@
+"""Batches whose every part is a function of the seed and the global sample index, so that any step can be read directly.
+
+Sample `index` of a run (= step * batch_size + row) is the same picture, drawn the same way, with the same caption, after
+a resume and on any number of processes. grain reads ahead, in threads or in worker processes.
+"""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxdiff.config import DataConfig
+from jaxdiff.data.bad import BadRecords
+from jaxdiff.data.images import prepare, to_float
+from jaxdiff.data.record import BadRecord, Source
+from jaxdiff.data.sources import open_source
+
+__all__ = ["Batches", "batches", "open_source"]
+
+Batch = dict[str, np.ndarray]
+TokenizeFn = Callable[[list[str]], np.ndarray]
+
+_MAX_TRIES = 100  # of other records in place of a bad one; the share of bad ones ends a run long before
+
+
+def batches(
+    config: DataConfig,
+    source: Source,
+    tokenize: TokenizeFn | None = None,
+    *,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Batches":
+    """Batches of this process from `start_step` on, for ever.
+
+    Each is a dict of `image` float32 [b, size, size, 3] in [-1, 1], or `moments` float32 [b, h, w, 2c] where the source
+    holds latents; `tokens` int32 [b, t] if `tokenize` is given; and `index` int64 [b], the samples' global indices. b is
+    this process's share of `config.batch_size`: rows [b * process_index, b * (process_index + 1)) of the global batch.
+
+    Raises:
+        ValueError: where `process_count` does not divide the batch; while iterating, where too many records are bad.
+    """
+    if config.batch_size % process_count:
+        raise ValueError(f"DataConfig.batch_size {config.batch_size} is not a multiple of the {process_count} processes.")
+    return Batches(config, source, tokenize, seed, start_step, process_index, process_count)
+
+
+class Batches(Iterator[Batch]):
+    """The iterator that `batches` makes; `bad` maps the name of each record skipped so far to the reason."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: Source,
+        tokenize: TokenizeFn | None,
+        seed: int,
+        start_step: int,
+        process_index: int,
+        process_count: int,
+    ) -> None:
+        self._bad = BadRecords(len(source), config.max_bad_share)
+        share = config.batch_size // process_count
+        rows = range(share * process_index, share * (process_index + 1))
+        steps = grain.MapDataset.range(start_step, sys.maxsize).map(_MakeBatch(config, source, tokenize, seed, rows))
+        if config.workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # grain's workers hand absl's flags on
+                flags.FLAGS(sys.argv[:1])
+            options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
+            read = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)).mp_prefetch(options)
+        else:
+            read = steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+        self._batches = iter(read)
+
+    @property
+    def bad(self) -> dict[str, str]:
+        return self._bad.reasons
+
+    @property
+    def n_bad(self) -> int:
+        return len(self._bad)
+
+    def __next__(self) -> Batch:
+        batch, bad = next(self._batches)
+        for name, reason in bad:
+            self._bad.add(name, reason)
+        return batch
+
+
+class _MakeBatch:
+    """A step's number -> its batch, and what was skipped on the way. Pickled into the worker processes."""
+
+    def __init__(
+        self, config: DataConfig, source: Source, tokenize: TokenizeFn | None, seed: int, rows: range
+    ) -> None:
+        self._config, self._source, self._tokenize, self._seed, self._rows = config, source, tokenize, seed, rows
+        # Each epoch is a permutation of its own; grain computes any place of it directly.
+        self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+    def __call__(self, step: int) -> tuple[Batch, list[tuple[str, str]]]:
+        if multiprocessing.parent_process():
+            _die_with_parent()
+        bad: list[tuple[str, str]] = []
+        indices = [step * self._config.batch_size + row for row in self._rows]
+        arrays, captions = zip(*(self._sample(index, bad) for index in indices), strict=True)
+        batch = {"index": np.asarray(indices, np.int64)}
+        stacked = np.stack(arrays)
+        if stacked.dtype == np.uint8:
+            batch["image"] = to_float(stacked)
+        else:
+            batch["moments"] = stacked.astype(np.float32)
+        if self._tokenize is not None:
+            batch["tokens"] = self._tokenize(list(captions))
+        return batch, bad
+
+    def _sample(self, index: int, bad: list[tuple[str, str]]) -> tuple[np.ndarray, str]:
+        """Sample `index`: uint8 picture or moments, and its caption. Where its record is bad, another takes its place."""
+        rng = np.random.default_rng([self._seed, index])
+        position: Any = self._order[index]
+        for _ in range(_MAX_TRIES):
+            position = int(position)
+            try:
+                record = self._source.record(position)
+                if record.moments is not None:
+                    return record.moments, record.caption.draw(rng)
+                image, caption = prepare(record, rng, self._config)
+                return image, caption.draw(rng)
+            except BadRecord as error:
+                bad.append((self._source.name(position), str(error)))
+                position = rng.integers(len(self._source))
+        raise ValueError(f"{_MAX_TRIES} records in a row cannot be used, the last of them {bad[-1][0]} ({bad[-1][1]}).")
+
+
+@cache
+def _die_with_parent() -> None:
+    """Ends this worker when the trainer is gone, killed perhaps, so that it holds no memory and no output open."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

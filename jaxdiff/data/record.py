@@ -1,0 +1,33 @@
+"""What a source gives for each position."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from jaxdiff.data.captions import Caption
+
+
+class BadRecord(Exception):
+    """A record that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A picture as its file's bytes, or as the `moments` [h, w, 2c] that a VAE encoded; and what is known of it."""
+
+    caption: Caption
+    image: bytes = b""
+    moments: np.ndarray | None = None
+
+
+class Source(Protocol):
+    """Records by position. `name` is for messages, and reads nothing."""
+
+    def __len__(self) -> int: ...
+
+    def record(self, index: int) -> Record:
+        """The record; raises `BadRecord` where it cannot be read."""
+        ...
+
+    def name(self, index: int) -> str: ...

@@ -1,0 +1,154 @@
+"""Where records come from: the emoji set, a folder, any TFDS data set, or latents that were encoded before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxdiff.config import DataConfig, nearest
+from jaxdiff.data.captions import Caption
+from jaxdiff.data.latents import LatentSource
+from jaxdiff.data.record import BadRecord, Record, Source
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+def open_source(config: DataConfig) -> Source:
+    """Opens what `config.source`, `root` and `split` name.
+
+    Raises:
+        ValueError: where it is not there, is empty, or lacks the fields asked for.
+    """
+    if config.source == "folder":
+        return FolderSource(config.root)
+    if config.source == "latents":
+        return LatentSource(config.root)
+    return TFDSSource(config)
+
+
+class TFDSSource:
+    """A split of a prepared TFDS data set (ArrayRecord files; no TensorFlow needed)."""
+
+    def __init__(self, config: DataConfig) -> None:
+        import tensorflow_datasets as tfds  # takes half a second, which the other sources need not pay
+
+        name = config.source
+        if name == "emoji":
+            name += "/64px" if config.size <= 64 else "/128px"
+        prepare = f"python -m jaxdiff.tools.prepare {name.split('/')[0]} --data-dir {config.root}"
+        if name == "emoji/128px":
+            prepare += " --size 128"
+        try:
+            builder = tfds.builder(name, data_dir=config.root)
+        except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+            raise ValueError(f"There is no TFDS data set {name!r} in {config.root}: run `{prepare}`.") from error
+        if not builder.info.splits:
+            raise ValueError(f"The TFDS data set {name!r} is not prepared in {config.root}: run `{prepare}`.")
+        if config.split not in builder.info.splits and "[" not in config.split:
+            raise ValueError(f"{name} has no split {config.split!r}{nearest(config.split, list(builder.info.splits))}")
+        features: dict[str, Any] = dict(builder.info.features.items())  # pyright: ignore[reportOptionalMemberAccess]
+        self._is_emoji = name.startswith("emoji/")
+        self._image, self._text = ("image", "label") if self._is_emoji else (config.image_field, config.text_field)
+        for option, field, kinds in (
+            ("image_field", self._image, (tfds.features.Image,)),
+            ("text_field", self._text, (tfds.features.Text, tfds.features.ClassLabel)),
+        ):
+            if not isinstance(features.get(field), kinds):
+                able = [key for key, feature in features.items() if isinstance(feature, kinds)]
+                raise ValueError(f"{name} has no field {field!r} fit for DataConfig.{option}{nearest(field, able)}")
+        feature = features[self._text]
+        self._class_names = feature.names if isinstance(feature, tfds.features.ClassLabel) else None
+        try:
+            self._rows: Any = builder.as_data_source(
+                split=config.split, decoders={self._image: tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError as error:
+            raise ValueError(f"{name} in {config.root} is not in ArrayRecord files: delete it and run `{prepare}`.") from error
+        self._name = f"{name} {config.split}"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def record(self, index: int) -> Record:
+        """The record at a position."""
+        try:
+            row = self._rows[index]
+        except Exception as error:  # a damaged file; ArrayRecord raises several kinds
+            raise BadRecord(f"{type(error).__name__}: {error}") from error
+        text = row[self._text]
+        label = self._class_names[text] if self._class_names else text.decode()
+        if not self._is_emoji:
+            return Record(Caption(label), row[self._image])
+        keywords = tuple(word for word in row["keywords"].decode().split(", ") if word)
+        return Record(Caption(label, row["style"].decode(), keywords), row[self._image])
+
+    def name(self, index: int) -> str:
+        """The record's name in messages."""
+        return f"{self._name} record {index}"
+
+
+class FolderSource:
+    """Pictures of a user's own.
+
+    Either `metadata.jsonl` holds an object with `file_name` and `text` on each line (and, for drawings on transparent
+    ground, a `style` and `keywords` that captions may leave out), or each picture has a `.txt` of the same name beside it.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(root)
+        if not self._root.is_dir():
+            raise ValueError(f"{root} is not a folder: DataConfig.root must name one that holds pictures.")
+        metadata = self._root / "metadata.jsonl"
+        self._rows = self._from_metadata(metadata) if metadata.is_file() else self._from_sidecars()
+        if not self._rows:
+            raise ValueError(f"{root} holds no pictures ({', '.join(sorted(PICTURES))}).")
+        if not any(caption.label for _, caption in self._rows):
+            raise ValueError(f"{root} holds {len(self._rows)} pictures and no captions: name them in metadata.jsonl "
+                             '({"file_name": ..., "text": ...} on each line), or put a .txt beside each.')  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def record(self, index: int) -> Record:
+        """The record at a position."""
+        path, caption = self._rows[index]
+        if not caption.label:
+            raise BadRecord("it has no caption")
+        try:
+            return Record(caption, path.read_bytes())
+        except OSError as error:
+            raise BadRecord(f"it cannot be read: {error.strerror}") from error
+
+    def name(self, index: int) -> str:
+        """The record's name in messages."""
+        return self._rows[index][0].relative_to(self._root).as_posix()
+
+    def _from_metadata(self, metadata: Path) -> list[tuple[Path, Caption]]:
+        rows = []
+        for number, line in enumerate(metadata.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if not line.strip():
+                continue
+            where = f"{metadata}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where} is not JSON: {error}.") from error
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise ValueError(f'{where} needs a "file_name" and a "text".')
+            path = self._root / row["file_name"]
+            if not path.resolve().is_relative_to(self._root.resolve()):
+                raise ValueError(f"{where} names {row['file_name']!r}, which lies outside {self._root}.")
+            texts = [row.get(key) or "" for key in ("text", "style")]
+            keywords = row.get("keywords") or []
+            if not all(isinstance(text, str) for text in (*texts, *keywords)) or not isinstance(keywords, list):
+                raise ValueError(f'{where}: "text" and "style" are strings, "keywords" is a list of strings.')
+            rows.append((path, Caption(texts[0].strip(), texts[1].strip(), tuple(keywords))))
+        return rows
+
+    def _from_sidecars(self) -> list[tuple[Path, Caption]]:
+        rows = []
+        for path in sorted(self._root.rglob("*")):
+            if path.suffix.lower() in PICTURES and path.resolve().is_relative_to(self._root.resolve()):
+                text = path.with_suffix(".txt")
+                caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
+                rows.append((path, Caption(" ".join(caption.split()))))
+        return rows
