@@ -1,0 +1,1 @@
+"""Files: weights, names, folders, pictures and checkpoints."""

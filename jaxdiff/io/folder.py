@@ -1,0 +1,374 @@
+"""The diffusers folder layout, both ways: `model_index.json`, and a folder for each network, scheduler, tokenizer."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes  # noqa: F401  (teaches NumPy and safetensors bfloat16)
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from jaxdiff.config import (
+    CLIPTextConfig,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+    from_dict,
+    load_json,
+    nearest,
+    to_dict,
+)
+from jaxdiff.io.convert import from_torch, to_torch
+from jaxdiff.io.weights import FLOATS, open_weights
+from jaxdiff.types import Params
+
+NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
+logger = logging.getLogger(__name__)
+
+
+class TokenizerFiles(Protocol):
+    """Whatever can write `vocab.json`, `merges.txt` and their companions, as `jaxdiff.data.tokens.Tokenizer` can."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the files into an existing folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A whole text-to-image model, in memory."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: CLIPTextConfig
+    scheduler: SchedulerConfig
+    params: dict[str, Params]
+    """The trees of "unet", "vae" and "text_encoder"."""
+    tokenizer: Path | TokenizerFiles
+    """The folder that holds the tokenizer's files, or the tokenizer itself."""
+
+
+class _Network(NamedTuple):
+    """What a network's folder is called inside, and which values its config may have where only some are supported.
+
+    A field that is in neither table and not in our dataclass may still be there if it is off: null, false or 0.
+    """
+
+    config: type[NetworkConfig]
+    library: str
+    cls: str
+    stem: str
+    only: Mapping[str, tuple[Any, ...]]
+    ignored: frozenset[str]
+
+
+_UNET_ONLY: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (False,),
+    "mid_block_scale_factor": (1,),
+    "dropout": (0,),
+    "reverse_transformer_layers_per_block": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "addition_time_embed_dim": (None,),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "projection_class_embeddings_input_dim": (None,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+}
+_VAE_ONLY: dict[str, tuple[Any, ...]] = {
+    "shift_factor": (None, 0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
+_TEXT_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("clip_text_model", "clip"),
+    "attention_dropout": (0,),
+    "dropout": (0,),
+}
+NETWORKS = {
+    # Softmax is always float32 here, so `upcast_attention` asks for nothing.
+    "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", _UNET_ONLY,
+                     frozenset({"upcast_attention", "addition_embed_type_num_heads"})),
+    "vae": _Network(VAEConfig, "diffusers", "AutoencoderKL", "diffusion_pytorch_model", _VAE_ONLY,
+                    frozenset({"force_upcast"})),
+    "text_encoder": _Network(CLIPTextConfig, "transformers", "CLIPTextModel", "model", _TEXT_ONLY,
+                             frozenset({"architectures", "dtype", "torch_dtype", "transformers_version",
+                                        "initializer_factor", "initializer_range", "return_dict", "use_cache"})),
+}  # fmt: skip
+
+# A scheduler's file may leave out what its class has as a default; these differ from DDIM's.
+_NO_CLIP = {"clip_sample": False}
+_LINSPACE = _NO_CLIP | {"timestep_spacing": "linspace"}
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {},
+    "DDPMScheduler": {},
+    "PNDMScheduler": _NO_CLIP | {"set_alpha_to_one": False},
+    "LMSDiscreteScheduler": _LINSPACE,
+    "EulerDiscreteScheduler": _LINSPACE,
+    "EulerAncestralDiscreteScheduler": _LINSPACE,
+    "DEISMultistepScheduler": _LINSPACE,
+    "DPMSolverMultistepScheduler": _LINSPACE,
+    "DPMSolverSinglestepScheduler": _LINSPACE,
+    "UniPCMultistepScheduler": _LINSPACE,
+    "HeunDiscreteScheduler": _LINSPACE | _BETAS,
+    "KDPM2DiscreteScheduler": _LINSPACE | _BETAS,
+    "KDPM2AncestralDiscreteScheduler": _LINSPACE | _BETAS,
+}
+# How some schedulers take their steps. The sampler is chosen by the caller here, so these say nothing about the model.
+_SOLVER_FIELDS = frozenset({
+    "skip_prk_steps", "variance_type", "solver_order", "solver_type", "algorithm_type", "lower_order_final",
+    "euler_at_final", "final_sigmas_type", "lambda_min_clipped", "use_karras_sigmas", "use_exponential_sigmas",
+    "use_beta_sigmas", "use_lu_lambdas", "interpolation_type", "timestep_type", "sigma_min", "sigma_max", "predict_x0",
+    "disable_corrector", "solver_p", "flow_shift", "time_shift_type", "dynamic_thresholding_ratio", "sample_max_value",
+})  # fmt: skip
+_SCHEDULER_ONLY: dict[str, tuple[Any, ...]] = {
+    "trained_betas": (None,),
+    "thresholding": (False,),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+}
+
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                    "added_tokens.json")  # fmt: skip
+_MARK = {"_written_by": "jaxdiff"}
+# The layout is this version's; below 0.9 diffusers would change `sample_size` on reading.
+_VERSION = {"_diffusers_version": "0.42.0"}
+
+
+def read_folder(path: Path | str, variant: str | None = None) -> Folder:
+    """Reads a Stable Diffusion folder. Weights keep the type they are stored in.
+
+    Their shapes are not looked at here: `jaxdiff.io.weights.check_params` compares them with what the networks want.
+
+    Args:
+        path: the folder that holds `model_index.json`.
+        variant: "fp16" and the like, for folders with several sets of weights.
+
+    Raises:
+        ValueError: in one sentence, naming the file and, for a setting that is not supported, the field and its value.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; give a diffusers model folder.")
+    index_file = path / "model_index.json"
+    if not index_file.exists():
+        raise ValueError(f"{path} has no model_index.json; it is not a diffusers model folder, or only half of one.")
+    index = load_json(index_file)
+    parts = {name: [network.library, network.cls] for name, network in NETWORKS.items()}
+    for name, value in index.items():
+        if not isinstance(value, list) or value == [None, None] or name in ("safety_checker", "feature_extractor"):
+            continue
+        if name in parts and value != parts[name]:
+            raise ValueError(f"{index_file}: {name} is {value}; supported: {parts[name]}.")
+        if name not in parts and name not in ("scheduler", "tokenizer"):
+            raise ValueError(f"{index_file}: {name} is {value}; models with such a part are not supported.")
+    networks = {name: read_network(path, name, variant) for name in NETWORKS}
+    return Folder(
+        **{name: config for name, (config, _) in networks.items()},
+        scheduler=read_scheduler(path),
+        params={name: params for name, (_, params) in networks.items()},
+        tokenizer=_tokenizer_folder(path),
+    )
+
+
+def read_network(path: Path | str, name: str, variant: str | None = None) -> tuple[Any, Params]:
+    """The config and the params of one network ("unet", "vae" or "text_encoder") of a folder.
+
+    Raises:
+        ValueError: as `read_folder`.
+    """
+    folder = _subfolder(Path(path), name)
+    network = NETWORKS[name]
+    config = _config(folder / "config.json", network.config, network.only, network.ignored)
+    tensors = open_weights(folder, network.stem, variant)
+    try:
+        return config, from_torch(tensors.items())
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def read_scheduler(path: Path | str) -> SchedulerConfig:
+    """The noise schedule of a folder, whichever of diffusers' schedulers of this family wrote it.
+
+    Raises:
+        ValueError: as `read_folder`.
+    """
+    file = _subfolder(Path(path), "scheduler") / "scheduler_config.json"
+    cls = load_json(file).get("_class_name", "DDIMScheduler")
+    if cls not in SCHEDULERS:
+        raise ValueError(f"{file}: _class_name is {cls!r}; supported: {', '.join(SCHEDULERS)}.")
+    return _config(file, SchedulerConfig, _SCHEDULER_ONLY, _SOLVER_FIELDS, SCHEDULERS[cls])
+
+
+def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32) -> None:
+    """Writes what `diffusers.StableDiffusionPipeline.from_pretrained` loads; all of it, or nothing.
+
+    diffusers reads a `steps_offset` other than 1 as 1 and `clip_sample` as off: such a model draws other pictures
+    there, and a warning is logged.
+
+    Args:
+        path: a new or empty folder, or one that this function wrote.
+        folder: the model.
+        dtype: float32, float16 or bfloat16, the type of the stored weights.
+
+    Raises:
+        ValueError: when the folder holds anything else, or a weight does not fit into the type.
+    """
+    if folder.scheduler.steps_offset != 1 or folder.scheduler.clip_sample:
+        logger.warning("diffusers' StableDiffusionPipeline takes steps_offset as 1 and clip_sample as False, "
+                       "this model has %s and %s: its pictures will differ there.",
+                       folder.scheduler.steps_offset, folder.scheduler.clip_sample)  # fmt: skip
+    with _replaced(Path(path), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}) as new:
+        for name, network in NETWORKS.items():
+            (new / name).mkdir()
+            _write_network(new / name, network, getattr(folder, name), folder.params[name], dtype)
+        (new / "scheduler").mkdir()
+        scheduler = {"_class_name": "DDIMScheduler"} | _VERSION | to_dict(folder.scheduler)
+        _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        (new / "tokenizer").mkdir()
+        if isinstance(folder.tokenizer, Path):
+            for file in _TOKENIZER_FILES:
+                if (folder.tokenizer / file).exists():
+                    shutil.copyfile(folder.tokenizer / file, new / "tokenizer" / file)
+        else:
+            folder.tokenizer.save(new / "tokenizer")
+        _write_json(new / "model_index.json", {
+            "_class_name": "StableDiffusionPipeline", **_VERSION, **_MARK,
+            "feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"],
+            **{name: [network.library, network.cls] for name, network in NETWORKS.items()},
+        })  # fmt: skip
+
+
+def write_network(
+    path: Path | str, name: str, config: NetworkConfig, params: Params, dtype: DTypeLike = np.float32
+) -> None:
+    """Writes one network ("unet", "vae" or "text_encoder") as `path/name/`; `read_network` and diffusers load it.
+
+    Raises:
+        ValueError: as `write_folder`.
+    """
+    network = NETWORKS[name]
+    with _replaced(Path(path) / name, "config.json", {f"{network.stem}.safetensors"}) as new:
+        _write_network(new, network, config, params, dtype)
+
+
+def _subfolder(path: Path, name: str) -> Path:
+    if not (path / name).is_dir():
+        raise ValueError(f"{path} has no folder {name!r}; it is not a diffusers model folder, or only half of one.")
+    return path / name
+
+
+def _tokenizer_folder(path: Path) -> Path:
+    folder = _subfolder(path, "tokenizer")
+    if not (folder / "tokenizer.json").exists():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).exists():
+                raise ValueError(f"{folder} has neither tokenizer.json nor {name}; the tokenizer is incomplete.")
+    return folder
+
+
+def _config(
+    file: Path,
+    cls: type,
+    only: Mapping[str, tuple[Any, ...]],
+    ignored: frozenset[str],
+    defaults: Mapping[str, Any] | None = None,
+) -> Any:
+    """The file as a dataclass; `only` and `ignored` as in `_Network`."""
+    names = [f.name for f in fields(cls)]
+    kept = dict(defaults or {})
+    for name, value in load_json(file).items():
+        if name in names:
+            kept[name] = value
+        elif name in only:
+            if value not in only[name]:
+                supported = ", ".join(map(json.dumps, only[name]))
+                raise ValueError(f"{file}: {name} is {json.dumps(value)}; supported: {supported}.")
+        elif not (name.startswith("_") or name in ignored or value is None or value in (False, 0, [], {})):
+            raise ValueError(f"{file}: unknown field {name} = {json.dumps(value)}{nearest(name, [*names, *only])}")
+    try:
+        return from_dict(cls, kept, str(file))
+    except ValueError as error:
+        sentence = str(error)
+        raise ValueError(sentence if sentence.startswith(str(file)) else f"{file}: {sentence}") from error
+
+
+def _write_network(folder: Path, network: _Network, config: NetworkConfig, params: Params, dtype: DTypeLike) -> None:
+    dtype = np.dtype(dtype)
+    if dtype not in FLOATS.values():
+        raise ValueError(f"Weights cannot be written as {dtype}; choose float32, float16 or bfloat16.")
+    tensors = to_torch(params)
+    for name, array in tensors.items():
+        with np.errstate(over="ignore"):
+            tensors[name] = array.astype(dtype)
+        if not np.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} has values that are not finite as {dtype}; nothing was written.")
+    values = to_dict(config)
+    if isinstance(config, UNetConfig):  # diffusers reads heads from `attention_head_dim` only
+        values |= {"attention_head_dim": list(config.heads), "num_attention_heads": None}
+    if network.library == "diffusers":
+        values = {"_class_name": network.cls} | _VERSION | _MARK | values
+    else:
+        values |= {"architectures": [network.cls], "model_type": "clip_text_model", "dtype": dtype.name} | _MARK
+    _write_json(folder / "config.json", values)
+    save_file(tensors, folder / f"{network.stem}.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
+    """A fresh folder to fill, which takes the place of `path` at the end, or vanishes when the filling fails.
+
+    An older folder gives way only if it has nothing but `marked`, a JSON file with our mark, and `others`.
+    """
+    path = path.absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; choose a folder that is new or empty.")
+    if path.exists() and (there := {p.name for p in path.iterdir()}):
+        ours = marked in there and _MARK.items() <= load_json(path / marked).items()
+        if not ours or there - others - {marked}:
+            raise ValueError(f"{path} holds files that are not ours to replace; choose a folder that is new or empty.")
+    new, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,198 @@
+"""Weights from safetensors files, whole or in shards; everything else is told apart and refused.
+
+Tensors are views of the mapped file: nothing is read before it is used, and no code in a file is ever run.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxdiff.config import load_json
+from jaxdiff.io.convert import leaves, torch_axes, torch_name
+from jaxdiff.types import Params
+
+FLOATS = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
+_DTYPES = FLOATS | {
+    **{"F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool_)},
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
+}
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+_SHOWN = 10  # names in an error sentence
+
+
+def open_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of one file, as read-only views of the mapped file.
+
+    Raises:
+        ValueError: when the file is missing, damaged, cut short or of another kind, naming it and what to do.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= header_size <= min(size - 8, _MAX_HEADER):
+                raise ValueError(_not_safetensors(path))
+            text = file.read(header_size)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    if not text.lstrip().startswith(b"{"):
+        raise ValueError(_not_safetensors(path))
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{path} names tensors twice: {_list({n for n in names if names.count(n) > 1})}.")
+        return values
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its header is not JSON. Download or save it again.") from error
+    header.pop("__metadata__", None)
+
+    start = 8 + header_size
+    spans = sorted(_span(path, name, entry) for name, entry in header.items())
+    promised = spans[-1][1] if spans else 0
+    if promised > size - start:
+        raise ValueError(f"{path} is cut short: its header promises {start + promised} bytes, it has {size}. "
+                         "Download or save it again.")  # fmt: skip
+    ends = [0, *(end for _, end, _ in spans)]
+    if promised < size - start or any(begin != end for (begin, _, _), end in zip(spans, ends, strict=False)):
+        raise ValueError(f"{path} is damaged: its tensors do not fill it end to end. Download or save it again.")
+
+    data = np.memmap(path, np.uint8, "r")[start:] if promised else np.zeros(0, np.uint8)
+    return {
+        name: np.asarray(data[begin:end]).view(_DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
+        for begin, end, name in spans
+    }
+
+
+def open_weights(folder: Path, stem: str, variant: str | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a network's folder: `{stem}.safetensors`, or the shards that its index file names.
+
+    Args:
+        folder: a network's folder, as `unet/`.
+        stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers).
+        variant: "fp16" and the like, the word in `{stem}.fp16.safetensors`. Without it the plain files are taken, or
+            the only variant there is.
+
+    Raises:
+        ValueError: when there are no such weights, only pickles, several variants, or damaged files.
+    """
+    path = _find(folder, stem, variant)
+    return _open_shards(path) if path.suffix == ".json" else open_safetensors(path)
+
+
+def check_params(params: Params, expected: Params, where: str | Path) -> None:
+    """Compares the params with the shapes that the config implies.
+
+    Args:
+        params: numpy or JAX arrays.
+        expected: the same tree of `jax.ShapeDtypeStruct` (`jaxdiff.build.param_shapes`).
+        where: the file or folder that the sentence names.
+
+    Raises:
+        ValueError: listing, by their torch names, what is missing, extra, misshapen, not float16, bfloat16 or float32,
+            or not finite.
+    """
+
+    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+        return {
+            torch_name(path): tuple(leaf.shape[axis] for axis in torch_axes(path, len(leaf.shape)))
+            for path, leaf in leaves(tree)
+        }
+
+    got, want = shapes(params), shapes(expected)
+    integer = [torch_name(path) for path, leaf in leaves(params) if leaf.dtype not in FLOATS.values()]
+    both = [name for name in want if name in got]
+    faults = {
+        "missing": want.keys() - got.keys(),
+        "extra": got.keys() - want.keys(),
+        "misshapen": [f"{name} {got[name]} instead of {want[name]}" for name in both if got[name] != want[name]],
+        "not float16, bfloat16 or float32": integer,
+    }
+    if not any(faults.values()):
+        faults = {"not finite": [torch_name(path) for path, leaf in leaves(params) if not np.isfinite(leaf).all()]}
+    if any(faults.values()):
+        told = "; ".join(f"{len(names)} {fault}: {_list(names)}" for fault, names in faults.items() if names)
+        raise ValueError(f"{where}: the weights do not fit the config ({told}).")
+
+
+def _find(folder: Path, stem: str, variant: str | None) -> Path:
+    def names(word: str | None) -> tuple[str, str]:
+        if word is None:
+            return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        return f"{stem}.{word}.safetensors", f"{stem}.safetensors.index.{word}.json"
+
+    words = {p.name.removeprefix(f"{stem}.").removesuffix(".safetensors") for p in folder.glob(f"{stem}.*.safetensors")}
+    words |= {p.stem.rpartition(".")[2] for p in folder.glob(f"{stem}.safetensors.index.*.json")}
+    words = {word for word in words if "-of-" not in word}
+    if variant is None and len(words) == 1 and not any((folder / name).exists() for name in names(None)):
+        variant = words.pop()
+    for name in names(variant):
+        if (folder / name).exists():
+            return folder / name
+    wanted = names(variant)[0]
+    if words:
+        raise ValueError(f"{folder} has no {wanted}, but {_list(f'{stem}.{word}.safetensors' for word in words)}; "
+                         "say which by `variant`, or keep one.")  # fmt: skip
+    pickles = [p.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern)]
+    if pickles:
+        raise ValueError(f"{folder} has only pickled weights ({_list(pickles)}), which can run code and are not read; "
+                         f"it needs {wanted}.")  # fmt: skip
+    raise ValueError(f"{folder} has no weights: {wanted} is missing.")
+
+
+def _open_shards(index: Path) -> dict[str, np.ndarray]:
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} has no `weight_map` of tensor names to file names.")
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} names the file {file!r}; only .safetensors files beside it are read.")
+        shard = open_safetensors(index.parent / file)
+        if twice := shard.keys() & tensors.keys():
+            raise ValueError(f"{index}: tensors are in more than one file: {_list(twice)}.")
+        if lost := {name for name, owner in weight_map.items() if owner == file} ^ shard.keys():
+            raise ValueError(f"{index} and {file} disagree about tensors: {_list(lost)}.")
+        tensors |= shard
+    return tensors
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
+    """(begin, end, name) of a header's entry, once it is known to make sense."""
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            if dtype not in _DTYPES:
+                raise ValueError(f"{path} stores {name} as {dtype}; supported: {', '.join(FLOATS)}.")
+            sensible = begin >= 0 and all(type(n) is int and n >= 0 for n in shape)
+            if sensible and end - begin == math.prod(shape) * _DTYPES[dtype].itemsize:
+                return begin, end, name
+    raise ValueError(f"{path} is damaged: its header's entry for {name} makes no sense. Download or save it again.")
+
+
+def _not_safetensors(path: Path) -> str:
+    """What a file that is no safetensors file looks like instead, and what to do."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        return f"{path} is empty; download or save it again."
+    if head.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull`."
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return f"{path} is a pickle, which can run code and is not read; convert it to safetensors."
+    if head.lstrip().startswith(b"<"):
+        return f"{path} is a web page, not weights; download the file itself."
+    return f"{path} is not a safetensors file, or is cut short; download or save it again."
+
+
+def _list(names: Any) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

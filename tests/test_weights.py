@@ -1,0 +1,176 @@
+"""Weights files: what is good is read exactly, what is not is refused in a sentence."""
+
+import json
+import pickle
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxdiff.io.convert import from_torch
+from jaxdiff.io.weights import check_params, open_safetensors, open_weights
+
+STEM = "diffusion_pytorch_model"
+
+
+def tensors(dtype=np.float32, start=0):
+    return {
+        "conv.weight": np.arange(start, start + 24).reshape(2, 3, 2, 2).astype(dtype),
+        "conv.bias": np.array([0.5, -1], dtype),
+    }
+
+
+def raw(path: Path, header: object, data: bytes) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int64])
+def test_a_file_is_read_as_it_was_written(tmp_path, dtype):
+    save_file(tensors(dtype), tmp_path / "a.safetensors", metadata={"format": "pt"})
+    read = open_safetensors(tmp_path / "a.safetensors")
+    for name, array in tensors(dtype).items():
+        assert read[name].dtype == array.dtype
+        np.testing.assert_array_equal(read[name], array)
+
+
+def test_scalars_and_empty_tensors_are_read(tmp_path):
+    save_file({"a": np.array(3, np.float32), "b": np.zeros((0, 4), np.float32)}, tmp_path / "a.safetensors")
+    read = open_safetensors(tmp_path / "a.safetensors")
+    assert read["a"] == 3
+    assert read["b"].shape == (0, 4)
+
+
+def test_plain_files_come_first_and_a_lone_variant_is_found(tmp_path):
+    save_file(tensors(), tmp_path / f"{STEM}.fp16.safetensors")
+    assert open_weights(tmp_path, STEM).keys() == tensors().keys()
+    save_file(tensors(start=9), tmp_path / f"{STEM}.safetensors")
+    assert open_weights(tmp_path, STEM)["conv.weight"][0, 0, 0, 0] == 9
+    assert open_weights(tmp_path, STEM, "fp16")["conv.weight"][0, 0, 0, 0] == 0
+    (tmp_path / f"{STEM}.safetensors").unlink()
+    save_file(tensors(), tmp_path / f"{STEM}.non_ema.safetensors")
+    with pytest.raises(ValueError, match=r"fp16\.safetensors, .*non_ema.*say which"):
+        open_weights(tmp_path, STEM)
+
+
+def shards(folder: Path, index: dict | None = None, suffix: str = "index") -> None:
+    save_file({"conv.weight": tensors()["conv.weight"]}, folder / f"{STEM}-00001-of-00002.safetensors")
+    save_file({"conv.bias": tensors()["conv.bias"]}, folder / f"{STEM}-00002-of-00002.safetensors")
+    weight_map = {name: f"{STEM}-0000{i}-of-00002.safetensors" for i, name in enumerate(tensors(), 1)}
+    (folder / f"{STEM}.safetensors.{suffix}.json").write_text(json.dumps({"weight_map": weight_map} | (index or {})))
+
+
+@pytest.mark.parametrize("suffix", ["index", "index.fp16"])
+def test_shards_are_joined(tmp_path, suffix):
+    shards(tmp_path, suffix=suffix)
+    read = open_weights(tmp_path, STEM)
+    for name, array in tensors().items():
+        np.testing.assert_array_equal(read[name], array)
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ({"weight_map": {"conv.weight": "../outside.safetensors"}}, "only .safetensors files beside it"),
+        ({"weight_map": {"conv.weight": "/etc/passwd"}}, "only .safetensors files beside it"),
+        ({"weight_map": {"conv.weight": "model.bin"}}, "only .safetensors files beside it"),
+        ({"weight_map": {"conv.weight": f"{STEM}-00003-of-00003.safetensors"}}, "cannot be read: No such file"),
+        ({"weight_map": {"conv.bias": f"{STEM}-00001-of-00002.safetensors"}}, "disagree.*conv.bias, conv.weight"),
+        ({"weight_map": []}, "no `weight_map`"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path, index, sentence):
+    shards(tmp_path, index)
+    with pytest.raises(ValueError, match=sentence):
+        open_weights(tmp_path, STEM)
+
+
+def test_what_is_no_safetensors_file_is_told_apart(tmp_path):
+    path = tmp_path / f"{STEM}.safetensors"
+    for content, sentence in [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>Not found</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
+        (pickle.dumps({"a": 1}), "is a pickle"),
+        (b"PK\x03\x04" + bytes(100), "is a pickle"),
+        (b"nonsense that is long enough", "not a safetensors file"),
+        (b"abc", "not a safetensors file"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=sentence) as caught:
+            open_weights(tmp_path, STEM)
+        assert str(path) in str(caught.value)
+
+
+def test_pickles_and_nothing_are_not_weights(tmp_path):
+    with pytest.raises(ValueError, match=f"{STEM}.safetensors is missing"):
+        open_weights(tmp_path, STEM)
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(ValueError, match=r"only pickled weights \(diffusion_pytorch_model.bin\)"):
+        open_weights(tmp_path, STEM)
+
+
+def test_every_cut_of_a_file_is_noticed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(tensors(), path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut short|not a safetensors|empty"):
+            open_safetensors(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(ValueError, match="do not fill it"):
+        open_safetensors(path)
+
+
+def test_headers_that_make_no_sense_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    twice = b'{"a": %s, "a": %s}' % ((json.dumps(good).encode(),) * 2)
+    for header, data, sentence in [
+        (twice, 8, "names tensors twice: a"),
+        (b"{" + b"x" * 20, 0, "header is not JSON"),
+        ({"a": good | {"dtype": "F8_E4M3"}}, 8, "stores a as F8_E4M3; supported: F16, BF16, F32"),
+        ({"a": good | {"shape": [3]}}, 8, "entry for a makes no sense"),
+        ({"a": good | {"shape": [-2]}}, 8, "entry for a makes no sense"),
+        ({"a": good | {"data_offsets": [-8, 0]}}, 8, "entry for a makes no sense"),
+        ({"a": 3}, 8, "entry for a makes no sense"),
+        ({"a": good, "b": good}, 8, "do not fill it"),
+        ({"a": good, "b": good | {"data_offsets": [16, 24]}}, 24, "do not fill it"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            open_safetensors(raw(path, header, bytes(data)))
+
+
+def test_params_that_do_not_fit_are_listed_by_name(tmp_path):
+    expected = jax.eval_shape(lambda: from_torch_zeros())
+    params = from_torch(tensors().items())
+    check_params(params, expected, "unet")
+
+    with pytest.raises(ValueError, match=r"^unet: .*1 missing: conv\.weight; 1 extra: other\.bias") as caught:
+        check_params(
+            {"conv": {"bias": params["conv"]["bias"]}, "other": {"bias": np.zeros(1, np.float32)}}, expected, "unet"
+        )
+    assert "misshapen" not in str(caught.value)
+    wrong = from_torch({**tensors(), "conv.weight": np.zeros((2, 3, 1, 1), np.float32)}.items())
+    with pytest.raises(ValueError, match=r"1 misshapen: conv\.weight \(2, 3, 1, 1\) instead of \(2, 3, 2, 2\)"):
+        check_params(wrong, expected, "unet")
+    with pytest.raises(ValueError, match=r"2 not float16, bfloat16 or float32: conv\.bias, conv\.weight"):
+        check_params(from_torch(tensors(np.int32).items()), expected, "unet")
+    params["conv"]["bias"][1] = np.nan
+    with pytest.raises(ValueError, match=r"1 not finite: conv\.bias"):
+        check_params(params, expected, "unet")
+
+
+def test_long_lists_of_names_are_cut_with_a_count():
+    expected = {f"m{i:02}": {"bias": jax.ShapeDtypeStruct((1,), np.float32)} for i in range(25)}
+    with pytest.raises(ValueError, match=r"25 missing: m00\.bias, .*m09\.bias and 15 more"):
+        check_params({}, expected, "unet")
+
+
+def from_torch_zeros():
+    return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), from_torch(tensors().items()))
