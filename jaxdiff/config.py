@@ -195,6 +195,8 @@ class DataConfig:
     root: str = "data"
     """The TFDS data directory, the folder of pictures, or the latents file."""
     split: str = "train"
+    heldout: str = "heldout"
+    """TFDS only: the split that reconstructions are measured on; empty measures on `split`."""
     image_field: str = "image"
     """TFDS only: the feature that holds the picture."""
     text_field: str = "caption"

@@ -1,0 +1,63 @@
+"""Where arrays live: one mesh, one table from parameter paths to axes. Modules do not know."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+"""The leading axis of every batch is spread over both."""
+
+# The first pattern that matches the whole path counts. The optimiser's moments and the EMA end in the parameter's path.
+RULES: tuple[tuple[str, P], ...] = (
+    (r".*/(to_[qkv]|[qkv]_proj|fc1|net_0/proj)/kernel", P("fsdp", "tensor")),
+    (r".*/(to_out_0|out_proj|fc2|net_2)/kernel", P("tensor", "fsdp")),
+    (r".*/(conv\w*|proj_in|proj_out|quant_conv|post_quant_conv)/kernel", P(None, None, "fsdp", "tensor")),
+    (r".*/kernel", P("fsdp", None)),
+    (r".*/embedding", P(None, "fsdp")),
+    (r".*", P()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """All devices as a `data` x `fsdp` x `tensor` mesh; `data` -1 takes what the others leave.
+
+    Raises:
+        ValueError: where the product is not the number of devices.
+    """
+    n = jax.device_count()
+    if data == -1:
+        data = n // (fsdp * tensor)
+    if data * fsdp * tensor != n:
+        raise ValueError(f"A mesh of data {data} x fsdp {fsdp} x tensor {tensor} needs {data * fsdp * tensor} devices, and "
+                         f"there are {n}: change the mesh so that its product is {n}.")  # fmt: skip
+    # JAX's own default, explicit axes, is refused by linen's convolution.
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as `params/unet/conv_in/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The table's entry for one array; an axis that does not divide its dimension is left out there."""
+    spec = tuple(next(spec for pattern, spec in RULES if re.fullmatch(pattern, path)))
+    # A dense `proj_in` has the last two of the four entries that a convolution has.
+    spec = (*spec, *[None] * (len(shape) - len(spec)))[-len(shape) :] if shape else ()
+    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)))
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The `NamedSharding` of every leaf of `tree` (arrays or `jax.ShapeDtypeStruct`s), by its path."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh)), tree
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of every array in a batch."""
+    return NamedSharding(mesh, BATCH)

@@ -1,0 +1,1 @@
+"""The training step and what surrounds it; `train.py` is the loop."""

@@ -1,0 +1,64 @@
+"""The autoencoder: reconstruct, and keep the latents near a standard normal (Rombach et al. 2022, section 3.1)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxdiff import build
+from jaxdiff.config import VAETask
+from jaxdiff.training.noise import normal_like
+from jaxdiff.training.state import Batch, Metrics, Task
+from jaxdiff.types import Key, Params
+
+
+def split_moments(moments: Float[Array, "b h w c2"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """Mean and standard deviation of the posterior; the log-variance is clipped as diffusers clips it."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
+
+
+def sample_moments(moments: Float[Array, "b h w c2"], index: Array, key: Key) -> Float[Array, "b h w c"]:
+    """A draw from each posterior, keyed by the sample's index (Kingma & Welling 2014, eq. 10)."""
+    mean, std = split_moments(moments)
+    return mean + std * normal_like(key, index, mean)
+
+
+def vae_task(config: VAETask, dtype: DTypeLike = jnp.float32, remat: bool = False) -> Task:
+    """Params are the autoencoder's; nothing is frozen."""
+    module = build.vae(config.vae, dtype, remat)
+
+    def loss(params: Params, frozen: Params | None, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+        image = batch["image"]
+        moments = module.apply({"params": params}, image, method="encode")
+        z = sample_moments(moments, batch["index"], key)
+        error = module.apply({"params": params}, z, method="decode") - image
+        l1, l2 = jnp.abs(error).mean(), jnp.square(error).mean()
+        mean, std = split_moments(moments)
+        # Against N(0, 1), for each latent value (Kingma & Welling 2014, appendix B).
+        kl = 0.5 * (jnp.square(mean) + jnp.square(std) - 2 * jnp.log(std) - 1).mean()
+        # Images span 2 units, so the mean squared error against a peak of 1 is l2 / 4.
+        return l1 + l2 + config.kl_weight * kl, {"l1": l1, "psnr": -10 * jnp.log10(l2 / 4), "kl": kl}
+
+    return Task(init=lambda key: build.init(module, config.vae, key), loss=loss)
+
+
+def reconstruct(config: VAETask, dtype: DTypeLike = jnp.float32):
+    """A compiled `(params, image [b,h,w,3]) -> (reconstruction, moments)` that takes the posterior's mean."""
+    module = build.vae(config.vae, dtype)
+
+    @jax.jit
+    def run(params: Params, image: Array) -> tuple[Array, Array]:
+        moments = module.apply({"params": params}, image, method="encode")
+        mean, _ = split_moments(moments)
+        return module.apply({"params": params}, mean, method="decode"), moments
+
+    return run
+
+
+def latent_scale(moments: list[np.ndarray]) -> float:
+    """1 / the standard deviation of the latents that have these moments: what brings them to unit variance."""
+    means, stds = zip(*(np.split(m, 2, axis=-1) for m in moments), strict=True)
+    mean, std = np.concatenate(means), np.exp(0.5 * np.concatenate(stds).clip(-30, 20))
+    return float(1 / np.sqrt(mean.var() + np.square(std).mean()))

@@ -1,0 +1,193 @@
+"""Trains what a config file describes: `python train.py configs/emoji.py --optim.lr 3e-4`.
+
+The same command again goes on where the last checkpoint stands. A run directory holds `config.json`, `checkpoints/`,
+`metrics.jsonl`, `samples/` and `export/`, which is a diffusers folder with the averaged weights.
+"""
+
+import itertools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdiff.config import TrainConfig, VAETask
+from jaxdiff.data.loader import Batches, batches, open_source
+from jaxdiff.io.checkpoint import Checkpoints
+from jaxdiff.io.folder import write_network
+from jaxdiff.io.images import contact_sheet, write_png
+from jaxdiff.sharding import batch_sharding, make_mesh
+from jaxdiff.training.feed import Feed
+from jaxdiff.training.log import Log
+from jaxdiff.training.optim import adamw, learning_rate
+from jaxdiff.training.options import claim_workdir, read_config
+from jaxdiff.training.state import Task, TrainState, create_state, make_step
+from jaxdiff.training.tasks.vae import latent_scale, reconstruct, vae_task
+
+EVAL_IMAGES = 512  # at most, for the held-out figures
+SCALE_BATCHES = 8  # over which the latents' standard deviation is measured
+USAGE = "usage: python train.py configs/NAME.py [--field value ...]   (--help after the file lists the fields)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What differs between tasks: the batches from a step on, and what an evaluation writes and measures."""
+
+    task: Task
+    batches: Callable[[int], Batches]
+    evaluate: Callable[[TrainState], dict[str, float]]
+
+
+def train(config: TrainConfig) -> int:
+    """Runs to `config.steps`, or until a signal; returns the exit code."""
+    workdir = claim_workdir(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    spread = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.batch_size % spread:
+        raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} devices that the "
+                         "mesh's data and fsdp axes spread it over.")  # fmt: skip
+    run = vae_run(config) if isinstance(config.task, VAETask) else diffusion_run(config, mesh)
+    schedule = learning_rate(config.optim, config.steps)
+    tx = adamw(config.optim, schedule)
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    state = create_state(run.task, tx, init_key, mesh)
+    step_fn = make_step(run.task, tx, config.ema_decay, state)
+    count = sum(p.size for p in jax.tree.leaves(state.params))
+
+    with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints, stop_signals() as stopped:
+        state = checkpoints.restore(state) or state
+        start = int(state.step)
+        source = run.batches(start)
+        with (
+            Log(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size, tensorboard=config.tensorboard) as log,
+            Feed(source, mesh) as feed,
+        ):  # fmt: skip
+            log.say(f"{workdir}: {count / 1e6:.2f} M parameters, from step {start} to {config.steps}.")
+            for step in range(start + 1, config.steps + 1):
+                began = time.perf_counter()
+                batch = next(feed)
+                waited = time.perf_counter() - began
+                state, metrics = step_fn(state, run.task.frozen, batch, key)
+                log.step(metrics, waited)
+
+                last = step == config.steps or bool(stopped)
+                if last or step % config.log_every == 0:
+                    line = log.flush(step, lr=float(schedule(step - 1)), bad_records=source.n_bad)
+                    check_finite(line, step, checkpoints)
+                if last or step % config.checkpoint_every == 0:
+                    paused = time.perf_counter()
+                    check_finite(metrics, step, checkpoints)
+                    checkpoints.save(step, state)
+                    log.pause(time.perf_counter() - paused)
+                if stopped:
+                    log.say(f"Stopped by {stopped[0].name} after step {step}; the same command goes on from there.")
+                    return 128 + stopped[0]
+                if step % config.eval_every == 0 and step < config.steps:
+                    paused = time.perf_counter()
+                    log.write({"step": step} | run.evaluate(state))
+                    log.pause(time.perf_counter() - paused)
+            figures = run.evaluate(state)
+            log.write({"step": int(state.step)} | figures)
+            told = "".join(f", {name} {value:.4g}" for name, value in figures.items())
+            log.say(f"Done{told}. {workdir / 'export'} holds the averaged weights.")
+            for name, reason in source.bad.items():
+                log.say(f"Skipped: {name} ({reason})")
+    return 0
+
+
+def check_finite(metrics: dict[str, Any], step: int, checkpoints: Checkpoints) -> None:
+    """Stops the run before a spoilt state can be saved."""
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        steps = checkpoints.steps()
+        kept = f"the last good checkpoint, of step {steps[-1]}, stays" if steps else "no checkpoint had been written"
+        raise ValueError(f"At step {step} the loss is {loss:g} and the gradient's norm {norm:g}: training stops; {kept}. "
+                         "A lower --optim.lr or --optim.clip_norm may help.")  # fmt: skip
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """A list that SIGTERM and SIGINT put themselves into, for the loop to end at a whole step; a second one ends at once."""
+    received: list[signal.Signals] = []
+
+    def receive(number: int, _: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def open_batches(config: TrainConfig, start: int, tokenize: Any = None) -> Batches:
+    """The training batches of this process from step `start` on."""
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return batches(config.data, open_source(config.data), tokenize, seed=config.seed, start_step=start, **processes)
+
+
+def vae_run(config: TrainConfig) -> Run:
+    """Trains the autoencoder; evaluation measures the reconstruction of held-out pictures."""
+    assert isinstance(config.task, VAETask)
+    task_config, export = config.task, claim_workdir(config) / "export"
+    data = config.data
+    heldout = replace(data, crop=1.0, flip=False, split=data.heldout or data.split, workers=0)
+    if data.source == "folder":
+        heldout = replace(heldout, split=data.split)
+    heldout_source = open_source(heldout)
+    n = math.ceil(min(len(heldout_source), EVAL_IMAGES) / heldout.batch_size)
+    run = reconstruct(task_config, jnp.dtype(config.dtype))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = jax.device_get(state.ema)
+        images = [b["image"] for b in itertools.islice(batches(heldout, heldout_source, seed=0), n)]
+        copies = [np.asarray(run(params, image)[0]).clip(-1, 1) for image in images]
+        errors = np.concatenate([np.square(a - b).mean((1, 2, 3)) / 4 for a, b in zip(images, copies, strict=True)])
+        psnr = float(-10 * np.log10(errors).mean())
+        pairs = [to_uint8(picture) for pair in zip(images[0][:16], copies[0][:16], strict=True) for picture in pair]
+        write_png(export.parent / "samples", f"{int(state.step):07}", contact_sheet(pairs, columns=8, cell=64))
+        training = itertools.islice(batches(data, open_source(data), seed=config.seed), SCALE_BATCHES)
+        scale = latent_scale([np.asarray(run(params, b["image"])[1]) for b in training])
+        write_network(export, "vae", replace(task_config.vae, scaling_factor=scale), params)
+        return {"heldout_psnr": psnr, "scaling_factor": scale}
+
+    return Run(vae_task(task_config, jnp.dtype(config.dtype), config.remat), lambda start: open_batches(config, start), evaluate)
+
+
+def diffusion_run(config: TrainConfig, mesh: Mesh) -> Run:
+    """Trains the UNet and the text encoder on a frozen VAE's latents; evaluation draws pictures with fixed seeds."""
+    raise ValueError("not yet")
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """[-1, 1] to 0..255."""
+    return np.round((image + 1) * 127.5).clip(0, 255).astype(np.uint8)
+
+
+def main(argv: list[str]) -> int:
+    """The command line; errors are a sentence and exit code 2."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    try:
+        return train(read_config(argv[0], argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
