@@ -12,27 +12,35 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxdiff.config import TrainConfig, VAETask
+from jaxdiff import build
+from jaxdiff.build import NetworkConfig
+from jaxdiff.config import DiffusionTask, TrainConfig, VAEConfig, VAETask
+from jaxdiff.data.latents import cache_latents
 from jaxdiff.data.loader import Batches, batches, open_source
+from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.folder import write_network
+from jaxdiff.io.folder import Folder, read_network, write_folder, write_network
 from jaxdiff.io.images import contact_sheet, write_png
-from jaxdiff.sharding import batch_sharding, make_mesh
+from jaxdiff.io.weights import check_params
+from jaxdiff.sharding import make_mesh, tree_shardings
 from jaxdiff.training.feed import Feed
 from jaxdiff.training.log import Log
 from jaxdiff.training.optim import adamw, learning_rate
 from jaxdiff.training.options import claim_workdir, read_config
 from jaxdiff.training.state import Task, TrainState, create_state, make_step
+from jaxdiff.training.tasks.diffusion import diffusion_task
 from jaxdiff.training.tasks.vae import latent_scale, reconstruct, vae_task
+from jaxdiff.types import Params
 
 EVAL_IMAGES = 512  # at most, for the held-out figures
+EVAL_STEPS = 25  # of the sampler, for the sample grid
 SCALE_BATCHES = 8  # over which the latents' standard deviation is measured
 USAGE = "usage: python train.py configs/NAME.py [--field value ...]   (--help after the file lists the fields)"
 
@@ -54,7 +62,8 @@ def train(config: TrainConfig) -> int:
     if config.data.batch_size % spread:
         raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} devices that the "
                          "mesh's data and fsdp axes spread it over.")  # fmt: skip
-    run = vae_run(config) if isinstance(config.task, VAETask) else diffusion_run(config, mesh)
+    run = (vae_run if isinstance(config.task, VAETask) else diffusion_run)(config, workdir)
+    frozen = jax.device_put(run.task.frozen, tree_shardings(mesh, run.task.frozen))
     schedule = learning_rate(config.optim, config.steps)
     tx = adamw(config.optim, schedule)
     init_key, key = jax.random.split(jax.random.key(config.seed))
@@ -75,7 +84,7 @@ def train(config: TrainConfig) -> int:
                 began = time.perf_counter()
                 batch = next(feed)
                 waited = time.perf_counter() - began
-                state, metrics = step_fn(state, run.task.frozen, batch, key)
+                state, metrics = step_fn(state, frozen, batch, key)
                 log.step(metrics, waited)
 
                 last = step == config.steps or bool(stopped)
@@ -137,17 +146,16 @@ def open_batches(config: TrainConfig, start: int, tokenize: Any = None) -> Batch
     return batches(config.data, open_source(config.data), tokenize, seed=config.seed, start_step=start, **processes)
 
 
-def vae_run(config: TrainConfig) -> Run:
+def vae_run(config: TrainConfig, workdir: Path) -> Run:
     """Trains the autoencoder; evaluation measures the reconstruction of held-out pictures."""
     assert isinstance(config.task, VAETask)
-    task_config, export = config.task, claim_workdir(config) / "export"
-    data = config.data
+    task, data, dtype = config.task, config.data, jnp.dtype(config.dtype)
     heldout = replace(data, crop=1.0, flip=False, split=data.heldout or data.split, workers=0)
     if data.source == "folder":
         heldout = replace(heldout, split=data.split)
     heldout_source = open_source(heldout)
     n = math.ceil(min(len(heldout_source), EVAL_IMAGES) / heldout.batch_size)
-    run = reconstruct(task_config, jnp.dtype(config.dtype))
+    run = reconstruct(task, dtype)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         params = jax.device_get(state.ema)
@@ -156,18 +164,88 @@ def vae_run(config: TrainConfig) -> Run:
         errors = np.concatenate([np.square(a - b).mean((1, 2, 3)) / 4 for a, b in zip(images, copies, strict=True)])
         psnr = float(-10 * np.log10(errors).mean())
         pairs = [to_uint8(picture) for pair in zip(images[0][:16], copies[0][:16], strict=True) for picture in pair]
-        write_png(export.parent / "samples", f"{int(state.step):07}", contact_sheet(pairs, columns=8, cell=64))
+        write_png(workdir / "samples", f"{int(state.step):07}", contact_sheet(pairs, columns=8, cell=64))
         training = itertools.islice(batches(data, open_source(data), seed=config.seed), SCALE_BATCHES)
         scale = latent_scale([np.asarray(run(params, b["image"])[1]) for b in training])
-        write_network(export, "vae", replace(task_config.vae, scaling_factor=scale), params)
+        write_network(workdir / "export", "vae", replace(task.vae, scaling_factor=scale), params)
         return {"heldout_psnr": psnr, "scaling_factor": scale}
 
-    return Run(vae_task(task_config, jnp.dtype(config.dtype), config.remat), lambda start: open_batches(config, start), evaluate)
+    return Run(vae_task(task, dtype, config.remat), lambda step: open_batches(config, step), evaluate)
 
 
-def diffusion_run(config: TrainConfig, mesh: Mesh) -> Run:
+def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
     """Trains the UNet and the text encoder on a frozen VAE's latents; evaluation draws pictures with fixed seeds."""
-    raise ValueError("not yet")
+    assert isinstance(config.task, DiffusionTask)
+    task, dtype = config.task, jnp.dtype(config.dtype)
+    vae, vae_params = read_part(task.vae, "vae", None, "DiffusionTask.vae")
+    if vae.latent_channels != task.unet.in_channels:
+        raise ValueError(f"The VAE in {task.vae} has {vae.latent_channels} latent channels and UNetConfig.in_channels is "
+                         f"{task.unet.in_channels}; they must be equal.")  # fmt: skip
+    if config.data.size % vae.factor:
+        raise ValueError(f"DataConfig.size {config.data.size} is not a multiple of the VAE's factor {vae.factor}.")
+    tokenizer = Tokenizer.load(task.tokenizer, task.text_encoder.max_position_embeddings)
+    if len(tokenizer) > task.text_encoder.vocab_size:
+        raise ValueError(f"The tokenizer in {task.tokenizer} has {len(tokenizer)} tokens, more than "
+                         f"CLIPTextConfig.vocab_size {task.text_encoder.vocab_size}.")  # fmt: skip
+
+    # Latents are encoded once, or at every step by the frozen VAE.
+    data, frozen = config.data, {"empty_tokens": tokenizer([""])[0]}
+    captions = open_source(data)
+    if task.latent_variants:
+        path = workdir / "latents.array_record"
+        if not path.exists():
+            encode = encoder(vae, vae_params, dtype)
+            cache_latents(encode, data, captions, path, variants=task.latent_variants, seed=config.seed)
+        data = replace(data, source="latents", root=str(path))
+    elif data.source != "latents":
+        frozen["vae"] = vae_params
+
+    start = None
+    if task.init:
+        networks = {"unet": task.unet, "text_encoder": task.text_encoder}
+        start = {name: read_part(task.init, name, network, "DiffusionTask.init")[1] for name, network in networks.items()}
+        if not task.train_text_encoder:
+            frozen["text_encoder"] = start.pop("text_encoder")
+
+    from jaxdiff.pipeline import Pipeline
+
+    picked = np.linspace(0, len(captions) - 1, 16).astype(int)
+    prompts = list(task.prompts) or [captions.record(int(i)).caption.full() for i in picked]
+    size = config.data.size
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = {"vae": vae_params, **frozen, **jax.device_get(state.ema)}
+        params = {name: params[name] for name in ("unet", "vae", "text_encoder")}
+        folder = Folder(task.unet, vae, task.text_encoder, task.scheduler, params, tokenizer)
+        write_folder(workdir / "export", folder)
+        pictures = Pipeline(folder)(prompts, seed=0, steps=EVAL_STEPS, size=(size, size))
+        write_png(workdir / "samples", f"{int(state.step):07}", contact_sheet(list(pictures), prompts))
+        return {}
+
+    return Run(
+        diffusion_task(task, vae, frozen, start, dtype, config.remat),
+        lambda step: open_batches(replace(config, data=data), step, tokenizer),
+        evaluate,
+    )
+
+
+def encoder(config: VAEConfig, params: Params, dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Images to moments, on the default device."""
+    module, params = build.vae(config, dtype), jax.device_put(params)
+    encode = jax.jit(lambda params, image: module.apply({"params": params}, image, method="encode"))
+    return lambda image: np.asarray(encode(params, image))
+
+
+def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) -> tuple[Any, Params]:
+    """The config and float32 params of a network in a diffusers folder or a run directory, of the shapes `wanted` has."""
+    if not path:
+        raise ValueError(f"{field} is empty: name a diffusers folder or a run directory that holds a trained {name}.")
+    folder = Path(path) / "export" if (Path(path) / "config.json").exists() else Path(path)
+    config, params = read_network(folder, name)
+    make = {"unet": build.unet, "vae": build.vae, "text_encoder": build.text_encoder}[name]
+    wanted = wanted or config
+    check_params(params, build.param_shapes(make(wanted), wanted), folder / name)
+    return config, jax.tree.map(lambda p: np.asarray(p, np.float32), params)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

@@ -288,8 +288,15 @@ class DiffusionTask:
     """Cap on the loss's signal-to-noise weight (Hang et al. 2023); None weighs all noise levels alike."""
     latent_variants: int = 0
     """Latents encoded once for so many augmentations of each picture, before training; 0 encodes at every step."""
+    prompts: tuple[str, ...] = ()
+    """Drawn at every evaluation, with seeds 0, 1, ...; empty draws captions of the training data."""
 
     def __post_init__(self) -> None:
+        _require(self.unet.cross_attention_dim == self.text_encoder.hidden_size,
+                 f"UNetConfig.cross_attention_dim is {self.unet.cross_attention_dim} and CLIPTextConfig.hidden_size "
+                 f"{self.text_encoder.hidden_size}; they must be equal.")
+        _require(self.train_text_encoder or bool(self.init), "DiffusionTask.train_text_encoder is False and init is empty: "
+                 "a text encoder of random weights would stay so. Name a folder in init, or train it.")
         _require(0 <= self.caption_dropout <= 1,
                  f"DiffusionTask.caption_dropout is {self.caption_dropout}; it must lie in [0, 1].")
         _require(self.min_snr_gamma is None or self.min_snr_gamma > 0,

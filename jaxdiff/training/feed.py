@@ -16,7 +16,7 @@ from jaxdiff.training.state import Batch
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """This process's rows of a global batch as arrays spread over the mesh; 64-bit numbers lose their upper half."""
     sharding = batch_sharding(mesh)
-    narrow = {"int64": np.uint32, "float64": np.float32}
+    narrow = {"int64": np.int32, "float64": np.float32}
     return {
         name: jax.make_array_from_process_local_data(sharding, rows.astype(narrow.get(rows.dtype.name, rows.dtype)))
         for name, rows in batch.items()

@@ -15,7 +15,7 @@ from jaxdiff.config import TrainConfig, from_dict, load_json, nearest, to_dict
 
 FREE = re.compile(
     r"workdir|steps|log_every|eval_every|checkpoint_every|keep_checkpoints|tensorboard|remat|mesh\..*"
-    r"|data\.(root|workers|max_bad_share|heldout)"
+    r"|data\.(root|workers|max_bad_share|heldout)|task\.prompts"
 )
 """Fields that may change when a run goes on: they say how long and where, not what is computed."""
 
