@@ -1,0 +1,67 @@
+"""Noise schedules: how much of the clean latent is left after each training step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+
+from jaxdiff.config import SchedulerConfig
+
+# Zero-terminal-SNR leaves nothing of x_0 at the last step, and sigma infinite. This in place of 0 keeps it finite (1e6)
+# and adds less than float32 resolves: diffusers, which has an exact zero there, draws the same pictures.
+TERMINAL_ALPHA_BAR = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The training steps t = 0 ... T - 1, from nearly clean to nearly noise."""
+
+    alpha_bar: Float64[np.ndarray, " t"]
+    """Share of x_0 in the variance of the network's input (Ho et al. 2020, eq. 4)."""
+
+    @property
+    def sigmas(self) -> Float64[np.ndarray, " t"]:
+        """Noise levels, rising, of x = x_0 + sigma * eps."""
+        return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
+
+
+def make_schedule(config: SchedulerConfig) -> Schedule:
+    """The schedule that diffusers makes of the same `scheduler_config.json`."""
+    steps = config.num_train_timesteps
+    betas = BETAS[config.beta_schedule](config.beta_start, config.beta_end, steps)
+    alpha_bar = np.cumprod(1 - betas)
+    if config.rescale_betas_zero_snr:
+        alpha_bar = zero_terminal_snr(alpha_bar)
+    return Schedule(alpha_bar)
+
+
+def zero_terminal_snr(alpha_bar: Float64[np.ndarray, " t"]) -> Float64[np.ndarray, " t"]:
+    """Shifts sqrt(alpha_bar) to end at (nearly) 0 and scales it to start where it did (Lin et al. 2024, algorithm 1)."""
+    root = np.sqrt(alpha_bar)
+    rest = ((root[:-1] - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return np.append(rest, min(TERMINAL_ALPHA_BAR, *rest[-1:] / 2))
+
+
+def linear(start: float, end: float, steps: int) -> Float64[np.ndarray, " t"]:
+    """Evenly spaced betas (Ho et al. 2020, section 4)."""
+    return np.linspace(start, end, steps)
+
+
+def scaled_linear(start: float, end: float, steps: int) -> Float64[np.ndarray, " t"]:
+    """Betas with evenly spaced square roots, as Stable Diffusion was trained with (Rombach et al. 2022)."""
+    return np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
+
+
+def squaredcos_cap_v2(start: float, end: float, steps: int) -> Float64[np.ndarray, " t"]:
+    """alpha_bar is a squared cosine and betas stay under 0.999; no start or end (Nichol & Dhariwal 2021, eq. 17)."""
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+BETAS: dict[str, Callable[[float, float, int], Float64[np.ndarray, " t"]]] = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "squaredcos_cap_v2": squaredcos_cap_v2,
+}

@@ -1,0 +1,113 @@
+"""DDIM against closed forms, against the published toy and, live, against diffusers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion.denoiser import make_denoiser
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.sampling.ddim import ddim
+from jaxdiff.sampling.grids import Grid, model_grid
+
+KEY = jax.random.key(0)
+
+
+def toy_network(x_in, t):
+    """The model of diffusers' scheduler tests."""
+    return x_in * t / (t + 1)
+
+
+def run_toy(config: SchedulerConfig, steps: int) -> jax.Array:
+    schedule = make_schedule(config)
+    # diffusers' toy batch: 0/768, 1/768, ... over 4 pictures of 3 channels, its batch axis running fastest.
+    x_T = (np.arange(768, dtype=np.float32) / 768).reshape(3, 8, 8, 4).transpose(3, 1, 2, 0)
+    denoise_fn = make_denoiser(toy_network, schedule, config.prediction_type)
+    grid = model_grid(config, schedule, steps)
+    clip = config.clip_sample_range if config.clip_sample else None
+    return ddim(denoise_fn, jnp.asarray(x_T), grid, KEY, start=0, stop=steps, clip=clip)
+
+
+@pytest.mark.parametrize(("prediction_type", "expected"), [("epsilon", 172.0067), ("v_prediction", 52.5302)])
+def test_the_published_toy_gives_the_published_sums(prediction_type, expected):
+    x_0 = run_toy(SchedulerConfig(prediction_type=prediction_type), steps=10)
+    assert float(jnp.sum(jnp.abs(x_0))) == pytest.approx(expected, abs=1e-2)
+
+
+# Data N(m, s^2). Its denoiser is known, and so is where the probability flow takes each start.
+M, S = 0.7, 0.5
+
+
+def gaussian(x, sigma):
+    return (S**2 * x + sigma**2 * M) / (S**2 + sigma**2)
+
+
+def karras(steps: int, top: float = 20.0, bottom: float = 0.02) -> Grid:
+    levels = np.linspace(top ** (1 / 7), bottom ** (1 / 7), steps) ** 7
+    levels = np.append(levels, 0).astype(np.float32)
+    return Grid(levels[:-1], levels[1:])
+
+
+def test_the_error_against_a_gaussians_closed_form_falls_at_first_order():
+    x_T = jax.random.normal(KEY, (4, 4, 1))
+    errors = []
+    for steps in (20, 40, 80, 160):
+        grid = karras(steps)
+        top = grid.sigmas[0]
+        # dx/dsigma = (x - D)/sigma keeps (x - m) / sqrt(s^2 + sigma^2) constant (Karras et al. 2022, eq. 4).
+        exact = M + (x_T * np.sqrt(1 + top**2) - M) * S / np.sqrt(S**2 + top**2)
+        x_0 = jax.jit(lambda x, g, n=steps: ddim(gaussian, x, g, KEY, start=0, stop=n))(x_T, grid)
+        errors.append(float(jnp.abs(x_0 - exact).max()))
+    rates = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert np.all((rates > 0.85) & (rates < 1.15)), (errors, rates)
+
+
+def test_with_eta_one_the_samples_have_the_datas_mean_and_spread():
+    keys = jax.random.split(KEY, 4096)
+    grid = karras(400)
+
+    def sample(key):
+        x_T = jax.random.normal(jax.random.fold_in(key, 10_000), (1, 1, 1))
+        return ddim(gaussian, x_T, grid, key, start=0, stop=400, eta=1.0)
+
+    x_0 = jax.jit(jax.vmap(sample))(keys)
+    assert float(x_0.mean()) == pytest.approx(M, abs=0.03)
+    assert float(x_0.std()) == pytest.approx(S, abs=0.03)
+
+
+def test_pieces_of_the_walk_make_the_whole_walk_bit_for_bit():
+    grid = karras(12)
+    walk = jax.jit(lambda x, start, stop: ddim(gaussian, x, grid, KEY, start=start, stop=stop, eta=0.5))
+    x_T = jax.random.normal(KEY, (2, 2, 1))
+    np.testing.assert_array_equal(walk(walk(walk(x_T, 0, 1), 1, 7), 7, 12), walk(x_T, 0, 12))
+
+
+def test_clipping_bounds_the_result():
+    x_0 = ddim(lambda x, sigma: 5 * jnp.ones_like(x), jnp.ones((2, 2, 1)), karras(3), KEY, start=0, stop=3, clip=1.0)
+    assert float(jnp.abs(x_0).max()) == 1.0
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_every_setting_walks_as_diffusers_walks(prediction_type, spacing, zero_snr, clip):
+    steps = 7  # does not divide 1000, so that the spacings' own roundings show
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    if zero_snr and prediction_type == "epsilon":
+        pytest.skip("tells nothing: see model_grid")
+    fields = {
+        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": prediction_type,
+        "timestep_spacing": spacing, "rescale_betas_zero_snr": zero_snr, "clip_sample": clip, "steps_offset": 1,
+        "set_alpha_to_one": False,
+    }  # fmt: skip
+    theirs = diffusers.DDIMScheduler(**fields)
+    theirs.set_timesteps(steps)
+    x = torch.from_numpy((np.arange(768, dtype=np.float32) / 768).reshape(3, 8, 8, 4)).permute(3, 0, 1, 2)
+    for t in theirs.timesteps:
+        x = theirs.step(toy_network(x, t), t, x).prev_sample
+    np.testing.assert_allclose(
+        run_toy(SchedulerConfig(**fields), steps), x.permute(0, 2, 3, 1).numpy(), rtol=2e-3, atol=2e-3
+    )

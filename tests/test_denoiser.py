@@ -1,0 +1,96 @@
+"""Networks as denoisers, and guidance round them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion.denoiser import PREDICTIONS, make_denoiser, sigma_to_t, target, to_x_0
+from jaxdiff.diffusion.guidance import classifier_free, classifier_free_joint
+from jaxdiff.diffusion.schedule import make_schedule
+
+SCHEDULE = make_schedule(SchedulerConfig())
+X_0, EPS = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("t", [0, 500, 999])
+def test_a_network_that_answers_the_target_denoises_perfectly(prediction_type, t):
+    sigma = jnp.float32(SCHEDULE.sigmas[t])
+
+    def network_fn(x_in, step):
+        assert x_in.shape == X_0.shape
+        return target(X_0, EPS, sigma, prediction_type)
+
+    denoise_fn = make_denoiser(network_fn, SCHEDULE, prediction_type)
+    np.testing.assert_allclose(denoise_fn(X_0 + sigma * EPS, sigma), X_0, atol=1e-4)
+
+
+def test_v_is_the_velocity_of_salimans_and_ho():
+    alpha_bar = SCHEDULE.alpha_bar[300]
+    v = target(X_0, EPS, jnp.float32(SCHEDULE.sigmas[300]), "v_prediction")
+    np.testing.assert_allclose(v, np.sqrt(alpha_bar) * EPS - np.sqrt(1 - alpha_bar) * X_0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [
+    SchedulerConfig(),
+    SchedulerConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    SchedulerConfig(beta_schedule="squaredcos_cap_v2"),
+    SchedulerConfig(rescale_betas_zero_snr=True),
+    SchedulerConfig(num_train_timesteps=4000),
+])  # fmt: skip
+def test_every_training_level_maps_to_its_exact_integer(config):
+    schedule = make_schedule(config)
+    t = jax.jit(jax.vmap(lambda sigma: sigma_to_t(sigma, schedule)))(schedule.sigmas.astype(np.float32))
+    np.testing.assert_array_equal(t, np.arange(config.num_train_timesteps))
+
+
+def test_a_level_between_two_steps_maps_between_them():
+    assert float(sigma_to_t(jnp.float32(np.sqrt(SCHEDULE.sigmas[10] * SCHEDULE.sigmas[11])), SCHEDULE)) == pytest.approx(
+        10.5, abs=1e-2
+    )
+
+
+def test_the_network_is_given_unit_variance():
+    sigma = jnp.float32(50.0)
+    seen = []
+    make_denoiser(lambda x_in, t: seen.append(x_in) or x_in, SCHEDULE, "sample")(sigma * EPS, sigma)
+    assert float(jnp.std(seen[0])) == pytest.approx(float(jnp.std(EPS)), rel=1e-3)
+
+
+def test_an_unknown_prediction_type_is_refused():
+    with pytest.raises(ValueError, match="prediction_type is 'flow'; supported: epsilon"):
+        make_denoiser(lambda x, t: x, SCHEDULE, "flow")
+
+
+def cond(x, sigma):
+    return 0.3 * x
+
+
+def uncond(x, sigma):
+    return 0.1 * x + 1
+
+
+def test_guidance_of_scale_one_is_the_conditional_model_bit_for_bit():
+    guided = classifier_free(cond, uncond, jnp.float32(1.0))(X_0, jnp.float32(1.0))
+    np.testing.assert_array_equal(guided, cond(X_0, None))
+    np.testing.assert_allclose(classifier_free(cond, uncond, 0.0)(X_0, jnp.float32(1.0)), uncond(X_0, None), atol=1e-6)
+
+
+def test_both_halves_in_one_call_equal_two_calls():
+    def both(x, sigma):
+        return jnp.stack([uncond(x[0], sigma), cond(x[1], sigma)])
+
+    sigma = jnp.float32(2.0)
+    one, two = classifier_free_joint(both, 7.5)(X_0, sigma), classifier_free(cond, uncond, 7.5)(X_0, sigma)
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_guiding_the_guess_of_x_0_is_guiding_the_noise():
+    sigma, scale = jnp.float32(3.0), 7.5
+    x = X_0 + sigma * EPS
+    out_c, out_u = 0.2 * x, 0.5 * x - 1
+    guided = to_x_0(out_u + scale * (out_c - out_u), x, sigma, "epsilon")
+    of_x_0 = classifier_free(lambda x, s: to_x_0(out_c, x, s, "epsilon"), lambda x, s: to_x_0(out_u, x, s, "epsilon"), scale)
+    np.testing.assert_allclose(of_x_0(x, sigma), guided, rtol=1e-4, atol=1e-4)

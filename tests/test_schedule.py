@@ -1,0 +1,97 @@
+"""Noise schedules and the levels that samplers visit."""
+
+import numpy as np
+import pytest
+
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.sampling.grids import model_grid, timesteps
+
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def config(**fields) -> SchedulerConfig:
+    return SchedulerConfig(**{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"} | fields)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_noise_levels_rise_strictly_and_are_finite(name, zero_snr):
+    schedule = make_schedule(config(beta_schedule=name, rescale_betas_zero_snr=zero_snr))
+    assert np.isfinite(schedule.sigmas).all()
+    assert (np.diff(schedule.sigmas) > 0).all()
+    assert np.isfinite(schedule.sigmas.astype(np.float32) ** 2).all()
+
+
+def test_stable_diffusions_levels_are_the_published_ones():
+    sigmas = make_schedule(config()).sigmas
+    np.testing.assert_allclose(sigmas[[0, -1]], [0.0292, 14.6146], rtol=2e-3)
+
+
+def test_the_cosine_schedule_follows_its_closed_form():
+    schedule = make_schedule(config(beta_schedule="squaredcos_cap_v2", num_train_timesteps=100))
+    s = np.arange(1, 100) / 100
+    f = np.cos((s + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(schedule.alpha_bar[:-1], f, rtol=1e-9)
+
+
+def test_zero_terminal_snr_keeps_the_first_level_and_ends_in_pure_noise():
+    plain, rescaled = make_schedule(config()), make_schedule(config(rescale_betas_zero_snr=True))
+    assert rescaled.alpha_bar[0] == pytest.approx(plain.alpha_bar[0])
+    assert rescaled.alpha_bar[-1] < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("spacing", "offset", "expected"),
+    [("leading", 1, [751, 501, 251, 1]), ("trailing", 0, [999, 749, 499, 249]), ("linspace", 0, [999, 666, 333, 0])],
+)
+def test_spacings_are_those_of_table_2(spacing, offset, expected):
+    assert timesteps(spacing, 1000, 4, offset).tolist() == expected
+
+
+def test_a_grid_ends_at_zero_or_at_the_first_training_level():
+    schedule = make_schedule(config())
+    for to_one, last in ((True, 0.0), (False, schedule.sigmas[0])):
+        grid = model_grid(config(steps_offset=1, set_alpha_to_one=to_one), schedule, 30)
+        assert grid.sigmas_next[29] == pytest.approx(last)
+        np.testing.assert_array_equal(grid.sigmas_next[:29], grid.sigmas[1:30])
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 7, 30, 999, 1000])
+def test_grids_of_all_lengths_have_one_shape_and_finite_falling_levels(spacing, steps):
+    cfg = config(timestep_spacing=spacing)
+    grid = model_grid(cfg, make_schedule(cfg), steps)
+    assert grid.sigmas.shape == grid.sigmas_next.shape == (1000,)
+    assert (np.diff(grid.sigmas[:steps]) < 0).all()
+    assert (grid.sigmas_next[:steps] < grid.sigmas[:steps]).all()
+
+
+def test_grids_that_cannot_be_walked_are_refused():
+    schedule = make_schedule(config())
+    for steps in (0, -3, 1001):
+        with pytest.raises(ValueError, match=f"steps is {steps}; it must be a whole number from 1 to 1000"):
+            model_grid(config(), schedule, steps)
+    with pytest.raises(ValueError, match="start at training step 1000"):
+        model_grid(config(steps_offset=1), schedule, 1000)
+    zero_snr = config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="pure noise"):
+        model_grid(zero_snr, make_schedule(zero_snr), 10)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 7, 30, 600])
+def test_schedules_and_steps_equal_those_of_diffusers(name, zero_snr, spacing, steps):
+    diffusers = pytest.importorskip("diffusers")
+    cfg = config(beta_schedule=name, rescale_betas_zero_snr=zero_snr, timestep_spacing=spacing, steps_offset=1,
+                 set_alpha_to_one=False, prediction_type="v_prediction")  # fmt: skip
+    theirs = diffusers.DDIMScheduler(
+        beta_start=cfg.beta_start, beta_end=cfg.beta_end, beta_schedule=name, rescale_betas_zero_snr=zero_snr,
+        timestep_spacing=spacing, steps_offset=1, set_alpha_to_one=False,
+    )  # fmt: skip
+    theirs.set_timesteps(steps)
+    np.testing.assert_allclose(make_schedule(cfg).alpha_bar, theirs.alphas_cumprod.numpy(), rtol=2e-3, atol=1e-7)
+    assert timesteps(spacing, 1000, steps, 1).tolist() == theirs.timesteps.tolist()
