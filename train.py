@@ -207,8 +207,6 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
         if not task.train_text_encoder:
             frozen["text_encoder"] = start.pop("text_encoder")
 
-    from jaxdiff.pipeline import Pipeline
-
     picked = np.linspace(0, len(captions) - 1, 16).astype(int)
     prompts = list(task.prompts) or [captions.record(int(i)).caption.full() for i in picked]
     size = config.data.size
@@ -218,6 +216,8 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
         params = {name: params[name] for name in ("unet", "vae", "text_encoder")}
         folder = Folder(task.unet, vae, task.text_encoder, task.scheduler, params, tokenizer)
         write_folder(workdir / "export", folder)
+        from jaxdiff.pipeline import Pipeline
+
         pictures = Pipeline(folder)(prompts, seed=0, steps=EVAL_STEPS, size=(size, size))
         write_png(workdir / "samples", f"{int(state.step):07}", contact_sheet(list(pictures), prompts))
         return {}

@@ -1,6 +1,7 @@
 """Where arrays live: one mesh, one table from parameter paths to axes. Modules do not know."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,20 +23,21 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All devices as a `data` x `fsdp` x `tensor` mesh; `data` -1 takes what the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (all of them by default) as a `data` x `fsdp` x `tensor` mesh; `data` -1 takes what the others leave.
 
     Raises:
         ValueError: where the product is not the number of devices.
     """
-    n = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     if data == -1:
-        data = n // (fsdp * tensor)
-    if data * fsdp * tensor != n:
-        raise ValueError(f"A mesh of data {data} x fsdp {fsdp} x tensor {tensor} needs {data * fsdp * tensor} devices, and "
-                         f"there are {n}: change the mesh so that its product is {n}.")  # fmt: skip
+        data = len(devices) // (fsdp * tensor)
+    needed = data * fsdp * tensor
+    if needed != len(devices):
+        raise ValueError(f"A mesh of data {data} x fsdp {fsdp} x tensor {tensor} is for {needed} devices, but there are "
+                         f"{len(devices)}: change the mesh so that its product is {len(devices)}.")  # fmt: skip
     # JAX's own default, explicit axes, is refused by linen's convolution.
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

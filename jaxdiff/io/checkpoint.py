@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved beside the running steps, read back newest first."""
+"""Checkpoints of a run: saved while the steps go on, read back newest first."""
 
 import logging
 from pathlib import Path
@@ -9,19 +9,20 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The steps under one folder, of which the newest `keep` stay. Use it as a context manager: leaving it waits for
-    the last save to be whole on disk."""
+    """The steps under one folder, of which the newest `keep` stay.
+
+    Use it as a context manager: leaving it waits until the last save is whole on disk.
+    """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
-        absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells every file
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file
         self.folder = folder.absolute()
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
         except OSError as error:
             raise ValueError(f"{folder} cannot be made for checkpoints: {error.strerror}.") from error
 
@@ -36,30 +37,41 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to save; returns once the arrays may be reused. A step that is there already is left."""
-        if step not in self._manager.all_steps():
+        """Starts to save, and returns once the arrays may be reused. A step that is there already is left."""
+        if step not in self.steps():
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def restore(self, like: T) -> T | None:
-        """The newest state that can be read, in the shapes, types and shardings of `like`; None where nothing was saved.
+        """The newest state that can be read, with the shapes and shardings of `like`; None where none was saved.
 
-        A step that cannot be read is renamed to `STEP.damaged`, told, and the one before it tried.
+        Where a step cannot be read, the one before it is tried; if that helps, the damaged one is renamed `damaged-STEP`.
 
         Raises:
-            ValueError: where there are steps and none can be read.
+            ValueError: where there are steps, and none can be read.
         """
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
-        steps = self.steps()
+        steps, damaged = self.steps(), []
         for step in reversed(steps):
             try:
-                return self._manager.restore(step, args=ocp.args.StandardRestore(like))
-            except Exception as error:  # noqa: BLE001: Orbax raises many kinds, for damage and for other shapes alike
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                log.warning("Checkpoint %s cannot be read (%s): the one before it is tried.", self.folder / str(step), reason)
-                failure = error
-        if steps:
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            except Exception as error:  # Orbax raises many kinds, for damage and for other shapes alike
+                damaged.append((step, error))
+                continue
+            for bad, error in damaged:
+                kept = self.folder / f"damaged-{bad}"
+                (self.folder / str(bad)).rename(kept)
+                logger.warning("The checkpoint of step %d cannot be read (%s) and is now %s; going on from step %d.",
+                               bad, _first_line(error), kept, step)  # fmt: skip
+            if damaged:
+                self._manager.reload()
+            return state
+        if damaged:
             raise ValueError(
-                f"None of the checkpoints {', '.join(map(str, steps))} in {self.folder} can be read: they are damaged, or "
-                "belong to another model; delete the folder to start anew."
-            ) from failure  # pyright: ignore[reportPossiblyUnboundVariable]
+                f"No checkpoint in {self.folder} can be read (steps {', '.join(map(str, steps))}; {_first_line(damaged[0][1])}): "
+                "they are damaged or belong to another model. Move the folder away to start anew."
+            ) from damaged[0][1]
         return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
