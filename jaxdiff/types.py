@@ -13,10 +13,11 @@ Params: TypeAlias = dict[str, Any]
 # A typed JAX key (`jax.random.key`). Used once: `fold_in` for time, `split` for parts.
 Key: TypeAlias = jax.Array
 
-# Shape letters: b images, h w c height, width and channels, t tokens, d features.
+# Shape letters: b images, h w c height, width and channels, t tokens, d features. A context spells its own out, since an
+# attention layer has other tokens and features beside it.
 Latent: TypeAlias = Float[Array, "*b h w c"]
 Image: TypeAlias = Float[Array, "*b h w 3"]  # in [-1, 1]
-Context: TypeAlias = Float[Array, "*b t d"]
+Context: TypeAlias = Float[Array, "*b tokens features"]
 Sigma: TypeAlias = Float[Array, ""]
 
 # (x, sigma) -> the model's guess of the clean x_0, where x = x_0 + sigma * eps and eps is standard normal.

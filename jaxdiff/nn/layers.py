@@ -14,7 +14,7 @@ def Conv3x3(
     return nn.Conv(channels, (3, 3), strides=stride, padding=padding, dtype=dtype, name=name)
 
 
-def Conv1x1(channels: int, *, dtype: DTypeLike, name: str) -> nn.Conv:
+def Conv1x1(channels: int, *, dtype: DTypeLike, name: str | None) -> nn.Conv:
     """A 1x1 convolution: a matrix product over channels."""
     return nn.Conv(channels, (1, 1), dtype=dtype, name=name)
 
