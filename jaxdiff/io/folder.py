@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes  # noqa: F401  (teaches NumPy and safetensors bfloat16)
 import numpy as np
@@ -33,6 +33,7 @@ NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class TokenizerFiles(Protocol):
     """Whatever can write `vocab.json`, `merges.txt` and their companions, as `jaxdiff.data.tokens.Tokenizer` can."""
 
