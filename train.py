@@ -29,6 +29,7 @@ from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.folder import Folder, read_network, write_folder, write_network
 from jaxdiff.io.images import contact_sheet, write_png
 from jaxdiff.io.weights import check_params
+from jaxdiff.pipeline import Pipeline, enable_compilation_cache
 from jaxdiff.sharding import make_mesh, tree_shardings
 from jaxdiff.training.feed import Feed
 from jaxdiff.training.log import Log
@@ -60,8 +61,8 @@ def train(config: TrainConfig) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     spread = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.batch_size % spread:
-        raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} devices that the "
-                         "mesh's data and fsdp axes spread it over.")  # fmt: skip
+        raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} devices "
+                         "that the mesh's data and fsdp axes spread it over.")  # fmt: skip
     run = (vae_run if isinstance(config.task, VAETask) else diffusion_run)(config, workdir)
     frozen = jax.device_put(run.task.frozen, tree_shardings(mesh, run.task.frozen))
     schedule = learning_rate(config.optim, config.steps)
@@ -76,9 +77,9 @@ def train(config: TrainConfig) -> int:
         start = int(state.step)
         source = run.batches(start)
         with (
-            Log(workdir, start=start, steps=config.steps, batch_size=config.data.batch_size, tensorboard=config.tensorboard) as log,
+            Log(workdir, start, config.steps, config.data.batch_size, config.tensorboard) as log,
             Feed(source, mesh) as feed,
-        ):  # fmt: skip
+        ):
             log.say(f"{workdir}: {count / 1e6:.2f} M parameters, from step {start} to {config.steps}.")
             for step in range(start + 1, config.steps + 1):
                 began = time.perf_counter()
@@ -118,13 +119,13 @@ def check_finite(metrics: dict[str, Any], step: int, checkpoints: Checkpoints) -
     if not (math.isfinite(loss) and math.isfinite(norm)):
         steps = checkpoints.steps()
         kept = f"the last good checkpoint, of step {steps[-1]}, stays" if steps else "no checkpoint had been written"
-        raise ValueError(f"At step {step} the loss is {loss:g} and the gradient's norm {norm:g}: training stops; {kept}. "
-                         "A lower --optim.lr or --optim.clip_norm may help.")  # fmt: skip
+        raise ValueError(f"At step {step} the loss is {loss:g} and the gradient's norm {norm:g}: training stops; "
+                         f"{kept}. A lower --optim.lr or --optim.clip_norm may help.")  # fmt: skip
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """A list that SIGTERM and SIGINT put themselves into, for the loop to end at a whole step; a second one ends at once."""
+    """A list that SIGTERM and SIGINT join, for the loop to end at a whole step; the second one ends it at once."""
     received: list[signal.Signals] = []
 
     def receive(number: int, _: Any) -> None:
@@ -179,8 +180,8 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
     task, dtype = config.task, jnp.dtype(config.dtype)
     vae, vae_params = read_part(task.vae, "vae", None, "DiffusionTask.vae")
     if vae.latent_channels != task.unet.in_channels:
-        raise ValueError(f"The VAE in {task.vae} has {vae.latent_channels} latent channels and UNetConfig.in_channels is "
-                         f"{task.unet.in_channels}; they must be equal.")  # fmt: skip
+        raise ValueError(f"The VAE in {task.vae} has {vae.latent_channels} latent channels and UNetConfig.in_channels "
+                         f"is {task.unet.in_channels}; they must be equal.")  # fmt: skip
     if config.data.size % vae.factor:
         raise ValueError(f"DataConfig.size {config.data.size} is not a multiple of the VAE's factor {vae.factor}.")
     tokenizer = Tokenizer.load(task.tokenizer, task.text_encoder.max_position_embeddings)
@@ -203,7 +204,7 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
     start = None
     if task.init:
         networks = {"unet": task.unet, "text_encoder": task.text_encoder}
-        start = {name: read_part(task.init, name, network, "DiffusionTask.init")[1] for name, network in networks.items()}
+        start = {name: read_part(task.init, name, config, "DiffusionTask.init")[1] for name, config in networks.items()}
         if not task.train_text_encoder:
             frozen["text_encoder"] = start.pop("text_encoder")
 
@@ -216,9 +217,7 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
         params = {name: params[name] for name in ("unet", "vae", "text_encoder")}
         folder = Folder(task.unet, vae, task.text_encoder, task.scheduler, params, tokenizer)
         write_folder(workdir / "export", folder)
-        from jaxdiff.pipeline import Pipeline
-
-        pictures = Pipeline(folder)(prompts, seed=0, steps=EVAL_STEPS, size=(size, size))
+        pictures = Pipeline(folder, config.dtype)(prompts, seed=0, steps=EVAL_STEPS, size=(size, size))
         write_png(workdir / "samples", f"{int(state.step):07}", contact_sheet(list(pictures), prompts))
         return {}
 
@@ -237,7 +236,7 @@ def encoder(config: VAEConfig, params: Params, dtype: Any) -> Callable[[np.ndarr
 
 
 def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) -> tuple[Any, Params]:
-    """The config and float32 params of a network in a diffusers folder or a run directory, of the shapes `wanted` has."""
+    """The config and float32 params, shaped as `wanted`, of a network in a diffusers folder or a run directory."""
     if not path:
         raise ValueError(f"{field} is empty: name a diffusers folder or a run directory that holds a trained {name}.")
     folder = Path(path) / "export" if (Path(path) / "config.json").exists() else Path(path)
@@ -258,6 +257,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
+    enable_compilation_cache()  # so that going on with a run starts fast
     try:
         return train(read_config(argv[0], argv[1:]))
     except (ValueError, OSError) as error:

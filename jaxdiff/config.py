@@ -65,12 +65,17 @@ class UNetConfig:
         n = len(self.block_out_channels)
         _positive(self, "in_channels", "out_channels", "cross_attention_dim", "norm_num_groups")
         for name in ("down_block_types", "up_block_types"):
-            _require(len(getattr(self, name)) == n, f"UNetConfig.{name} names {len(getattr(self, name))} blocks, "
-                     f"block_out_channels has {n} levels; they must be as many.")
+            _require(
+                len(getattr(self, name)) == n,
+                f"UNetConfig.{name} names {len(getattr(self, name))} blocks, "
+                f"block_out_channels has {n} levels; they must be as many.",
+            )
         for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads"):
             value = getattr(self, name)
-            _require(not isinstance(value, tuple) or len(value) == n,
-                     f"UNetConfig.{name} is {value}; give one number, or one for each of the {n} levels.")
+            _require(
+                not isinstance(value, tuple) or len(value) == n,
+                f"UNetConfig.{name} is {value}; give one number, or one for each of the {n} levels.",
+            )
         for block in self.down_block_types:
             _one_of("UNetConfig.down_block_types", block, DOWN_BLOCKS)
         for block in self.up_block_types:
@@ -80,10 +85,16 @@ class UNetConfig:
         _one_of("UNetConfig.downsample_padding", self.downsample_padding, (1,))
         _one_of("UNetConfig.only_cross_attention", self.only_cross_attention, (False,))
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            _require(channels % self.norm_num_groups == 0, f"UNetConfig.block_out_channels has {channels}, which "
-                     f"norm_num_groups {self.norm_num_groups} does not divide.")
-            _require(channels % heads == 0, f"UNetConfig.block_out_channels has {channels}, which {heads} heads "
-                     "(attention_head_dim) do not divide.")
+            _require(
+                channels % self.norm_num_groups == 0,
+                f"UNetConfig.block_out_channels has {channels}, which "
+                f"norm_num_groups {self.norm_num_groups} does not divide.",
+            )
+            _require(
+                channels % heads == 0,
+                f"UNetConfig.block_out_channels has {channels}, which {heads} heads "
+                "(attention_head_dim) do not divide.",
+            )
 
     def per_level(self, name: str) -> tuple[Any, ...]:
         """The value of a field for each level, where one number stands for all."""
@@ -92,6 +103,7 @@ class UNetConfig:
 
     @property
     def heads(self) -> tuple[int, ...]:
+        """Attention heads of each level."""
         return self.per_level("num_attention_heads" if self.num_attention_heads is not None else "attention_head_dim")
 
 
@@ -113,17 +125,30 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         n = len(self.block_out_channels)
-        _positive(self, "in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups",
-                  "scaling_factor")
+        _positive(
+            self,
+            "in_channels",
+            "out_channels",
+            "latent_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "scaling_factor",
+        )
         for name, allowed in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            _require(len(getattr(self, name)) == n, f"VAEConfig.{name} names {len(getattr(self, name))} blocks, "
-                     f"block_out_channels has {n} levels; they must be as many.")
+            _require(
+                len(getattr(self, name)) == n,
+                f"VAEConfig.{name} names {len(getattr(self, name))} blocks, "
+                f"block_out_channels has {n} levels; they must be as many.",
+            )
             for block in getattr(self, name):
                 _one_of(f"VAEConfig.{name}", block, (allowed,))
         _one_of("VAEConfig.act_fn", self.act_fn, ("silu",))
         for channels in self.block_out_channels:
-            _require(channels % self.norm_num_groups == 0, f"VAEConfig.block_out_channels has {channels}, which "
-                     f"norm_num_groups {self.norm_num_groups} does not divide.")
+            _require(
+                channels % self.norm_num_groups == 0,
+                f"VAEConfig.block_out_channels has {channels}, which "
+                f"norm_num_groups {self.norm_num_groups} does not divide.",
+            )
 
     @property
     def factor(self) -> int:
@@ -149,11 +174,21 @@ class CLIPTextConfig:
     pad_token_id: int | None = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                  "max_position_embeddings")
+        _positive(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        )
         _one_of("CLIPTextConfig.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
-        _require(self.hidden_size % self.num_attention_heads == 0, f"CLIPTextConfig.hidden_size {self.hidden_size} is "
-                 f"not a multiple of num_attention_heads {self.num_attention_heads}.")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"CLIPTextConfig.hidden_size {self.hidden_size} is "
+            f"not a multiple of num_attention_heads {self.num_attention_heads}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -177,10 +212,15 @@ class SchedulerConfig:
         _one_of("SchedulerConfig.beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         _one_of("SchedulerConfig.prediction_type", self.prediction_type, ("epsilon", "v_prediction", "sample"))
         _one_of("SchedulerConfig.timestep_spacing", self.timestep_spacing, ("leading", "trailing", "linspace"))
-        _require(0 < self.beta_start <= self.beta_end < 1, f"SchedulerConfig.beta_start {self.beta_start} and beta_end "
-                 f"{self.beta_end} must satisfy 0 < beta_start <= beta_end < 1.")
-        _require(0 <= self.steps_offset < self.num_train_timesteps, f"SchedulerConfig.steps_offset is "
-                 f"{self.steps_offset}; it must lie in [0, {self.num_train_timesteps}).")
+        _require(
+            0 < self.beta_start <= self.beta_end < 1,
+            f"SchedulerConfig.beta_start {self.beta_start} and beta_end "
+            f"{self.beta_end} must satisfy 0 < beta_start <= beta_end < 1.",
+        )
+        _require(
+            0 <= self.steps_offset < self.num_train_timesteps,
+            f"SchedulerConfig.steps_offset is {self.steps_offset}; it must lie in [0, {self.num_train_timesteps}).",
+        )
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -218,7 +258,9 @@ class DataConfig:
         _positive(self, "size", "batch_size")
         _require(0 < self.crop <= 1, f"DataConfig.crop is {self.crop}; it must lie in (0, 1].")
         _require(self.workers >= 0, f"DataConfig.workers is {self.workers}; it must not be negative.")
-        _require(0 <= self.max_bad_share < 1, f"DataConfig.max_bad_share is {self.max_bad_share}; it must lie in [0, 1).")
+        _require(
+            0 <= self.max_bad_share < 1, f"DataConfig.max_bad_share is {self.max_bad_share}; it must lie in [0, 1)."
+        )
 
 
 @dataclass(frozen=True)
@@ -253,8 +295,10 @@ class MeshConfig:
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
-            _require(value > 0 or (value == -1 and name == "data"),
-                     f"MeshConfig.{name} is {value}; it must be above 0{' or -1' if name == 'data' else ''}.")
+            _require(
+                value > 0 or (value == -1 and name == "data"),
+                f"MeshConfig.{name} is {value}; it must be above 0{' or -1' if name == 'data' else ''}.",
+            )
 
 
 @dataclass(frozen=True)
@@ -292,17 +336,28 @@ class DiffusionTask:
     """Drawn at every evaluation, with seeds 0, 1, ...; empty draws captions of the training data."""
 
     def __post_init__(self) -> None:
-        _require(self.unet.cross_attention_dim == self.text_encoder.hidden_size,
-                 f"UNetConfig.cross_attention_dim is {self.unet.cross_attention_dim} and CLIPTextConfig.hidden_size "
-                 f"{self.text_encoder.hidden_size}; they must be equal.")
-        _require(self.train_text_encoder or bool(self.init), "DiffusionTask.train_text_encoder is False and init is empty: "
-                 "a text encoder of random weights would stay so. Name a folder in init, or train it.")
-        _require(0 <= self.caption_dropout <= 1,
-                 f"DiffusionTask.caption_dropout is {self.caption_dropout}; it must lie in [0, 1].")
-        _require(self.min_snr_gamma is None or self.min_snr_gamma > 0,
-                 f"DiffusionTask.min_snr_gamma is {self.min_snr_gamma}; it must be above 0, or None.")
-        _require(self.latent_variants >= 0,
-                 f"DiffusionTask.latent_variants is {self.latent_variants}; it must not be negative.")
+        _require(
+            self.unet.cross_attention_dim == self.text_encoder.hidden_size,
+            f"UNetConfig.cross_attention_dim is {self.unet.cross_attention_dim} and CLIPTextConfig.hidden_size "
+            f"{self.text_encoder.hidden_size}; they must be equal.",
+        )
+        _require(
+            self.train_text_encoder or bool(self.init),
+            "DiffusionTask.train_text_encoder is False and init is empty: "
+            "a text encoder of random weights would stay so. Name a folder in init, or train it.",
+        )
+        _require(
+            0 <= self.caption_dropout <= 1,
+            f"DiffusionTask.caption_dropout is {self.caption_dropout}; it must lie in [0, 1].",
+        )
+        _require(
+            self.min_snr_gamma is None or self.min_snr_gamma > 0,
+            f"DiffusionTask.min_snr_gamma is {self.min_snr_gamma}; it must be above 0, or None.",
+        )
+        _require(
+            self.latent_variants >= 0,
+            f"DiffusionTask.latent_variants is {self.latent_variants}; it must not be negative.",
+        )
 
 
 @dataclass(frozen=True)
@@ -342,7 +397,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     for f in fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            kind = {"kind": type(value).__name__} if len(_classes(typing.get_type_hints(type(config))[f.name])) > 1 else {}
+            kind = (
+                {"kind": type(value).__name__} if len(_classes(typing.get_type_hints(type(config))[f.name])) > 1 else {}
+            )
             value = kind | to_dict(value)
         out[f.name] = list(value) if isinstance(value, tuple) else value
     return out

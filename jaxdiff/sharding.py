@@ -34,8 +34,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         data = len(devices) // (fsdp * tensor)
     needed = data * fsdp * tensor
     if needed != len(devices):
-        raise ValueError(f"A mesh of data {data} x fsdp {fsdp} x tensor {tensor} is for {needed} devices, but there are "
-                         f"{len(devices)}: change the mesh so that its product is {len(devices)}.")  # fmt: skip
+        raise ValueError(f"A mesh of data {data} x fsdp {fsdp} x tensor {tensor} is for {needed} devices, but there "
+                         f"are {len(devices)}: change the mesh so that its product is {len(devices)}.")  # fmt: skip
     # JAX's own default, explicit axes, is refused by linen's convolution.
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

@@ -67,7 +67,9 @@ def test_a_half_written_step_is_ignored(tmp_path: Path) -> None:
         assert equal(checkpoints.restore(state(0)), state(2))
 
 
-def test_a_damaged_step_is_put_aside_and_the_one_before_it_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_step_is_put_aside_and_the_one_before_it_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = saved(tmp_path / "c", 1, 2, 3)
     truncate(folder / "3")
     with caplog.at_level(logging.WARNING), Checkpoints(folder) as checkpoints:
@@ -85,7 +87,10 @@ def test_a_run_whose_steps_are_all_damaged_is_refused_and_left_as_it_is(tmp_path
     folder = saved(tmp_path / "c", 1, 2)
     for step in (1, 2):
         truncate(folder / str(step))
-    with Checkpoints(folder) as checkpoints, pytest.raises(ValueError, match="No checkpoint in .*can be read .*steps 1, 2"):
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=r"No checkpoint in .*can be read .*steps 1, 2"),
+    ):
         checkpoints.restore(state(0))
     assert {path.name for path in folder.iterdir()} == {"1", "2"}
 

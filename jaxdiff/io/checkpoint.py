@@ -44,7 +44,7 @@ class Checkpoints:
     def restore(self, like: T) -> T | None:
         """The newest state that can be read, with the shapes and shardings of `like`; None where none was saved.
 
-        Where a step cannot be read, the one before it is tried; if that helps, the damaged one is renamed `damaged-STEP`.
+        Where a step cannot be read, the one before it is tried; if that can, the other is renamed `damaged-STEP`.
 
         Raises:
             ValueError: where there are steps, and none can be read.
@@ -66,10 +66,12 @@ class Checkpoints:
                 self._manager.reload()
             return state
         if damaged:
+            error = damaged[0][1]
+            told = f"steps {', '.join(map(str, steps))}; {_first_line(error)}"
             raise ValueError(
-                f"No checkpoint in {self.folder} can be read (steps {', '.join(map(str, steps))}; {_first_line(damaged[0][1])}): "
+                f"No checkpoint in {self.folder} can be read ({told}): "
                 "they are damaged or belong to another model. Move the folder away to start anew."
-            ) from damaged[0][1]
+            ) from error
         return None
 
 

@@ -42,7 +42,7 @@ class Feed:
                 if self._closed.is_set():
                     return
             self._put(StopIteration())
-        except Exception as error:  # noqa: BLE001: it belongs to the thread that reads
+        except Exception as error:  # it belongs to the thread that reads
             self._put(error)
 
     def _put(self, item: Any) -> None:

@@ -3,7 +3,6 @@
 import json
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ class Log:
     `start`, which a killed run may have left, are dropped. Use it as a context manager.
     """
 
-    def __init__(self, workdir: Path, *, start: int, steps: int, batch_size: int, tensorboard: bool = False) -> None:
+    def __init__(self, workdir: Path, start: int, steps: int, batch_size: int, tensorboard: bool = False) -> None:
         path = workdir / "metrics.jsonl"
         kept = _lines_until(path, start)
         path.write_text("".join(kept), encoding="utf-8")
@@ -39,7 +38,7 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._file.close()
         if self._board is not None:
@@ -105,5 +104,7 @@ def _summary_writer(folder: Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ValueError("tensorboard is true, and tensorboardX is not installed: pip install 'jaxdiff[tensorboard]'.") from error
+        raise ValueError(
+            "tensorboard is on, but tensorboardX is not there: pip install 'jaxdiff[tensorboard]'."
+        ) from error
     return SummaryWriter(str(folder))

@@ -89,10 +89,17 @@ def claim_workdir(config: TrainConfig) -> Path:
     file = workdir / "config.json"
     if file.exists():
         before, now = flat(from_dict(TrainConfig, load_json(file), str(file))), flat(config)
-        changed = [name for name in sorted(before | now) if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
+        names = [name for name in sorted(before | now) if not FREE.fullmatch(name)]
+        changed = [
+            f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+            for name in names
+            if before.get(name) != now.get(name)
+        ]
         if changed:
-            told = ", ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in changed)
-            raise ValueError(f"{workdir} holds a run of another config: {told}. Take that back, or choose another --workdir.")
+            raise ValueError(
+                f"{workdir} holds a run of another config: {', '.join(changed)}. "
+                "Take that back, or choose another --workdir."
+            )
     try:
         for folder in (workdir, workdir / "samples"):
             folder.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained. `start` is None for random weights; `frozen` is an argument of the loss, not a constant in it."""
+    """What is trained. `start` None means random weights; `frozen` is an argument of the loss, not a constant in it."""
 
     init: Callable[[Key], Params]
     loss: LossFn

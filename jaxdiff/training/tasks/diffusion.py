@@ -18,7 +18,7 @@ from jaxdiff.types import Key, Params
 def drop_captions(
     tokens: Int[Array, "b t"], empty: Int[Array, " t"], share: float, key: Key, index: Int[Array, " b"]
 ) -> Int[Array, "b t"]:
-    """Puts the empty prompt in place of a `share` of the captions, drawn for each sample (Ho & Salimans 2022, alg. 1)."""
+    """Puts the empty prompt in place of a `share` of captions, drawn for each sample (Ho & Salimans 2022, alg. 1)."""
     dropped = jax.vmap(lambda k: jax.random.bernoulli(k, share))(sample_keys(key, index))
     return jnp.where(dropped[:, None], empty, tokens)
 
@@ -36,8 +36,8 @@ def diffusion_task(
     Args:
         config: what is trained, and how.
         vae: the autoencoder, of which `scaling_factor` brings latents to unit variance.
-        frozen: "empty_tokens" [t], the empty prompt; "vae" where batches hold images and not moments; "text_encoder" where
-            it is not trained.
+        frozen: "empty_tokens" [t], the empty prompt; "vae" where batches hold images and not moments; "text_encoder"
+            where it is not trained.
         start: the first params in place of random ones.
         dtype: what the networks compute in.
         remat: recompute blocks in the backward pass.
