@@ -67,6 +67,8 @@ def test_a_half_written_step_is_ignored(tmp_path: Path) -> None:
         assert equal(checkpoints.restore(state(0)), state(2))
 
 
+# Orbax leaves a coroutine behind when a read fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_step_is_put_aside_and_the_one_before_it_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -83,6 +85,7 @@ def test_a_damaged_step_is_put_aside_and_the_one_before_it_used(
         assert equal(checkpoints.restore(state(0)), state(3))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_whose_steps_are_all_damaged_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     folder = saved(tmp_path / "c", 1, 2)
     for step in (1, 2):
@@ -95,6 +98,7 @@ def test_a_run_whose_steps_are_all_damaged_is_refused_and_left_as_it_is(tmp_path
     assert {path.name for path in folder.iterdir()} == {"1", "2"}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "c", 1)
     other = TrainState(jnp.asarray(0), {"dense": {"kernel": jnp.zeros((3, 3))}}, {}, {})
