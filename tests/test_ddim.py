@@ -1,4 +1,4 @@
-"""DDIM against closed forms, against the published toy and, live, against diffusers."""
+"""DDIM against closed forms and against the published toy."""
 
 import jax
 import jax.numpy as jnp
@@ -86,28 +86,3 @@ def test_pieces_of_the_walk_make_the_whole_walk_bit_for_bit():
 def test_clipping_bounds_the_result():
     x_0 = ddim(lambda x, sigma: 5 * jnp.ones_like(x), jnp.ones((2, 2, 1)), karras(3), KEY, start=0, stop=3, clip=1.0)
     assert float(jnp.abs(x_0).max()) == 1.0
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize("clip", [False, True])
-def test_every_setting_walks_as_diffusers_walks(prediction_type, spacing, zero_snr, clip):
-    steps = 7  # does not divide 1000, so that the spacings' own roundings show
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    if zero_snr and prediction_type == "epsilon":
-        pytest.skip("tells nothing: see model_grid")
-    fields = {
-        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": prediction_type,
-        "timestep_spacing": spacing, "rescale_betas_zero_snr": zero_snr, "clip_sample": clip, "steps_offset": 1,
-        "set_alpha_to_one": False,
-    }  # fmt: skip
-    theirs = diffusers.DDIMScheduler(**fields)
-    theirs.set_timesteps(steps)
-    x = torch.from_numpy((np.arange(768, dtype=np.float32) / 768).reshape(3, 8, 8, 4)).permute(3, 0, 1, 2)
-    for t in theirs.timesteps:
-        x = theirs.step(toy_network(x, t), t, x).prev_sample
-    np.testing.assert_allclose(
-        run_toy(SchedulerConfig(**fields), steps), x.permute(0, 2, 3, 1).numpy(), rtol=2e-3, atol=2e-3
-    )

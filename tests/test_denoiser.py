@@ -47,9 +47,9 @@ def test_every_training_level_maps_to_its_exact_integer(config):
 
 
 def test_a_level_between_two_steps_maps_between_them():
-    assert float(sigma_to_t(jnp.float32(np.sqrt(SCHEDULE.sigmas[10] * SCHEDULE.sigmas[11])), SCHEDULE)) == pytest.approx(
-        10.5, abs=1e-2
-    )
+    assert float(
+        sigma_to_t(jnp.float32(np.sqrt(SCHEDULE.sigmas[10] * SCHEDULE.sigmas[11])), SCHEDULE)
+    ) == pytest.approx(10.5, abs=1e-2)
 
 
 def test_the_network_is_given_unit_variance():
@@ -92,5 +92,7 @@ def test_guiding_the_guess_of_x_0_is_guiding_the_noise():
     x = X_0 + sigma * EPS
     out_c, out_u = 0.2 * x, 0.5 * x - 1
     guided = to_x_0(out_u + scale * (out_c - out_u), x, sigma, "epsilon")
-    of_x_0 = classifier_free(lambda x, s: to_x_0(out_c, x, s, "epsilon"), lambda x, s: to_x_0(out_u, x, s, "epsilon"), scale)
+    of_x_0 = classifier_free(
+        lambda x, s: to_x_0(out_c, x, s, "epsilon"), lambda x, s: to_x_0(out_u, x, s, "epsilon"), scale
+    )
     np.testing.assert_allclose(of_x_0(x, sigma), guided, rtol=1e-4, atol=1e-4)

@@ -77,21 +77,3 @@ def test_grids_that_cannot_be_walked_are_refused():
     zero_snr = config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="pure noise"):
         model_grid(zero_snr, make_schedule(zero_snr), 10)
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [1, 7, 30, 600])
-def test_schedules_and_steps_equal_those_of_diffusers(name, zero_snr, spacing, steps):
-    diffusers = pytest.importorskip("diffusers")
-    cfg = config(beta_schedule=name, rescale_betas_zero_snr=zero_snr, timestep_spacing=spacing, steps_offset=1,
-                 set_alpha_to_one=False, prediction_type="v_prediction")  # fmt: skip
-    theirs = diffusers.DDIMScheduler(
-        beta_start=cfg.beta_start, beta_end=cfg.beta_end, beta_schedule=name, rescale_betas_zero_snr=zero_snr,
-        timestep_spacing=spacing, steps_offset=1, set_alpha_to_one=False,
-    )  # fmt: skip
-    theirs.set_timesteps(steps)
-    np.testing.assert_allclose(make_schedule(cfg).alpha_bar, theirs.alphas_cumprod.numpy(), rtol=2e-3, atol=1e-7)
-    assert timesteps(spacing, 1000, steps, 1).tolist() == theirs.timesteps.tolist()

@@ -43,9 +43,7 @@ def to_x_0(out: Float[Array, "*b"], x: Float[Array, "*b"], sigma: Levels, predic
     return out
 
 
-def target(
-    x_0: Float[Array, "*b"], eps: Float[Array, "*b"], sigma: Levels, prediction_type: str
-) -> Float[Array, "*b"]:
+def target(x_0: Float[Array, "*b"], eps: Float[Array, "*b"], sigma: Levels, prediction_type: str) -> Float[Array, "*b"]:
     """What the network should have answered: the inverse of `to_x_0`."""
     _check(prediction_type)
     if prediction_type == "epsilon":

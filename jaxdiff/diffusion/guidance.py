@@ -18,7 +18,7 @@ def classifier_free(cond: DenoiseFn, uncond: DenoiseFn, scale: Scale) -> Denoise
 
 
 def classifier_free_joint(both: DenoiseFn, scale: Scale) -> DenoiseFn:
-    """`classifier_free` in one network call: `both` answers for [2, h, w, c], unconditional (or negative) half first."""
+    """`classifier_free` in one network call: `both` answers for [2, h, w, c], the unconditional half first."""
 
     def denoise(x: Latent, sigma: Sigma) -> Latent:
         x_u, x_c = both(jnp.stack([x, x]), sigma)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from jaxdiff.diffusion.denoiser import target
 from jaxdiff.diffusion.schedule import Schedule
@@ -19,7 +19,7 @@ def diffusion_loss(
     x_0: Float[Array, "b h w c"],
     context: Context,
     key: Key,
-    index: Int[Array, " b"],
+    index: Integer[Array, " b"],
     *,
     schedule: Schedule,
     prediction_type: str,
@@ -56,7 +56,7 @@ def draw(key: Key, shape: tuple[int, ...], steps: int) -> tuple[Int[Array, ""], 
 
 
 def add_noise(x_0: Float[Array, "*b"], eps: Float[Array, "*b"], sigma: Float[Array, "*_"]) -> Float[Array, "*b"]:
-    """The network's input at level `sigma`: x_0 + sigma * eps, brought back to unit variance (Ho et al. 2020, eq. 4)."""
+    """The network's input at level `sigma`: x_0 + sigma * eps, at unit variance (Ho et al. 2020, eq. 4)."""
     return (x_0 + sigma * eps) / jnp.sqrt(1 + sigma**2)
 
 

@@ -38,7 +38,7 @@ def make_schedule(config: SchedulerConfig) -> Schedule:
 
 
 def zero_terminal_snr(alpha_bar: Float64[np.ndarray, " t"]) -> Float64[np.ndarray, " t"]:
-    """Shifts sqrt(alpha_bar) to end at (nearly) 0 and scales it to start where it did (Lin et al. 2024, algorithm 1)."""
+    """Shifts sqrt(alpha_bar) to end near 0 and scales it to start where it did (Lin et al. 2024, algorithm 1)."""
     root = np.sqrt(alpha_bar)
     rest = ((root[:-1] - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return np.append(rest, min(TERMINAL_ALPHA_BAR, *rest[-1:] / 2))

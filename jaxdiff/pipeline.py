@@ -1,0 +1,245 @@
+"""A text-to-image model that can be called: loading, checking what a user asks for, saving."""
+
+import math
+import operator
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import UInt8
+
+from jaxdiff import build
+from jaxdiff.config import nearest
+from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.generate import SAMPLERS, Program, keys_and_noise, text_to_image
+from jaxdiff.io.folder import Folder, read_folder, write_folder
+from jaxdiff.io.weights import check_params
+from jaxdiff.sampling.grids import model_grid
+
+EMBEDDED = Path(__file__).parent / "assets" / "emoji"
+DTYPES = ("float32", "bfloat16")
+MAX_SIDE = 8192  # pixels; far beyond, XLA's own counters overflow and abort the process
+
+
+def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline":
+    """Reads a text-to-image model.
+
+    Args:
+        path: a diffusers folder, or a run directory of `train.py`; None is the model that comes with the package.
+        dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
+
+    Raises:
+        ValueError: in one sentence, when anything is missing, damaged or not supported.
+    """
+    path = EMBEDDED if path is None else Path(path)
+    _check_dtype(dtype)
+    folder = path
+    if not (path / "model_index.json").exists() and (path / "export").is_dir():
+        folder = path / "export"
+        if not (folder / "model_index.json").exists():
+            raise ValueError(f"{path} is a run that has exported no whole text-to-image model; "
+                             "train one with a DiffusionTask, until its first evaluation.")  # fmt: skip
+    model = read_folder(folder)
+    for name in ("unet", "vae", "text_encoder"):
+        config = getattr(model, name)
+        expected = build.param_shapes(getattr(build, name)(config), config)
+        check_params(model.params[name], expected, folder / name)
+    return Pipeline(model, dtype, name=path.resolve().name)
+
+
+class Pipeline:
+    """Prompts to pictures. `load` makes one; so does a `Folder` in memory."""
+
+    def __init__(self, model: Folder, dtype: str | None = None, name: str = "") -> None:
+        """Puts the params on the default device.
+
+        Raises:
+            ValueError: when the model's parts do not fit together.
+        """
+        _check_dtype(dtype)
+        _check_parts(model)
+        self.model, self.name = model, name
+        self.dtype: str = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        length = model.text_encoder.max_position_embeddings
+        self.tokenizer: Any = (
+            Tokenizer.load(model.tokenizer, length) if isinstance(model.tokenizer, Path) else model.tokenizer
+        )
+        if len(self.tokenizer) > model.text_encoder.vocab_size:
+            raise ValueError(f"The tokenizer has {len(self.tokenizer)} tokens, more than the text encoder's vocab_size "
+                             f"{model.text_encoder.vocab_size}.")  # fmt: skip
+        self.params = jax.device_put({name: model.params[name] for name in ("text_encoder", "unet", "vae")})
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height that the model was trained at, if it says."""
+        side = self.model.unet.sample_size
+        return None if side is None else (side * self.model.vae.factor,) * 2
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        seed: int = 0,
+        steps: int = 30,
+        guidance: float = 7.5,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        size: tuple[int, int] | None = None,
+        latents: ArrayLike | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> UInt8[np.ndarray, "b h w 3"]:
+        """Draws one picture for each prompt; image i depends on its prompt and `seed + i` alone.
+
+        Args:
+            prompts: at least one.
+            negative_prompt: what to steer away from; one for all, or one each.
+            seed: from 0 to 2^32 - 1, as is every `seed + i`.
+            steps: how many times the model is asked.
+            guidance: how hard to follow the prompt (Ho & Salimans 2022); 1 is the model's own answer to the prompt.
+            sampler: "ddim".
+            eta: 0 takes all noise from the start, 1 adds fresh noise at every step (Song et al. 2021, eq. 16).
+            size: (width, height) in pixels; None is the model's own.
+            latents: unit normal [b, h, w, c] in place of the seeds' starting noise.
+            progress: is told the number of steps done, about ten times.
+
+        Raises:
+            ValueError: in one sentence, for values out of range.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        b = len(prompts)
+        if not b:
+            raise ValueError("No prompt was given; give at least one.")
+        negatives = [negative_prompt] * b if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(negatives) != b:
+            raise ValueError(f"There are {len(negatives)} negative prompts for {b} prompts; give one, or one each.")
+        for text in (*prompts, *negatives):
+            if not isinstance(text, str):
+                raise ValueError(f"A prompt is {text!r}; it must be text.")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"Unknown sampler {sampler!r}{nearest(sampler, list(SAMPLERS))}")
+        seed, steps = _whole("seed", seed), _whole("steps", steps)
+        if not 0 <= seed <= 2**32 - b:
+            raise ValueError(f"seed is {seed}; it must lie from 0 to {2**32 - b} for {b} images.")
+        if not _is_finite(guidance):
+            raise ValueError(f"guidance is {guidance}; it must be a finite number.")
+        if not (_is_finite(eta) and 0 <= eta <= 1):
+            raise ValueError(f"eta is {eta}; it must lie from 0 to 1.")
+
+        model = self.model
+        grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
+        shape = self._latent_shape(size, b, latents)
+        keys, x = _keys_and_noise(np.arange(seed, seed + b, dtype=np.uint32), shape)
+        if latents is not None:
+            x = jnp.asarray(latents, jnp.float32)
+        tokens = np.stack([self.tokenizer(negatives), self.tokenizer(prompts)], axis=1)
+        program = Program(
+            text_encoder=build.text_encoder(model.text_encoder, self._jax_dtype),
+            unet=build.unet(model.unet, self._jax_dtype),
+            vae=build.vae(model.vae, self._jax_dtype),
+            scheduler=model.scheduler,
+            scaling_factor=model.vae.scaling_factor,
+            sampler=sampler,
+        )
+        # A bar needs the program to return now and then; the pieces are the same program and give the same picture.
+        piece = steps if progress is None else math.ceil(steps / 10)
+        scales = np.float32(guidance), np.float32(eta)
+        for start in range(0, steps, piece):
+            stop = min(start + piece, steps)
+            ends = np.int32(start), np.int32(stop), np.int32(steps)
+            x, images = text_to_image(self.params, tokens, x, keys, grid, *ends, *scales, program=program)
+            if progress is not None:
+                x.block_until_ready()
+                progress(stop)
+        return np.asarray(images)
+
+    def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
+        """Writes a folder that `load` and diffusers read.
+
+        Raises:
+            ValueError: when the folder holds anything that is not ours to replace, or cannot be written.
+        """
+        write_folder(path, self.model, dtype)
+
+    @property
+    def _jax_dtype(self) -> DTypeLike:
+        return jnp.dtype(self.dtype)
+
+    def _latent_shape(self, size: tuple[int, int] | None, b: int, latents: Any) -> tuple[int, int, int]:
+        factor, channels = self.model.vae.factor, self.model.vae.latent_channels
+        if latents is None:
+            size = size or self.size
+            if size is None:
+                raise ValueError("The model does not say at which size it was trained; give a size.")
+        if size is not None:
+            width, height = (_whole("size", side) for side in size)
+            if min(width, height) < factor or width % factor or height % factor:
+                raise ValueError(
+                    f"size is {width}x{height}; both sides must be multiples of {factor}, the VAE's factor."
+                )
+            if max(width, height) > MAX_SIDE:
+                raise ValueError(f"size is {width}x{height}; a side may have {MAX_SIDE} pixels at most.")
+            shape = (height // factor, width // factor, channels)
+        if latents is not None:
+            given = np.shape(latents)
+            if size is None and len(given) == 4:
+                shape = (given[1], given[2], channels)
+            wanted = (b, *shape) if size is not None or len(given) == 4 else (b, "h", "w", channels)
+            if given != wanted or 0 in given:
+                raise ValueError(
+                    f"latents have the shape {given}; it must be {wanted}: images, height, width, channels."
+                )
+            if not np.isfinite(latents).all():
+                raise ValueError("latents hold values that are not finite.")
+        return shape
+
+
+# Drawn by its own small program, so that given latents and seeds share the large one.
+_keys_and_noise = jax.jit(keys_and_noise, static_argnums=1)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that the next process starts fast.
+
+    The environment variable JAXDIFF_CACHE names another folder, or turns this off when it is "off"; where JAX's own
+    JAX_COMPILATION_CACHE_DIR is set, that stands.
+    """
+    chosen = os.environ.get("JAXDIFF_CACHE", "")
+    if chosen.lower() in ("off", "0", "no", "false") or jax.config.values["jax_compilation_cache_dir"]:
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", chosen or str(base / "jaxdiff"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}.")
+
+
+def _check_parts(model: Folder) -> None:
+    taken, given, latent = model.unet.in_channels, model.unet.out_channels, model.vae.latent_channels
+    if not taken == given == latent:
+        raise ValueError(f"The UNet takes {taken} channels and gives {given}, the VAE's latents have {latent}; "
+                         "for text to image they must be equal.")  # fmt: skip
+    wanted, width = model.unet.cross_attention_dim, model.text_encoder.hidden_size
+    if wanted != width:
+        raise ValueError(f"The UNet's cross_attention_dim is {wanted}, the text encoder's hidden_size {width}; "
+                         "they must be equal.")  # fmt: skip
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number.") from None
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that float32 holds."""
+    return isinstance(value, (int, float, np.number)) and abs(value) <= np.finfo(np.float32).max

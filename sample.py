@@ -1,0 +1,141 @@
+"""Prompts to PNG files: `python sample.py "a red apple"`."""
+
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from tqdm import tqdm
+
+import jaxdiff
+from jaxdiff.io.images import contact_sheet, slug, write_png
+from jaxdiff.pipeline import enable_compilation_cache
+
+# Pixels drawn at once, and pictures at most: larger batches gain little and may not fit into memory.
+BATCH_PIXELS, BATCH_IMAGES = 2**20, 16
+
+
+@dataclass(frozen=True)
+class Args:
+    """Draws pictures from prompts. Picture i has the seed SEED + i; files are never overwritten."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]]
+    """What to draw; quote each prompt."""
+    model: Path | None = None
+    """A diffusers folder or a run directory; without it, the model that comes with the package."""
+    n: int = 1
+    """Pictures of each prompt."""
+    seed: int = 0
+    """The first picture's seed."""
+    steps: int = 30
+    """How many times the model is asked for each picture."""
+    guidance: float = 7.5
+    """How hard to follow the prompt; 1 is the model's own answer to it."""
+    negative: str = ""
+    """What to steer away from."""
+    sampler: str = "ddim"
+    """How the steps are taken."""
+    size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
+    """Width and height in pixels, as 64x64; without it, the model's own."""
+    out: Path = Path("samples")
+    """The folder for the pictures."""
+    dtype: str | None = None
+    """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
+
+
+def main(args: Args) -> None:
+    """Loads, draws in batches, writes each batch when it is there."""
+    if not args.prompts:
+        raise ValueError('No prompt was given; try: python sample.py "a red apple".')
+    if args.n < 1:
+        raise ValueError(f"--n is {args.n}; it must be at least 1.")
+    size = None if args.size is None else parse_size(args.size)
+    check_writable(args.out)
+    enable_compilation_cache()
+    pipe = jaxdiff.load(args.model, args.dtype)
+
+    # A shell can pass bytes that are no text; they would not fit into the PNG.
+    *prompts, negative = (text.encode("utf-8", "replace").decode() for text in (*args.prompts, args.negative))
+    for text in (*prompts, negative):
+        if cut := pipe.tokenizer.cut(text):
+            told = f"a prompt is longer than the model's {pipe.tokenizer.max_length} tokens; left out: {cut!r}"
+            print(f"warning: {told}", file=sys.stderr)
+
+    prompts = [prompt for prompt in prompts for _ in range(args.n)]
+    width, height = size or pipe.size or (BATCH_PIXELS, 1)
+    most = max(1, min(BATCH_IMAGES, BATCH_PIXELS // max(1, width * height)))
+    batch = math.ceil(len(prompts) / math.ceil(len(prompts) / most))
+    pictures, paths = [], []
+    with tqdm(total=math.ceil(len(prompts) / batch) * args.steps, unit="step", disable=None) as bar:
+        for first in range(0, len(prompts), batch):
+            rows = prompts[first : first + batch]
+            images = pipe(
+                rows + rows[-1:] * (batch - len(rows)),  # the last batch has the others' size, not to compile again
+                negative_prompt=negative,
+                seed=args.seed + first,
+                steps=args.steps,
+                guidance=args.guidance,
+                sampler=args.sampler,
+                size=size,
+                progress=lambda done, before=bar.n: bar.update(before + done - bar.n),
+            )
+            for i, prompt in enumerate(rows):
+                seed = args.seed + first + i
+                settings = {
+                    "prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": args.steps,
+                    "sampler": args.sampler, "guidance": args.guidance, "width": images.shape[2],
+                    "height": images.shape[1], "model": pipe.name, "dtype": pipe.dtype,
+                    "version": f"jaxdiff {jaxdiff.__version__}",
+                }  # fmt: skip
+                paths.append(write_png(args.out, f"{slug(prompt)}-{seed}", images[i], settings))
+                pictures.append(images[i])
+    if len(pictures) > 1:
+        paths.append(write_png(args.out, "contact-sheet", contact_sheet(pictures, prompts)))
+    print(*paths, sep="\n")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`64x48` -> (64, 48), width first."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"--size is {text!r}; write it as WIDTHxHEIGHT, such as 64x64.")
+    return int(sides[0]), int(sides[1])
+
+
+def check_writable(folder: Path) -> None:
+    """Finds out before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to: {error.strerror}.") from error
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """The command line; errors are a sentence and exit code 2."""
+    args = tyro.cli(Args, args=argv)
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: There is not enough memory; try a smaller --size.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "Error (writing|reading) persistent compilation cache", UserWarning)
+    sys.exit(cli())

@@ -1,0 +1,221 @@
+"""The pipeline, on a whole random model that is tiny."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import jaxdiff
+from jaxdiff import build
+from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.generate import text_to_image
+from jaxdiff.io.folder import Folder, write_folder
+from jaxdiff.pipeline import Pipeline
+
+CONFIGS = {
+    "unet": UNetConfig(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    ),
+    "vae": VAEConfig(
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    ),
+    "text_encoder": CLIPTextConfig(
+        vocab_size=600,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+    ),
+}
+SCHEDULER = SchedulerConfig(
+    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False,
+    clip_sample=False, prediction_type="v_prediction",
+)  # fmt: skip
+
+
+def random_params(name: str, rng: np.random.Generator) -> dict:
+    """Params drawn by NumPy: compiling the networks' own initialisation takes longer than the tests."""
+    config = CONFIGS[name]
+
+    def draw(path, leaf):
+        if path[-1].key in ("scale", "bias"):
+            return np.full(leaf.shape, float(path[-1].key == "scale"), np.float32)
+        # A fresh text encoder says nearly the same of every prompt; loud embeddings make prompts differ.
+        spread = 1.0 if path[-1].key == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
+        return (spread * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, build.param_shapes(getattr(build, name)(config), config))
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = Tokenizer.train(["a red apple on a blue background", "a dog"] * 9, 520, 12)
+    rng = np.random.default_rng(0)
+    params = {name: random_params(name, rng) for name in CONFIGS}
+    return Folder(**CONFIGS, scheduler=SCHEDULER, params=params, tokenizer=tokenizer)  # pyright: ignore
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    return Pipeline(model)
+
+
+def off(a, b) -> int:
+    """The largest difference, of 255."""
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def test_pictures_are_uint8_of_the_models_own_size(pipe):
+    images = pipe(["a dog"], steps=2)
+    assert images.shape == (1, 16, 16, 3)
+    assert images.dtype == np.uint8
+    assert images.std() > 0
+
+
+def test_nothing_a_user_turns_compiles_again(pipe):
+    pipe(["a dog"])
+    before = text_to_image._cache_size()
+    noise = np.zeros((1, 8, 8, 4), np.float32)
+    for settings in (
+        {"seed": 5}, {"steps": 1}, {"steps": 7}, {"steps": 999}, {"guidance": 1.0}, {"guidance": 30.0}, {"eta": 1.0},
+        {"negative_prompt": "a blue background"}, {"latents": noise}, {"size": (16, 16)},
+        {"progress": lambda done: None}, {"sampler": "ddim"},
+    ):  # fmt: skip
+        for prompt in ("a dog", "a red apple on a blue background"):
+            pipe([prompt], **{"steps": 3} | settings)
+    assert text_to_image._cache_size() == before
+    # A new size is a new program, and may be one that the UNet halves to fractions.
+    assert pipe(["a dog"], size=(14, 10), steps=2).shape == (1, 10, 14, 3)
+    assert text_to_image._cache_size() == before + 1
+
+
+def test_another_pipeline_of_the_same_configs_shares_the_program(pipe, model):
+    pipe(["a dog"], steps=2)
+    before = text_to_image._cache_size()
+    Pipeline(replace(model, params=jax.tree.map(lambda p: 0.9 * p, model.params)))(["a dog"], steps=2)
+    assert text_to_image._cache_size() == before
+
+
+def test_the_same_seed_draws_the_same_picture_and_another_seed_another(pipe):
+    settings = {"steps": 3, "eta": 0.7}
+    first = pipe(["a dog"], seed=3, **settings)
+    np.testing.assert_array_equal(first, pipe(["a dog"], seed=3, **settings))
+    assert off(first, pipe(["a dog"], seed=4, **settings)) > 8
+
+
+def test_picture_i_of_a_batch_is_the_picture_of_its_own_prompt_and_seed(pipe):
+    prompts = ["a dog", "a red apple", "blue"]
+    together = pipe(prompts, seed=7, steps=4, eta=1.0, guidance=4.0)
+    for i, prompt in enumerate(prompts):
+        alone = pipe([prompt], seed=7 + i, steps=4, eta=1.0, guidance=4.0)[0]
+        assert off(together[i], alone) <= 1, "batched convolutions round differently, and no more"
+    assert off(together[0], together[1]) > 8
+
+
+def test_given_latents_stand_in_for_the_seeds_noise(pipe):
+    noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    first = pipe(["a dog"], latents=noise, seed=0, steps=3)
+    np.testing.assert_array_equal(first, pipe(["a dog"], latents=noise, seed=9, steps=3))
+    assert off(first, pipe(["a dog"], latents=-noise, steps=3)) > 8
+    assert pipe(["a dog"], latents=noise[:, :5, :7], steps=3).shape == (1, 10, 14, 3), "latents say the size"
+
+
+def test_guidance_of_one_follows_the_prompt_and_nothing_else(pipe):
+    one = pipe(["a dog"], guidance=1.0, steps=3)
+    np.testing.assert_array_equal(one, pipe(["a dog"], guidance=1.0, steps=3, negative_prompt="a red apple"))
+    assert off(one, pipe(["a red apple"], guidance=1.0, steps=3)) > 0
+
+
+def test_guidance_of_zero_follows_the_negative_prompt(pipe):
+    zero = pipe(["a dog"], guidance=0.0, steps=3, negative_prompt="a red apple")
+    assert off(zero, pipe(["a red apple"], guidance=1.0, steps=3)) <= 1
+
+
+def test_negative_prompts_matter_and_may_be_one_for_each(pipe):
+    prompts = ["a dog", "a red apple", "blue"]
+    plain = pipe(prompts, steps=3)
+    steered = pipe(prompts, steps=3, negative_prompt=["", "blue background", ""])
+    assert [off(a, b) > 0 for a, b in zip(plain, steered, strict=True)] == [False, True, False]
+
+
+def test_progress_is_told_to_the_end_and_changes_no_pixel(pipe):
+    told = []
+    watched = pipe(["a dog"], steps=23, eta=0.5, progress=told.append)
+    assert told == [*range(3, 22, 3), 23]
+    np.testing.assert_array_equal(watched, pipe(["a dog"], steps=23, eta=0.5))
+
+
+@pytest.mark.slow
+def test_bfloat16_draws_about_the_same_picture(pipe, model):
+    half = Pipeline(model, dtype="bfloat16")(["a dog"], steps=3)
+    assert np.abs(half.astype(int) - pipe(["a dog"], steps=3)).mean() < 12
+
+
+def test_a_saved_pipeline_loads_as_itself_from_a_folder_and_from_a_run(pipe, tmp_path):
+    pipe.save(tmp_path / "run" / "export")
+    for path in (tmp_path / "run" / "export", tmp_path / "run"):
+        np.testing.assert_array_equal(jaxdiff.load(path)(["a dog"], steps=3), pipe(["a dog"], steps=3))
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"prompts": []}, "No prompt was given"),
+    ({"negative_prompt": ["", ""]}, "There are 2 negative prompts for 1 prompts"),
+    ({"steps": 0}, "steps is 0; it must be a whole number from 1 to 1000"),
+    ({"steps": -5}, "steps is -5"),
+    ({"guidance": float("nan")}, "guidance is nan; it must be a finite number"),
+    ({"guidance": float("inf")}, "guidance is inf"),
+    ({"eta": 1.5}, "eta is 1.5; it must lie from 0 to 1"),
+    ({"seed": -1}, "seed is -1; it must lie from 0 to 4294967295"),
+    ({"seed": 2**32}, "seed is 4294967296"),
+    ({"sampler": "dddim"}, "Unknown sampler 'dddim'; did you mean 'ddim'?"),
+    ({"size": (15, 16)}, "size is 15x16; both sides must be multiples of 2"),
+    ({"size": (0, 16)}, "size is 0x16"),
+    ({"size": (16, 1_000_000)}, "a side may have 8192 pixels at most"),
+    ({"latents": np.zeros((2, 8, 8, 4))}, r"latents have the shape \(2, 8, 8, 4\); it must be \(1, 8, 8, 4\)"),
+    ({"latents": np.zeros((1, 4, 8, 8))}, r"it must be \(1, 4, 8, 4\): images, height, width, channels"),
+    ({"latents": np.zeros((8, 8, 4))}, "latents have the shape"),
+    ({"latents": np.zeros((1, 8, 8, 4)), "size": (16, 8)}, r"it must be \(1, 4, 8, 4\)"),
+    ({"latents": np.full((1, 8, 8, 4), np.nan)}, "latents hold values that are not finite"),
+])  # fmt: skip
+def test_bad_arguments_are_refused_in_a_sentence(pipe, settings, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("?", r"\?")):
+        pipe(**{"prompts": ["a dog"]} | settings)
+
+
+def test_parts_that_do_not_fit_together_are_refused(model):
+    for part, sentence in (
+        ({"unet": replace(model.unet, in_channels=9)}, "The UNet takes 9 channels and gives 4"),
+        ({"unet": replace(model.unet, cross_attention_dim=32)}, "cross_attention_dim is 32, the text encoder's"),
+        ({"text_encoder": replace(model.text_encoder, vocab_size=100)}, "more than the text encoder's vocab_size 100"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            Pipeline(replace(model, **part))
+    with pytest.raises(ValueError, match="dtype is 'int8'; supported: float32, bfloat16"):
+        Pipeline(model, dtype="int8")
+
+
+def test_weights_that_do_not_fit_the_config_are_refused_by_name(model, tmp_path):
+    params = {**model.params, "unet": {**model.params["unet"]}}
+    del params["unet"]["conv_in"]
+    write_folder(tmp_path / "half", replace(model, params=params))
+    with pytest.raises(ValueError, match=r"half/unet: .*2 missing: conv_in.bias, conv_in.weight"):
+        jaxdiff.load(tmp_path / "half")
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has exported no whole text-to-image model"):
+        jaxdiff.load(tmp_path / "run")
