@@ -16,6 +16,7 @@ class BadRecords:
 
         Raises:
             ValueError: with the names, where there are now too many.
+
         """
         self.reasons[name] = reason
         if len(self.reasons) > self._max_share * self._total:

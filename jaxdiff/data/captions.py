@@ -1,4 +1,4 @@
-"""Captions of drawings, composed of parts that are dropped at random: "{label}, {style} style, on a {colour} background"."""
+"""Captions of drawings: "{label}, {style} style, on a {colour} background", with parts dropped at random."""
 
 import re
 from dataclasses import dataclass
@@ -66,17 +66,17 @@ def background(colour: str) -> str:
 
 def with_article(label: str) -> str:
     """The label with "a" or "an" before it, where it is a common noun in the singular."""
-    head = re.split(r":| with | in | on | of | and ", label)[0].split(" ")
-    if not label[0].islower() or re.search(r"[^suio]s$", head[-1]) or _UNCOUNTABLE & set(head):
+    head = re.split(r":| with | in | on | of | and ", label)[0]
+    if not label[0].islower() or re.search(r"[^suio]s$", head) or _UNCOUNTABLE.search(head):
         return label
     # The sound decides, not the letter: "a unicorn", "an hourglass".
     vowel = re.match(r"(?!uni|use|euro|ewe|one\b|once\b|ufo)[aeiou]|hour", label)
     return f"{'an' if vowel else 'a'} {label}"
 
 
-_UNCOUNTABLE = frozenset(
-    "people men women children money broccoli bacon butter garlic rice salt hibiscus "
-    "bowling camping cooking racing no o’clock keycap dna".split()
+_UNCOUNTABLE = re.compile(
+    r"\b(people|men|women|children|money|broccoli|bacon|butter|garlic|rice|salt|hibiscus|dna|bowling|camping|cooking|"
+    r"racing|keycap|o\u2019clock)\b|^no\b"
 )
 
 

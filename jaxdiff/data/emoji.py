@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import resvg_py
 import tensorflow_datasets as tfds
@@ -49,32 +49,49 @@ class Package:
 
 LABELS = Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 PACKAGES = {
-    "3d": Package("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
-    "flat": Package("@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
-    "gradient": Package("@iconify-json/fluent-emoji", "1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
-    "high contrast": Package("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0"),
+    "3d": Package(
+        "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+    ),
+    "flat": Package(
+        "@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
+    ),
+    "gradient": Package(
+        "@iconify-json/fluent-emoji", "1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"
+    ),
+    "high contrast": Package(
+        "@iconify-json/fluent-emoji-high-contrast",
+        "1.2.6",
+        "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
+    ),
     "noto": Package("@iconify-json/noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
-    "blob": Package("@iconify-json/noto-v1", "1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
-}  # fmt: skip
+    "blob": Package(
+        "@iconify-json/noto-v1", "1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"
+    ),
+}
 
 
 @dataclasses.dataclass(kw_only=True)
 class EmojiConfig(tfds.core.BuilderConfig):
-    """`size` pixels along each side; `concepts` takes only so many, spread evenly (0 takes all)."""
+    """`size` pixels along each side."""
 
     size: int = 64
-    concepts: int = 0
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """RGBA pictures of emoji with their label, keywords and style.
+    """RGBA pictures of emoji with their label, keywords and style; of only so many `concepts`, evenly spread, if not 0.
 
-    Splits: `train`; `test`, drawings whose concept is in `train` in another style; `heldout`, concepts (and what differs
-    from them only in gender) of which no drawing is in `train`.
+    Splits: `train`; `test`, drawings whose concept is in `train` in another style; `heldout`, concepts (and what
+    differs from them only in gender) of which no drawing is in `train`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [EmojiConfig(name=f"{size}px", size=size, description=f"{size} pixels a side.") for size in (64, 128)]
+    BUILDER_CONFIGS: ClassVar = [
+        EmojiConfig(name=f"{size}px", size=size, description=f"{size} pixels a side.") for size in (64, 128)
+    ]
+
+    def __init__(self, *, concepts: int = 0, **kwargs: Any) -> None:
+        self._n_concepts = concepts
+        super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -95,10 +112,9 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
         folder = Path(dl_manager.download_dir)
-        config: Any = self.builder_config
         concepts = _concepts(fetch(LABELS, folder))
-        if config.concepts:
-            concepts = concepts[:: max(1, len(concepts) // config.concepts)][: config.concepts]
+        if self._n_concepts:
+            concepts = concepts[:: len(concepts) // self._n_concepts][: self._n_concepts]
         drawings = _drawings({style: fetch(package, folder) for style, package in PACKAGES.items()}, concepts)
         members: dict[str, list[tuple[dict[str, str], str]]] = {"train": [], "test": [], "heldout": []}
         for concept in concepts:
@@ -122,19 +138,22 @@ def fetch(package: Package, folder: Path) -> Path:
 
     Raises:
         ValueError: where npm is missing or fails, or the file's checksum is another one.
+
     """
-    path = folder / package.tarball
+    path, spec = folder / package.tarball, f"{package.name}@{package.version}"
     if not path.exists():
         if (npm := shutil.which("npm")) is None:
-            raise ValueError(f"{path} is not there, and npm, which would bring it, is not installed: install npm, or put the "
-                             f"file of `npm pack {package.name}@{package.version}` there.")  # fmt: skip
+            raise ValueError(
+                f"{path} is not there, and npm, which would bring it, is not installed: install npm, or put what "
+                f"`npm pack {spec}` makes there."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            command = [npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"]
+            command = [npm, "pack", "--loglevel=error", "--ignore-scripts", spec]
             done = subprocess.run(command, cwd=temporary, capture_output=True, text=True)
             if done.returncode:
-                lines = done.stderr.strip().splitlines()
-                raise ValueError(f"`{' '.join(command[1:])}` failed: {lines[-1] if lines else f'exit code {done.returncode}'}.")
+                reason = "; ".join(line.removeprefix("npm error ") for line in done.stderr.strip().splitlines()[:4])
+                raise ValueError(f"`npm pack {spec}` failed: {reason or f'exit code {done.returncode}'}")
             os.replace(Path(temporary) / package.tarball, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != package.sha256:
@@ -147,7 +166,8 @@ def _concepts(tarball: Path) -> list[dict[str, str]]:
     rows = json.loads(_member(tarball, "package/en/data.json"))
     rows = sorted((row for row in rows if row.get("group") not in _LEFT_OUT_GROUPS), key=lambda row: row["order"])
     return [
-        {"hexcode": _key(row["hexcode"]), "label": row["label"], "keywords": ", ".join(row.get("tags", ()))} for row in rows
+        {"hexcode": _key(row["hexcode"]), "label": row["label"], "keywords": ", ".join(row.get("tags", ()))}
+        for row in rows
     ]
 
 
@@ -162,7 +182,7 @@ def _drawings(tarballs: dict[str, Path], concepts: list[dict[str, str]]) -> dict
         for concept in concepts:
             tables = (chars.get(style, {}), *chars.values())
             names = [table[concept["hexcode"]] for table in tables if concept["hexcode"] in table]
-            names.append(re.sub(r"[^a-z0-9]+", "-", re.sub("[’'.]", "", concept["label"].lower())).strip("-"))
+            names.append(re.sub(r"[^a-z0-9]+", "-", re.sub("[\u2019'.]", "", concept["label"].lower())).strip("-"))
             svg = next((svg for name in names if (svg := _svg(icons, name))), None)
             if svg is not None:
                 drawings[style][concept["hexcode"]] = svg

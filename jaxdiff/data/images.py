@@ -4,7 +4,8 @@ import dataclasses
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import COLOURS, Caption
@@ -19,6 +20,7 @@ def decode(data: bytes) -> Image.Image:
 
     Raises:
         BadRecord: where the bytes are no picture, only a part of one, or of more than `MAX_PIXELS`.
+
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -31,9 +33,11 @@ def decode(data: bytes) -> Image.Image:
             if not image.has_transparency_data:
                 return image.convert("RGB")
             image = image.convert("RGBA")
-            return image if image.getextrema()[3][0] < 255 else image.convert("RGB")
+            return image if min(image.getchannel("A").tobytes()) < 255 else image.convert("RGB")
     except BadRecord:
         raise
+    except UnidentifiedImageError as error:
+        raise BadRecord("it is no picture") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         raise BadRecord(f"{type(error).__name__}: {error}") from error
 
@@ -59,24 +63,28 @@ def augment(image: Image.Image, rng: np.random.Generator, *, size: int, crop: fl
     x, y = (0.5, 0.5) if crop == 1 else (x, y)
     left, top = (image.width - side) * x, (image.height - side) * y
     if (side, image.size) != (size, (size, size)):
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        box = (left, top, min(left + side, image.width), min(top + side, image.height))
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
     return ImageOps.mirror(image) if flip and mirrored < 0.5 else image
 
 
-def prepare(record: Record, rng: np.random.Generator, config: DataConfig) -> tuple[np.ndarray, Caption]:
+def prepare(
+    record: Record, rng: np.random.Generator, config: DataConfig
+) -> tuple[UInt8[np.ndarray, "size size 3"], Caption]:
     """The record's picture as uint8 [size, size, 3], augmented by `rng`, and its caption with the background's colour.
 
     Raises:
         BadRecord: where the picture cannot be decoded.
+
     """
     image, caption = decode(record.image), record.caption
-    colour = str(rng.choice(list(COLOURS)))
+    colour = tuple(COLOURS)[rng.integers(len(COLOURS))]
     if image.mode == "RGBA":
         image, caption = on_background(image, colour), dataclasses.replace(caption, colour=colour)
     image = augment(image, rng, size=config.size, crop=config.crop, flip=config.flip)
     return np.asarray(image), caption
 
 
-def to_float(images: np.ndarray) -> np.ndarray:
+def to_float(images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b h w 3"]:
     """uint8 pictures as float32 in [-1, 1]."""
     return images.astype(np.float32) / 127.5 - 1

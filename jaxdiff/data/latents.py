@@ -28,7 +28,9 @@ class LatentSource:
         try:
             self._rows = ArrayRecordDataSource([str(file) for file in files])
         except Exception as error:  # not an ArrayRecord file, or a damaged one
-            raise ValueError(f"{root} cannot be read as cached latents ({error}): delete it, and it will be made anew.") from error
+            raise ValueError(
+                f"{root} cannot be read as cached latents ({error}): delete it, and it will be made anew."
+            ) from error
         self._root = str(root)
         if not len(self._rows):
             raise ValueError(f"{root} holds no latents.")
@@ -63,8 +65,8 @@ def cache_latents(
     The captions' parts are kept, so that captions are still composed anew at every reading.
 
     Args:
-        encode_fn: float32 images [config.batch_size, size, size, 3] in [-1, 1] -> moments [b, h, w, 2c]; always called with
-            a full batch (the last one is filled up with copies).
+        encode_fn: float32 images [config.batch_size, size, size, 3] in [-1, 1] -> moments [b, h, w, 2c]; always called
+            with a full batch (the last one is filled up with copies).
         config: Says how the pictures are cropped, flipped and batched.
         source: Records with pictures.
         path: Written beside and moved into place at the end, so that a file there is always whole.
@@ -77,6 +79,7 @@ def cache_latents(
 
     Raises:
         ValueError: where there are more of them than `config.max_bad_share` allows.
+
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 

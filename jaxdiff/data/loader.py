@@ -1,7 +1,7 @@
-"""Batches whose every part is a function of the seed and the global sample index, so that any step can be read directly.
+"""Batches whose every part is a function of the seed and the global sample index: any step can be read directly.
 
-Sample `index` of a run (= step * batch_size + row) is the same picture, drawn the same way, with the same caption, after
-a resume and on any number of processes. grain reads ahead, in threads or in worker processes.
+Sample `index` of a run (= step * batch_size + row) is the same picture, drawn the same way, with the same caption,
+after a resume and on any number of processes. grain reads ahead, in threads or in worker processes.
 """
 
 import multiprocessing
@@ -41,20 +41,24 @@ def batches(
 ) -> "Batches":
     """Batches of this process from `start_step` on, for ever.
 
-    Each is a dict of `image` float32 [b, size, size, 3] in [-1, 1], or `moments` float32 [b, h, w, 2c] where the source
-    holds latents; `tokens` int32 [b, t] if `tokenize` is given; and `index` int64 [b], the samples' global indices. b is
-    this process's share of `config.batch_size`: rows [b * process_index, b * (process_index + 1)) of the global batch.
+    Each is a dict of `image` float32 [b, size, size, 3] in [-1, 1], or `moments` float32 [b, h, w, 2c] where the
+    source holds latents; `tokens` int32 [b, t] if `tokenize` is given; and `index` int64 [b], the samples' global
+    indices. b is this process's share of `config.batch_size`: rows [b * process_index, b * (process_index + 1)) of the
+    global batch.
 
     Raises:
         ValueError: where `process_count` does not divide the batch; while iterating, where too many records are bad.
+
     """
     if config.batch_size % process_count:
-        raise ValueError(f"DataConfig.batch_size {config.batch_size} is not a multiple of the {process_count} processes.")
+        raise ValueError(
+            f"DataConfig.batch_size {config.batch_size} is not a multiple of the {process_count} processes."
+        )
     return Batches(config, source, tokenize, seed, start_step, process_index, process_count)
 
 
 class Batches(Iterator[Batch]):
-    """The iterator that `batches` makes; `bad` maps the name of each record skipped so far to the reason."""
+    """The iterator that `batches` makes."""
 
     def __init__(
         self,
@@ -83,11 +87,17 @@ class Batches(Iterator[Batch]):
 
     @property
     def bad(self) -> dict[str, str]:
+        """The reason for each record skipped so far, by name."""
         return self._bad.reasons
 
     @property
     def n_bad(self) -> int:
+        """How many records were skipped so far."""
         return len(self._bad)
+
+    def close(self) -> None:
+        """Ends the threads and processes that read ahead."""
+        self._batches.close()
 
     def __next__(self) -> Batch:
         batch, bad = next(self._batches)
@@ -99,9 +109,7 @@ class Batches(Iterator[Batch]):
 class _MakeBatch:
     """A step's number -> its batch, and what was skipped on the way. Pickled into the worker processes."""
 
-    def __init__(
-        self, config: DataConfig, source: Source, tokenize: TokenizeFn | None, seed: int, rows: range
-    ) -> None:
+    def __init__(self, config: DataConfig, source: Source, tokenize: TokenizeFn | None, seed: int, rows: range) -> None:
         self._config, self._source, self._tokenize, self._seed, self._rows = config, source, tokenize, seed, rows
         # Each epoch is a permutation of its own; grain computes any place of it directly.
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
@@ -112,7 +120,7 @@ class _MakeBatch:
         bad: list[tuple[str, str]] = []
         indices = [step * self._config.batch_size + row for row in self._rows]
         arrays, captions = zip(*(self._sample(index, bad) for index in indices), strict=True)
-        batch = {"index": np.asarray(indices, np.int64)}
+        batch: Batch = {"index": np.asarray(indices, np.int64)}
         stacked = np.stack(arrays)
         if stacked.dtype == np.uint8:
             batch["image"] = to_float(stacked)
@@ -123,7 +131,7 @@ class _MakeBatch:
         return batch, bad
 
     def _sample(self, index: int, bad: list[tuple[str, str]]) -> tuple[np.ndarray, str]:
-        """Sample `index`: uint8 picture or moments, and its caption. Where its record is bad, another takes its place."""
+        """Sample `index`: a uint8 picture or moments, and a caption. Another record takes the place of a bad one."""
         rng = np.random.default_rng([self._seed, index])
         position: Any = self._order[index]
         for _ in range(_MAX_TRIES):

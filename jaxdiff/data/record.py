@@ -1,7 +1,7 @@
 """What a source gives for each position."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,8 +21,9 @@ class Record:
     moments: np.ndarray | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
-    """Records by position. `name` is for messages, and reads nothing."""
+    """Records by position."""
 
     def __len__(self) -> int: ...
 
@@ -30,4 +31,6 @@ class Source(Protocol):
         """The record; raises `BadRecord` where it cannot be read."""
         ...
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """The record's name in messages; reads nothing."""
+        ...

@@ -17,6 +17,7 @@ def open_source(config: DataConfig) -> Source:
 
     Raises:
         ValueError: where it is not there, is empty, or lacks the fields asked for.
+
     """
     if config.source == "folder":
         return FolderSource(config.root)
@@ -38,14 +39,16 @@ class TFDSSource:
         if name == "emoji/128px":
             prepare += " --size 128"
         try:
-            builder = tfds.builder(name, data_dir=config.root)
-        except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+            builder: Any = tfds.builder(name, data_dir=config.root)
+        except ValueError as error:  # TFDS's own message lists every data set there is
             raise ValueError(f"There is no TFDS data set {name!r} in {config.root}: run `{prepare}`.") from error
+        except ImportError as error:
+            raise ValueError(f"The TFDS data set {name!r} cannot be opened: {error}.") from error
         if not builder.info.splits:
             raise ValueError(f"The TFDS data set {name!r} is not prepared in {config.root}: run `{prepare}`.")
         if config.split not in builder.info.splits and "[" not in config.split:
             raise ValueError(f"{name} has no split {config.split!r}{nearest(config.split, list(builder.info.splits))}")
-        features: dict[str, Any] = dict(builder.info.features.items())  # pyright: ignore[reportOptionalMemberAccess]
+        features: dict[str, Any] = dict(builder.info.features.items())
         self._is_emoji = name.startswith("emoji/")
         self._image, self._text = ("image", "label") if self._is_emoji else (config.image_field, config.text_field)
         for option, field, kinds in (
@@ -58,11 +61,11 @@ class TFDSSource:
         feature = features[self._text]
         self._class_names = feature.names if isinstance(feature, tfds.features.ClassLabel) else None
         try:
-            self._rows: Any = builder.as_data_source(
-                split=config.split, decoders={self._image: tfds.decode.SkipDecoding()}
-            )
+            self._rows: Any = builder.as_data_source(config.split, decoders={self._image: tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
-            raise ValueError(f"{name} in {config.root} is not in ArrayRecord files: delete it and run `{prepare}`.") from error
+            raise ValueError(
+                f"{name} in {config.root} is not in ArrayRecord files: delete it and run `{prepare}`."
+            ) from error
         self._name = f"{name} {config.split}"
 
     def __len__(self) -> int:
@@ -90,7 +93,7 @@ class FolderSource:
     """Pictures of a user's own.
 
     Either `metadata.jsonl` holds an object with `file_name` and `text` on each line (and, for drawings on transparent
-    ground, a `style` and `keywords` that captions may leave out), or each picture has a `.txt` of the same name beside it.
+    ground, a `style` and `keywords` that captions may leave out), or each picture has a `.txt` of its name beside it.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -115,8 +118,8 @@ class FolderSource:
             raise BadRecord("it has no caption")
         try:
             return Record(caption, path.read_bytes())
-        except OSError as error:
-            raise BadRecord(f"it cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise BadRecord(f"it cannot be read: {error}") from error
 
     def name(self, index: int) -> str:
         """The record's name in messages."""
@@ -124,7 +127,7 @@ class FolderSource:
 
     def _from_metadata(self, metadata: Path) -> list[tuple[Path, Caption]]:
         rows = []
-        for number, line in enumerate(metadata.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(metadata.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{metadata}, line {number}"
@@ -134,20 +137,20 @@ class FolderSource:
                 raise ValueError(f"{where} is not JSON: {error}.") from error
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise ValueError(f'{where} needs a "file_name" and a "text".')
-            path = self._root / row["file_name"]
-            if not path.resolve().is_relative_to(self._root.resolve()):
-                raise ValueError(f"{where} names {row['file_name']!r}, which lies outside {self._root}.")
+            name = Path(row["file_name"])
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"{where} names {row['file_name']!r}; a name must lie within {self._root}.")
             texts = [row.get(key) or "" for key in ("text", "style")]
             keywords = row.get("keywords") or []
             if not all(isinstance(text, str) for text in (*texts, *keywords)) or not isinstance(keywords, list):
                 raise ValueError(f'{where}: "text" and "style" are strings, "keywords" is a list of strings.')
-            rows.append((path, Caption(texts[0].strip(), texts[1].strip(), tuple(keywords))))
+            rows.append((self._root / name, Caption(texts[0].strip(), texts[1].strip(), tuple(keywords))))
         return rows
 
     def _from_sidecars(self) -> list[tuple[Path, Caption]]:
         rows = []
         for path in sorted(self._root.rglob("*")):
-            if path.suffix.lower() in PICTURES and path.resolve().is_relative_to(self._root.resolve()):
+            if path.suffix.lower() in PICTURES:
                 text = path.with_suffix(".txt")
                 caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
                 rows.append((path, Caption(" ".join(caption.split()))))

@@ -19,8 +19,8 @@ _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\
 class Tokenizer:
     """Text -> int32 [b, max_length]: start, tokens, end, padding.
 
-    As transformers' CLIPTokenizer does, and unlike the reference CLIP, it neither runs `ftfy.fix_text` nor unescapes HTML
-    first: curly quotes and `&amp;` come out as they are written.
+    As transformers' CLIPTokenizer, and unlike the reference CLIP, it neither runs `ftfy.fix_text` nor unescapes HTML
+    first: curly quotes and `&amp;` stay as they are written.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, max_length: int = 77, pad_token: str = EOS) -> None:
@@ -29,11 +29,8 @@ class Tokenizer:
         self._backend, self.max_length, self.pad_token = backend, max_length, pad_token
         backend.no_padding()
         backend.no_truncation()
-        for token in (BOS, EOS, pad_token):
-            if backend.token_to_id(token) is None:
-                raise ValueError(f"The tokenizer's vocabulary lacks {token!r}.")
+        self.bos_id, self.eos_id, self.pad_id = (_id(backend, token) for token in (BOS, EOS, pad_token))
         backend.add_special_tokens([BOS, EOS])  # typed in a prompt, they are themselves
-        self.bos_id, self.eos_id, self.pad_id = (int(backend.token_to_id(t)) for t in (BOS, EOS, pad_token))
 
     @classmethod
     def load(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
@@ -41,6 +38,7 @@ class Tokenizer:
 
         Raises:
             ValueError: where the files are missing or no tokenizer of this kind.
+
         """
         folder = Path(folder)
         if (single := folder / "tokenizer.json").is_file():
@@ -64,11 +62,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, max_length: int = 77) -> "Tokenizer":
-        """Learns the merges from `texts`; the vocabulary is laid out as CLIP's (bytes, bytes at a word's end, merges)."""
+        """Learns the merges from `texts`; the vocabulary has CLIP's layout: bytes, bytes that end a word, merges."""
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         n_merges = vocab_size - 2 * len(alphabet) - 2
         if n_merges < 1:
-            raise ValueError(f"vocab_size is {vocab_size}; it must be above {2 * len(alphabet) + 2}, the bytes and marks.")
+            raise ValueError(
+                f"vocab_size is {vocab_size}; it must be above {2 * len(alphabet) + 2}, the bytes and marks."
+            )
         backend = _backend({BOS: 0, EOS: 1}, [])
         trainer: Any = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -88,7 +88,11 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self._backend.model.save(str(folder))
         special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad_token}
-        config = special | {"model_max_length": self.max_length, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
+        config = special | {
+            "model_max_length": self.max_length,
+            "tokenizer_class": "CLIPTokenizer",
+            "do_lower_case": True,
+        }
         for name, values in (("special_tokens_map.json", special), ("tokenizer_config.json", config)):
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -111,7 +115,7 @@ class Tokenizer:
         return text[offsets[0][0] :] if offsets else None
 
 
-def _backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+def _backend(vocab: dict[str, Any], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
     try:
         bpe = models.BPE(
             vocab=vocab,
@@ -131,12 +135,21 @@ def _backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers
     return backend
 
 
+def _id(backend: tokenizers.Tokenizer, token: str) -> int:
+    if (index := backend.token_to_id(token)) is None:
+        raise ValueError(f"The tokenizer's vocabulary lacks {token!r}.")
+    return index
+
+
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
-    for pair in merges:
-        if len(pair) != 2:
-            raise ValueError(f"{path}: {' '.join(pair)!r} is not a merge of two tokens.")
+    merges: list[tuple[str, str]] = []
+    for line in lines:
+        if line.strip() and not line.startswith("#version"):
+            left, space, right = line.partition(" ")
+            if not space or " " in right:
+                raise ValueError(f"{path}: {line!r} is not a merge of two tokens.")
+            merges.append((left, right))
     return merges
 
 

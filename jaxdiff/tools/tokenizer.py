@@ -17,7 +17,7 @@ from jaxdiff.data.tokens import Tokenizer
 
 @dataclass(frozen=True)
 class Args:
-    """Trains a byte-level BPE tokenizer on a data set's captions, and saves it as transformers' CLIPTokenizer loads it."""
+    """Trains a byte-level BPE tokenizer on a data set's captions; transformers' CLIPTokenizer loads it too."""
 
     out: Path
     """Folder to write vocab.json, merges.txt and their two companions to."""
