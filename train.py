@@ -37,7 +37,7 @@ from jaxdiff.training.optim import adamw, learning_rate
 from jaxdiff.training.options import claim_workdir, read_config
 from jaxdiff.training.state import Task, TrainState, create_state, make_step
 from jaxdiff.training.tasks.diffusion import diffusion_task
-from jaxdiff.training.tasks.vae import latent_scale, reconstruct, vae_task
+from jaxdiff.training.tasks.vae import latent_scale, psnr, reconstruct, vae_task
 from jaxdiff.types import Params
 
 EVAL_IMAGES = 512  # at most, for the held-out figures
@@ -90,7 +90,7 @@ def train(config: TrainConfig) -> int:
 
                 last = step == config.steps or bool(stopped)
                 if last or step % config.log_every == 0:
-                    line = log.flush(step, lr=float(schedule(step - 1)), bad_records=source.n_bad)
+                    line = log.flush(step, lr=float(np.asarray(schedule(step - 1))), bad_records=source.n_bad)
                     check_finite(line, step, checkpoints)
                 if last or step % config.checkpoint_every == 0:
                     paused = time.perf_counter()
@@ -157,21 +157,25 @@ def vae_run(config: TrainConfig, workdir: Path) -> Run:
     heldout_source = open_source(heldout)
     n = math.ceil(min(len(heldout_source), EVAL_IMAGES) / heldout.batch_size)
     run = reconstruct(task, dtype)
+    started, start = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, None)
+    trained = vae_task(task, start, dtype, config.remat)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        params = jax.device_get(state.ema)
+        params = jax.device_get(state.ema) | (trained.frozen or {})
         images = [b["image"] for b in itertools.islice(batches(heldout, heldout_source, seed=0), n)]
-        copies = [np.asarray(run(params, image)[0]).clip(-1, 1) for image in images]
-        errors = np.concatenate([np.square(a - b).mean((1, 2, 3)) / 4 for a, b in zip(images, copies, strict=True)])
-        psnr = float(-10 * np.log10(errors).mean())
+        copies = [np.asarray(run(params, image)[0]) for image in images]
+        figure = np.concatenate([psnr(a, b) for a, b in zip(images, copies, strict=True)])[: len(heldout_source)].mean()
         pairs = [to_uint8(picture) for pair in zip(images[0][:16], copies[0][:16], strict=True) for picture in pair]
         write_png(workdir / "samples", f"{int(state.step):07}", contact_sheet(pairs, columns=8, cell=64))
-        training = itertools.islice(batches(data, open_source(data), seed=config.seed), SCALE_BATCHES)
-        scale = latent_scale([np.asarray(run(params, b["image"])[1]) for b in training])
+        if started and not task.train_encoder:
+            scale = started.scaling_factor  # what was trained on these latents knows them by it
+        else:
+            training = itertools.islice(batches(data, open_source(data), seed=config.seed), SCALE_BATCHES)
+            scale = latent_scale([np.asarray(run(params, b["image"])[1]) for b in training])
         write_network(workdir / "export", "vae", replace(task.vae, scaling_factor=scale), params)
-        return {"heldout_psnr": psnr, "scaling_factor": scale}
+        return {"heldout_psnr": float(figure), "scaling_factor": scale}
 
-    return Run(vae_task(task, dtype, config.remat), lambda step: open_batches(config, step), evaluate)
+    return Run(trained, lambda step: open_batches(config, step), evaluate)
 
 
 def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
@@ -242,8 +246,7 @@ def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) ->
     folder = Path(path) / "export" if (Path(path) / "config.json").exists() else Path(path)
     config, params = read_network(folder, name)
     make = {"unet": build.unet, "vae": build.vae, "text_encoder": build.text_encoder}[name]
-    wanted = wanted or config
-    check_params(params, build.param_shapes(make(wanted), wanted), folder / name)
+    check_params(params, build.param_shapes(make(wanted or config), wanted or config), folder / name)
     return config, jax.tree.map(lambda p: np.asarray(p, np.float32), params)
 
 

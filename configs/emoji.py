@@ -1,4 +1,5 @@
-"""The embedded model: text to 64x64 emoji, on the latents of `configs/emoji_vae.py`.
+"""The embedded model: text to 64x64 emoji, on the latents of `configs/emoji_vae.py`, drawn by the
+decoder of `configs/emoji_decoder.py`.
 
 Hardware: 2 CPU cores. Time and result: see README.
 """
@@ -72,7 +73,7 @@ def config() -> TrainConfig:
                 clip_sample=False,
                 rescale_betas_zero_snr=True,
             ),
-            vae="runs/emoji_vae",
+            vae="runs/emoji_decoder",
             tokenizer="jaxdiff/assets/emoji/tokenizer",
             latent_variants=6,
             prompts=PROMPTS,

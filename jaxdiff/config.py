@@ -307,9 +307,21 @@ class VAETask:
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     kl_weight: float = 1e-6
+    l1_weight: float = 1.0
+    """Share of the absolute error beside the squared one; 0 is best for PSNR, more for sharp edges."""
+    init: str = ""
+    """Folder or run directory whose VAE is the start; empty starts from random weights."""
+    train_encoder: bool = True
+    """False trains the decoder alone: latents, and all that was trained on them, stay as they are."""
 
     def __post_init__(self) -> None:
-        _require(self.kl_weight >= 0, f"VAETask.kl_weight is {self.kl_weight}; it must not be negative.")
+        for name in ("kl_weight", "l1_weight"):
+            _require(getattr(self, name) >= 0, f"VAETask.{name} is {getattr(self, name)}; it must not be negative.")
+        _require(
+            self.train_encoder or bool(self.init),
+            "VAETask.train_encoder is False and init is empty: an encoder of "
+            "random weights would stay so. Name a folder in init, or train it.",
+        )
 
 
 @dataclass(frozen=True)

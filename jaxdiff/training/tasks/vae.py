@@ -1,5 +1,7 @@
 """The autoencoder: reconstruct, and keep the latents near a standard normal (Rombach et al. 2022, section 3.1)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ from jaxtyping import Array, Float
 from jaxdiff import build
 from jaxdiff.config import VAETask
 from jaxdiff.training.noise import normal_like
-from jaxdiff.training.state import Batch, Metrics, Task
+from jaxdiff.training.state import Batch, Metrics, Task, apply
 from jaxdiff.types import Key, Params
+
+ENCODER = ("encoder", "quant_conv")  # the half that makes latents
 
 
 def split_moments(moments: Float[Array, "b h w c2"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
@@ -25,36 +29,53 @@ def sample_moments(moments: Float[Array, "b h w c2"], index: Array, key: Key) ->
     return mean + std * normal_like(key, index, mean)
 
 
-def vae_task(config: VAETask, dtype: DTypeLike = jnp.float32, remat: bool = False) -> Task:
-    """Params are the autoencoder's; nothing is frozen."""
-    module = build.vae(config.vae, dtype, remat)
+def vae_task(config: VAETask, start: Params | None = None, dtype: DTypeLike = jnp.float32, remat: bool = False) -> Task:
+    """Params are the autoencoder's; those of `ENCODER` are frozen where the decoder is trained alone.
 
-    def loss(params: Params, frozen: Params | None, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
-        image = batch["image"]
-        moments = module.apply({"params": params}, image, method="encode")
+    Args:
+        config: what is trained, and how.
+        start: the first params in place of random ones.
+        dtype: what the network computes in.
+        remat: recompute blocks in the backward pass.
+    """
+    module = build.vae(config.vae, dtype, remat)
+    frozen = {}
+    if start is not None and not config.train_encoder:
+        frozen = {name: start[name] for name in ENCODER}
+        start = {name: tree for name, tree in start.items() if name not in ENCODER}
+
+    def loss(params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+        image, params = batch["image"], params | frozen
+        moments = apply(module, params, image, method="encode")
         z = sample_moments(moments, batch["index"], key)
-        error = module.apply({"params": params}, z, method="decode") - image
+        error = apply(module, params, z, method="decode") - image
         l1, l2 = jnp.abs(error).mean(), jnp.square(error).mean()
         mean, std = split_moments(moments)
         # Against N(0, 1), for each latent value (Kingma & Welling 2014, appendix B).
         kl = 0.5 * (jnp.square(mean) + jnp.square(std) - 2 * jnp.log(std) - 1).mean()
         # Images span 2 units, so the mean squared error against a peak of 1 is l2 / 4.
-        return l1 + l2 + config.kl_weight * kl, {"l1": l1, "psnr": -10 * jnp.log10(l2 / 4), "kl": kl}
+        return config.l1_weight * l1 + l2 + config.kl_weight * kl, {"l1": l1, "psnr": -10 * jnp.log10(l2 / 4), "kl": kl}
 
-    return Task(init=lambda key: build.init(module, config.vae, key), loss=loss)
+    return Task(lambda key: build.init(module, config.vae, key), loss, start, frozen)
 
 
-def reconstruct(config: VAETask, dtype: DTypeLike = jnp.float32):
+def reconstruct(config: VAETask, dtype: DTypeLike = jnp.float32) -> Callable[[Params, Array], tuple[Array, Array]]:
     """A compiled `(params, image [b,h,w,3]) -> (reconstruction, moments)` that takes the posterior's mean."""
     module = build.vae(config.vae, dtype)
 
     @jax.jit
     def run(params: Params, image: Array) -> tuple[Array, Array]:
-        moments = module.apply({"params": params}, image, method="encode")
+        moments = apply(module, params, image, method="encode")
         mean, _ = split_moments(moments)
-        return module.apply({"params": params}, mean, method="decode"), moments
+        return apply(module, params, mean, method="decode"), moments
 
     return run
+
+
+def psnr(a: Float[np.ndarray, "b h w c"], b: Float[np.ndarray, "b h w c"]) -> Float[np.ndarray, " b"]:
+    """Peak signal-to-noise ratio of each picture in dB; both lie in [-1, 1], and what `b` has outside is clipped."""
+    error = np.square((a - b.clip(-1, 1)).astype(np.float64) / 2).mean((1, 2, 3))
+    return -10 * np.log10(np.maximum(error, 1e-10))
 
 
 def latent_scale(moments: list[np.ndarray]) -> float:

@@ -1,0 +1,100 @@
+"""Measures a model: `python -m jaxdiff.tools.evaluate colours prompts.txt` or `... reconstruction --data-dir data`."""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from jaxtyping import UInt8
+
+from jaxdiff import load
+from jaxdiff.config import DataConfig, VAETask
+from jaxdiff.data.captions import COLOURS, background
+from jaxdiff.data.loader import batches, open_source
+from jaxdiff.training.tasks.vae import psnr, reconstruct
+
+FRAME = 3  # pixels along each edge that are taken for background
+
+
+def background_colour(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+    """The name in `COLOURS` that is nearest to the median colour of the picture's frame, in RGB."""
+    frame = np.ones(picture.shape[:2], bool)
+    frame[FRAME:-FRAME, FRAME:-FRAME] = False
+    median = np.median(picture[frame], axis=0)
+    return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
+
+
+def wanted_colour(prompt: str) -> str:
+    """The background that a prompt names.
+
+    Raises:
+        ValueError: when it names none of `COLOURS`.
+    """
+    for colour in COLOURS:
+        if background(colour) in prompt:
+            return colour
+    raise ValueError(f"The prompt {prompt!r} names no background; add one such as 'on a blue background'.")
+
+
+def colours(
+    prompts: Annotated[Path, tyro.conf.Positional],
+    model: Path | None = None,
+    seed: int = 0,
+    steps: int = 30,
+    guidance: float = 7.5,
+    batch: int = 16,
+) -> None:
+    """Draws one picture a prompt and counts those whose frame has the background that the prompt names.
+
+    Args:
+        prompts: a text file, one prompt a line.
+        model: a diffusers folder or run directory; the embedded model if left out.
+        seed: of the first prompt; the next one has the next.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance.
+        batch: pictures drawn together.
+    """
+    lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    wanted = [wanted_colour(line) for line in lines]
+    pipe = load(model)
+    obeyed = 0
+    for first in range(0, len(lines), batch):
+        part = lines[first : first + batch]
+        pictures = pipe(part, seed=seed + first, steps=steps, guidance=guidance)
+        for line, colour, picture in zip(part, wanted[first:], pictures, strict=False):
+            seen = background_colour(picture)
+            obeyed += seen == colour
+            if seen != colour:
+                print(f"{line}: drawn on {seen}")
+    print(f"background obeyed: {obeyed} of {len(lines)} ({obeyed / len(lines):.1%})")
+
+
+def reconstruction(data_dir: str = "data", model: Path | None = None, split: str = "heldout", batch: int = 32) -> None:
+    """Encodes and decodes a split of the `emoji` data and prints the mean PSNR over its pictures.
+
+    Args:
+        data_dir: where `python -m jaxdiff.tools.prepare emoji` put the data.
+        model: a diffusers folder or run directory; the embedded model if left out.
+        split: `heldout` has the concepts of which no drawing was trained on.
+        batch: pictures reconstructed together.
+    """
+    pipe = load(model)
+    run = reconstruct(VAETask(pipe.model.vae))
+    data = DataConfig(source="emoji", root=data_dir, split=split, size=pipe.size[0] if pipe.size else 64, batch_size=batch)
+    source = open_source(data)
+    pictures = itertools.islice(batches(data, source, seed=0), math.ceil(len(source) / batch))
+    # The loader goes round: the first pass holds each picture once, the last batch's rest is left out.
+    figures = [psnr(b["image"], np.asarray(run(pipe.params["vae"], b["image"])[0])) for b in pictures]
+    figures = np.concatenate(figures)[: len(source)]
+    print(f"PSNR over {len(figures)} pictures of {split}: mean {figures.mean():.2f} dB, median {np.median(figures):.2f} dB")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.extras.subcommand_cli_from_dict({"colours": colours, "reconstruction": reconstruction})
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
