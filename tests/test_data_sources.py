@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,21 @@ def test_any_tfds_set_is_read_by_its_fields_and_class_names_become_captions(tmp_
         open_source(DataConfig(source="digits", root=str(tmp_path), image_field="pictures", text_field="digit"))
     with pytest.raises(ValueError, match=r"no field 'picture' fit for DataConfig\.text_field"):
         open_source(DataConfig(source="digits", root=str(tmp_path), image_field="picture", text_field="picture"))
+
+
+def test_a_damaged_file_costs_the_records_it_hits_and_no_others(tmp_path):
+    shutil.copytree(DATA / "emoji", tmp_path / "emoji")
+    path = next(tmp_path.glob("emoji/64px/*/emoji-train.array_record*"))
+    data = bytearray(path.read_bytes())
+    middle = data.index(b"\x89PNG", 100_000) + 200
+    data[middle] ^= 255
+    path.write_bytes(data)
+    source, whole = (open_source(DataConfig(root=str(root))) for root in (tmp_path, DATA))
+    bad = []
+    for i in range(len(source)):
+        try:
+            assert source.record(i) == whole.record(i)
+        except BadRecord:
+            bad.append(source.name(i))
+    assert len(bad) == 1
+    assert bad[0].startswith("emoji/64px train record ")
