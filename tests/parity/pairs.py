@@ -52,6 +52,7 @@ def make_pair(folder: Path, unet: dict[str, Any], text: dict[str, Any], schedule
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+        torch.set_num_threads(1)  # on so small a model, threads only wait for each other
         torch.manual_seed(seed)
         tokenizer = Tokenizer.train(TEXTS * 3, 560, MAX_TOKENS)
         tokenizer.save(folder / "made_tokenizer")
