@@ -23,7 +23,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """The devices (all of them by default) as a `data` x `fsdp` x `tensor` mesh; `data` -1 takes what the others leave.
 
     Raises:

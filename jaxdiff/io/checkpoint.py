@@ -2,13 +2,12 @@
 
 import logging
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +40,7 @@ class Checkpoints:
         if step not in self.steps():
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
-    def restore(self, like: T) -> T | None:
+    def restore(self, like: Any) -> Any:
         """The newest state that can be read, with the shapes and shardings of `like`; None where none was saved.
 
         Where a step cannot be read, the one before it is tried; if that can, the other is renamed `damaged-STEP`.

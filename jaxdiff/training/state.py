@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxdiff.sharding import tree_shardings
 from jaxdiff.types import Key, Params
@@ -25,7 +25,7 @@ LossFn: TypeAlias = Callable[[Params, Params, Batch, Key], tuple[Float[Array, ""
 class TrainState:
     """Everything that a checkpoint holds; the key is a function of the config's seed and `step`."""
 
-    step: Int[Array, ""]
+    step: Any  # an int32 scalar, or what a tree map puts in its place
     params: Params
     ema: Params
     opt: Any
@@ -39,6 +39,11 @@ class Task:
     loss: LossFn
     start: Params | None = None
     frozen: Params | None = None
+
+
+def apply(module: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """The network at these parameters; linen's own `apply` has a return type that no type checker can use."""
+    return module.apply({"params": params}, *args, **kwargs)
 
 
 def create_state(task: Task, tx: optax.GradientTransformation, key: Key, mesh: Mesh) -> TrainState:
@@ -71,7 +76,8 @@ def train_step(
     # A young average forgets faster, so that early evaluations do not show the random start.
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
-    return TrainState(state.step + 1, params, ema, opt), metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    new = TrainState(state.step + 1, params, ema, opt)  # pyright: ignore[reportArgumentType]: optax has its own Params
+    return new, metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
 
 def make_step(

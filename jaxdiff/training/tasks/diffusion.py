@@ -10,7 +10,7 @@ from jaxdiff.config import DiffusionTask, VAEConfig
 from jaxdiff.diffusion.loss import diffusion_loss
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.training.noise import sample_keys
-from jaxdiff.training.state import Batch, Metrics, Task
+from jaxdiff.training.state import Batch, Metrics, Task, apply
 from jaxdiff.training.tasks.vae import sample_moments
 from jaxdiff.types import Key, Params
 
@@ -59,12 +59,12 @@ def diffusion_task(
         index = batch["index"]
         moments = batch.get("moments")
         if moments is None:
-            moments = autoencoder.apply({"params": frozen["vae"]}, batch["image"], method="encode")
+            moments = apply(autoencoder, frozen["vae"], batch["image"], method="encode")
         x_0 = vae.scaling_factor * sample_moments(moments, index, z_key)
         tokens = drop_captions(batch["tokens"], frozen["empty_tokens"], config.caption_dropout, drop_key, index)
-        context = text_encoder.apply({"params": (frozen | params)["text_encoder"]}, tokens)
+        context = apply(text_encoder, (frozen | params)["text_encoder"], tokens)
         return diffusion_loss(
-            lambda x, t, context: unet.apply({"params": params["unet"]}, x, t, context),
+            lambda x, t, context: apply(unet, params["unet"], x, t, context),
             x_0,
             context,
             noise_key,

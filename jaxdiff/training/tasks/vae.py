@@ -59,7 +59,7 @@ def vae_task(config: VAETask, start: Params | None = None, dtype: DTypeLike = jn
     return Task(lambda key: build.init(module, config.vae, key), loss, start, frozen)
 
 
-def reconstruct(config: VAETask, dtype: DTypeLike = jnp.float32) -> Callable[[Params, Array], tuple[Array, Array]]:
+def reconstruct(config: VAETask, dtype: DTypeLike = jnp.float32) -> Callable[..., tuple[Array, Array]]:
     """A compiled `(params, image [b,h,w,3]) -> (reconstruction, moments)` that takes the posterior's mean."""
     module = build.vae(config.vae, dtype)
 
