@@ -115,7 +115,7 @@ class _MakeBatch:
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def __call__(self, step: int) -> tuple[Batch, list[tuple[str, str]]]:
-        if multiprocessing.parent_process():
+        if self._config.workers and multiprocessing.parent_process():
             _die_with_parent()
         bad: list[tuple[str, str]] = []
         indices = [step * self._config.batch_size + row for row in self._rows]
