@@ -13,8 +13,8 @@ Params: TypeAlias = dict[str, Any]
 # A typed JAX key (`jax.random.key`). Used once: `fold_in` for time, `split` for parts.
 Key: TypeAlias = jax.Array
 
-# Shape letters: b images, h w c height, width and channels, t tokens, d features. A context spells its own out, since an
-# attention layer has other tokens and features beside it.
+# Shape letters: b images, h w c height, width and channels, t tokens, d features. A context spells its own out, since
+# an attention layer has other tokens and features beside it.
 Latent: TypeAlias = Float[Array, "*b h w c"]
 Image: TypeAlias = Float[Array, "*b h w 3"]  # in [-1, 1]
 Context: TypeAlias = Float[Array, "*b tokens features"]

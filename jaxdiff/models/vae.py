@@ -84,9 +84,11 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = Conv1x1(self.latent_channels, dtype=self.dtype, name=None)
 
     def encode(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 {2*self.latent_channels}"]:
+        """Image to moments: the latent's mean and log-variance."""
         return self.quant_conv(self.encoder(image)).astype(jnp.float32)
 
     def decode(self, z: Float[Array, "b h w {self.latent_channels}"]) -> Float[Array, "b h2 w2 {self.out_channels}"]:
+        """Latent to image, which may overshoot [-1, 1]."""
         return self.decoder(self.post_quant_conv(z.astype(self.dtype))).astype(jnp.float32)
 
     def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

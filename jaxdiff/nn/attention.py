@@ -84,7 +84,9 @@ class BasicTransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"], context: Context) -> Float[Array, "b t c"]:
         x += Attention(self.heads, dtype=self.dtype, name="attn1")(LayerNorm(dtype=self.dtype, name="norm1")(x))
-        x += Attention(self.heads, dtype=self.dtype, name="attn2")(LayerNorm(dtype=self.dtype, name="norm2")(x), context)
+        x += Attention(self.heads, dtype=self.dtype, name="attn2")(
+            LayerNorm(dtype=self.dtype, name="norm2")(x), context
+        )
         return x + FeedForward(self.dtype, name="ff")(LayerNorm(dtype=self.dtype, name="norm3")(x))
 
 

@@ -76,10 +76,12 @@ class Stage(nn.Module):
     remat: bool = False
 
     def resnet(self, i: int) -> ResnetBlock:
+        """Residual block number `i`."""
         cls = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         return cls(self.channels, self.groups, self.eps, self.dtype, name=f"resnets_{i}")
 
     def transformer(self, i: int) -> Transformer2D:
+        """The transformer after residual block number `i`."""
         cls = nn.remat(Transformer2D) if self.remat else Transformer2D
         return cls(self.depth, self.heads, self.groups, self.linear_projection, self.dtype, name=f"attentions_{i}")
 

@@ -83,13 +83,15 @@ def reconstruction(data_dir: str = "data", model: Path | None = None, split: str
     """
     pipe = load(model)
     run = reconstruct(VAETask(pipe.model.vae))
-    data = DataConfig(source="emoji", root=data_dir, split=split, size=pipe.size[0] if pipe.size else 64, batch_size=batch)
+    data = DataConfig(
+        source="emoji", root=data_dir, split=split, size=pipe.size[0] if pipe.size else 64, batch_size=batch
+    )
     source = open_source(data)
     pictures = itertools.islice(batches(data, source, seed=0), math.ceil(len(source) / batch))
     # The loader goes round: the first pass holds each picture once, the last batch's rest is left out.
     figures = [psnr(b["image"], np.asarray(run(pipe.params["vae"], b["image"])[0])) for b in pictures]
     figures = np.concatenate(figures)[: len(source)]
-    print(f"PSNR over {len(figures)} pictures of {split}: mean {figures.mean():.2f} dB, median {np.median(figures):.2f} dB")
+    print(f"PSNR of {len(figures)} pictures, {split}: mean {figures.mean():.2f} dB, median {np.median(figures):.2f} dB")
 
 
 if __name__ == "__main__":
