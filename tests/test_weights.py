@@ -52,8 +52,10 @@ def test_plain_files_come_first_and_a_lone_variant_is_found(tmp_path):
     assert open_weights(tmp_path, STEM)["conv.weight"][0, 0, 0, 0] == 9
     assert open_weights(tmp_path, STEM, "fp16")["conv.weight"][0, 0, 0, 0] == 0
     (tmp_path / f"{STEM}.safetensors").unlink()
-    save_file(tensors(), tmp_path / f"{STEM}.non_ema.safetensors")
-    with pytest.raises(ValueError, match=r"fp16\.safetensors, .*non_ema.*say which"):
+    save_file(tensors(start=5), tmp_path / f"{STEM}.non_ema.safetensors")
+    assert open_weights(tmp_path, STEM)["conv.weight"][0, 0, 0, 0] == 0
+    (tmp_path / f"{STEM}.fp16.safetensors").rename(tmp_path / f"{STEM}.fp8.safetensors")
+    with pytest.raises(ValueError, match=r"fp8\.safetensors, .*non_ema.*plain name"):
         open_weights(tmp_path, STEM)
 
 

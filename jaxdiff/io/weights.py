@@ -78,8 +78,8 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> dict[st
     Args:
         folder: a network's folder, as `unet/`.
         stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers).
-        variant: "fp16" and the like, the word in `{stem}.fp16.safetensors`. Without it the plain files are taken, or
-            the only variant there is.
+        variant: "fp16" and the like, the word in `{stem}.fp16.safetensors`. Without it the plain files are taken, else
+            fp16, else the only variant there is.
 
     Raises:
         ValueError: when there are no such weights, only pickles, several variants, or damaged files.
@@ -132,15 +132,15 @@ def _find(folder: Path, stem: str, variant: str | None) -> Path:
     words = {p.name.removeprefix(f"{stem}.").removesuffix(".safetensors") for p in folder.glob(f"{stem}.*.safetensors")}
     words |= {p.stem.rpartition(".")[2] for p in folder.glob(f"{stem}.safetensors.index.*.json")}
     words = {word for word in words if "-of-" not in word}
-    if variant is None and len(words) == 1 and not any((folder / name).exists() for name in names(None)):
-        variant = words.pop()
+    if variant is None and not any((folder / name).exists() for name in names(None)):
+        variant = "fp16" if "fp16" in words else words.pop() if len(words) == 1 else None
     for name in names(variant):
         if (folder / name).exists():
             return folder / name
     wanted = names(variant)[0]
     if words:
         raise ValueError(f"{folder} has no {wanted}, but {_list(f'{stem}.{word}.safetensors' for word in words)}; "
-                         "say which by `variant`, or keep one.")  # fmt: skip
+                         "give the one that is meant the plain name.")  # fmt: skip
     pickles = [p.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern)]
     if pickles:
         raise ValueError(f"{folder} has only pickled weights ({_list(pickles)}), which can run code and are not read; "
