@@ -86,7 +86,7 @@ def example_inputs(config: NetworkConfig) -> tuple[Any, ...]:
 
 def init(module: nn.Module, config: NetworkConfig, key: Key) -> Params:
     """Random float32 parameters: a pure function of the key, to be jitted with the shardings that are wanted."""
-    return module.init(key, *example_inputs(config))["params"]
+    return dict(module.init(key, *example_inputs(config))["params"])
 
 
 def param_shapes(module: nn.Module, config: NetworkConfig) -> Params:

@@ -71,7 +71,7 @@ class UNet2DConditionModel(nn.Module):
             level = last - i
             layers = self.layers[level] + 1
             skips, used = skips[:-layers], skips[-layers:]
-            size = skips[-1].shape[1:3] if level else None
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if level else None
             up = UpStage(layers=layers, name=f"up_blocks_{i}", **stage(level, self.up_depths[level]))
             x = up(x, emb, context, skips=used, size=size)
 

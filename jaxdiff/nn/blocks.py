@@ -100,6 +100,7 @@ class DownStage(Stage):
         for i in range(self.layers):
             x = self.resnet(i)(x, emb)
             if self.depth:
+                assert context is not None, "a stage with attention reads a prompt"
                 x = self.transformer(i)(x, context)
             skips += (x,)
         if self.downsample:
@@ -126,6 +127,7 @@ class UpStage(Stage):
                 x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
             x = self.resnet(i)(x, emb)
             if self.depth:
+                assert context is not None, "a stage with attention reads a prompt"
                 x = self.transformer(i)(x, context)
         if size is not None:
             x = Upsample(self.dtype, name="upsamplers_0")(x, size)
