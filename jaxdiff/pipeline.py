@@ -78,8 +78,11 @@ class Pipeline:
     @property
     def size(self) -> tuple[int, int] | None:
         """Width and height that the model was trained at, if it says."""
-        side = self.model.unet.sample_size
-        return None if side is None else (side * self.model.vae.factor,) * 2
+        latent = self.model.unet.sample_size
+        if latent is None:
+            return None
+        side = latent * self.model.vae.factor
+        return side, side
 
     def __call__(
         self,
@@ -171,31 +174,26 @@ class Pipeline:
         return jnp.dtype(self.dtype)
 
     def _latent_shape(self, size: tuple[int, int] | None, b: int, latents: Any) -> tuple[int, int, int]:
+        """Height, width and channels of the latents, from the size, the latents given, or the model."""
         factor, channels = self.model.vae.factor, self.model.vae.latent_channels
-        if latents is None:
-            size = size or self.size
-            if size is None:
-                raise ValueError("The model does not say at which size it was trained; give a size.")
-        if size is not None:
-            width, height = (_whole("size", side) for side in size)
-            if min(width, height) < factor or width % factor or height % factor:
-                raise ValueError(
-                    f"size is {width}x{height}; both sides must be multiples of {factor}, the VAE's factor."
-                )
-            if max(width, height) > MAX_SIDE:
-                raise ValueError(f"size is {width}x{height}; a side may have {MAX_SIDE} pixels at most.")
-            shape = (height // factor, width // factor, channels)
-        if latents is not None:
-            given = np.shape(latents)
-            if size is None and len(given) == 4:
-                shape = (given[1], given[2], channels)
-            wanted = (b, *shape) if size is not None or len(given) == 4 else (b, "h", "w", channels)
-            if given != wanted or 0 in given:
-                raise ValueError(
-                    f"latents have the shape {given}; it must be {wanted}: images, height, width, channels."
-                )
-            if not np.isfinite(latents).all():
-                raise ValueError("latents hold values that are not finite.")
+        given = () if latents is None else np.shape(latents)
+        if size is None and len(given) == 4:
+            size = (factor * given[2], factor * given[1])
+        size = size or self.size
+        if size is None:
+            raise ValueError("The model does not say at which size it was trained; give a size.")
+        width, height = (_whole("size", side) for side in size)
+        if min(width, height) < factor or width % factor or height % factor:
+            raise ValueError(f"size is {width}x{height}; both sides must be multiples of {factor}, the VAE's factor.")
+        if max(width, height) > MAX_SIDE:
+            raise ValueError(f"size is {width}x{height}; a side may have {MAX_SIDE} pixels at most.")
+        shape = (height // factor, width // factor, channels)
+        if latents is not None and given != (b, *shape):
+            raise ValueError(
+                f"latents have the shape {given}; it must be {(b, *shape)}: images, height, width, channels."
+            )
+        if latents is not None and not np.isfinite(latents).all():
+            raise ValueError("latents hold values that are not finite.")
         return shape
 
 
@@ -242,4 +240,4 @@ def _whole(name: str, value: Any) -> int:
 
 def _is_finite(value: Any) -> bool:
     """Whether it is a number that float32 holds."""
-    return isinstance(value, (int, float, np.number)) and abs(value) <= np.finfo(np.float32).max
+    return isinstance(value, (int, float, np.number)) and bool(abs(value) <= 3.4e38)

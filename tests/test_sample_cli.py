@@ -64,15 +64,16 @@ def test_nothing_is_overwritten(sample):
 
 
 def test_several_pictures_come_in_equal_batches_with_a_contact_sheet(sample, pipe, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("sample.BATCH_IMAGES", 2)
-    code, paths, _ = sample("a dog", "a red apple", "blue")
+    monkeypatch.setattr("sample.BATCH_IMAGES", 3)
+    prompts = ["a dog", "a red apple", "blue", "on a", "a"]  # a batch of 3, and one of 2 that is filled up
+    code, paths, _ = sample(*prompts)
     assert code == 0
     names = [Path(path).name for path in paths]
-    assert names == ["a-dog-0.png", "a-red-apple-1.png", "blue-2.png", "contact-sheet.png"]
-    for path, prompt, seed in zip(paths, ["a dog", "a red apple", "blue"], range(3), strict=False):
+    assert names == ["a-dog-0.png", "a-red-apple-1.png", "blue-2.png", "on-a-3.png", "a-4.png", "contact-sheet.png"]
+    for seed, prompt in enumerate(prompts):
         alone = pipe([prompt], seed=seed, steps=3)[0].astype(int)
-        assert np.abs(np.asarray(Image.open(path)) - alone).max() <= 1
-        assert read_settings(path)["seed"] == seed
+        assert np.abs(np.asarray(Image.open(paths[seed])) - alone).max() <= 1
+        assert read_settings(paths[seed])["seed"] == seed
 
 
 def test_n_pictures_of_a_prompt_have_seeds_in_a_row(sample, monkeypatch):
