@@ -28,9 +28,9 @@ def read_config(path: str, overrides: list[str]) -> TrainConfig:
             exits with code 2.
     """
     config = _from_file(path)
-    # Without subcommands: the file has chosen the task, and its fields are `--task.*`.
+    # Without subcommands: the file has chosen the task. Without flags: every field takes a value, booleans too.
     config, unknown = tyro.cli(
-        tyro.conf.AvoidSubcommands[TrainConfig],
+        tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[TrainConfig]],
         default=config,
         args=overrides,
         prog=f"train.py {path}",
