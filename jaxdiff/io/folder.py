@@ -339,7 +339,9 @@ def _write_network(folder: Path, network: _Network, config: NetworkConfig, param
     else:
         values |= {"architectures": [network.cls], "model_type": "clip_text_model", "dtype": dtype.name} | _MARK
     _write_json(folder / "config.json", values)
-    save_file(tensors, folder / f"{network.stem}.safetensors", metadata={"format": "pt"})
+    weights = folder / f"{network.stem}.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", weights)  # safetensors lets nobody but the owner read
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
