@@ -4,6 +4,7 @@ The same command again goes on where the last checkpoint stands. A run directory
 `metrics.jsonl`, `samples/` and `export/`, which is a diffusers folder with the averaged weights.
 """
 
+import hashlib
 import itertools
 import math
 import signal
@@ -37,7 +38,7 @@ from jaxdiff.training.optim import adamw, learning_rate
 from jaxdiff.training.options import claim_workdir, read_config
 from jaxdiff.training.state import Task, TrainState, create_state, make_step
 from jaxdiff.training.tasks.diffusion import diffusion_task
-from jaxdiff.training.tasks.vae import latent_scale, psnr, reconstruct, vae_task
+from jaxdiff.training.tasks.vae import ENCODER, latent_scale, psnr, reconstruct, vae_task
 from jaxdiff.types import Params
 
 EVAL_IMAGES = 512  # at most, for the held-out figures
@@ -197,7 +198,8 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
     data, frozen = config.data, {"empty_tokens": tokenizer([""])[0]}
     captions = open_source(data)
     if task.latent_variants:
-        path = workdir / "latents.array_record"
+        # Named after the encoder, so that those of another one are never taken for its own.
+        path = workdir / f"latents-{digest({name: vae_params[name] for name in ENCODER})}.array_record"
         if not path.exists():
             encode = encoder(vae, vae_params, dtype)
             cache_latents(encode, data, captions, path, variants=task.latent_variants, seed=config.seed)
@@ -237,6 +239,11 @@ def encoder(config: VAEConfig, params: Params, dtype: Any) -> Callable[[np.ndarr
     module, params = build.vae(config, dtype), jax.device_put(params)
     encode = jax.jit(lambda params, image: module.apply({"params": params}, image, method="encode"))
     return lambda image: np.asarray(encode(params, image))
+
+
+def digest(params: Params) -> str:
+    """Twelve letters that tell parameters apart."""
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(params))).hexdigest()[:12]
 
 
 def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) -> tuple[Any, Params]:

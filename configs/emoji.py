@@ -80,7 +80,7 @@ def config() -> TrainConfig:
         ),
         data=DataConfig(source="emoji", root="data", size=64, batch_size=64),
         optim=OptimConfig(lr=8e-4, warmup_steps=300, b2=0.99, weight_decay=0.01, final_lr_share=0.02),
-        steps=4000,
+        steps=2400,
         ema_decay=0.998,
         log_every=25,
         eval_every=500,
