@@ -19,11 +19,15 @@ from jaxdiff.pipeline import enable_compilation_cache
 
 # Pixels drawn at once, and pictures at most: larger batches gain little and may not fit into memory.
 BATCH_PIXELS, BATCH_IMAGES = 2**20, 16
+SHEET_IMAGES = 100  # on the contact sheet, the first ones
 
 
 @dataclass(frozen=True)
 class Args:
-    """Draws pictures from prompts. Picture i has the seed SEED + i; files are never overwritten."""
+    """Draws pictures from prompts. Picture i has the seed SEED + i; files are never overwritten.
+
+    Prints each file's name once it is written; several pictures get a contact sheet of the first 100.
+    """
 
     prompts: tyro.conf.Positional[tuple[str, ...]]
     """What to draw; quote each prompt."""
@@ -55,6 +59,9 @@ def main(args: Args) -> None:
         raise ValueError('No prompt was given; try: python sample.py "a red apple".')
     if args.n < 1:
         raise ValueError(f"--n is {args.n}; it must be at least 1.")
+    total = args.n * len(args.prompts)
+    if not 0 <= args.seed <= 2**32 - total:
+        raise ValueError(f"--seed is {args.seed}; with {total} pictures it must lie from 0 to {2**32 - total}.")
     size = None if args.size is None else parse_size(args.size)
     check_writable(args.out)
     enable_compilation_cache()
@@ -67,16 +74,17 @@ def main(args: Args) -> None:
             told = f"a prompt is longer than the model's {pipe.tokenizer.max_length} tokens; left out: {cut!r}"
             print(f"warning: {told}", file=sys.stderr)
 
-    prompts = [prompt for prompt in prompts for _ in range(args.n)]
     width, height = size or pipe.size or (BATCH_PIXELS, 1)
     most = max(1, min(BATCH_IMAGES, BATCH_PIXELS // max(1, width * height)))
-    batch = math.ceil(len(prompts) / math.ceil(len(prompts) / most))
-    pictures, paths = [], []
-    with tqdm(total=math.ceil(len(prompts) / batch) * args.steps, unit="step", disable=None) as bar:
-        for first in range(0, len(prompts), batch):
-            rows = prompts[first : first + batch]
+    batch = math.ceil(total / math.ceil(total / most))
+    pictures, captions = [], []
+    with tqdm(total=math.ceil(total / batch) * args.steps, unit="step", disable=None) as bar:
+        for done in range(0, total, batch):
+            # The last batch has the others' size, not to compile again: it draws pictures that are there once more.
+            first = min(done, total - batch)
+            rows = [prompts[i // args.n] for i in range(first, first + batch)]
             images = pipe(
-                rows + rows[-1:] * (batch - len(rows)),  # the last batch has the others' size, not to compile again
+                rows,
                 negative_prompt=negative,
                 seed=args.seed + first,
                 steps=args.steps,
@@ -85,19 +93,26 @@ def main(args: Args) -> None:
                 size=size,
                 progress=lambda done, before=bar.n: bar.update(before + done - bar.n),
             )
-            for i, prompt in enumerate(rows):
+            for i in range(done - first, batch):
                 seed = args.seed + first + i
                 settings = {
-                    "prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": args.steps,
+                    "prompt": rows[i], "negative_prompt": negative, "seed": seed, "steps": args.steps,
                     "sampler": args.sampler, "guidance": args.guidance, "width": images.shape[2],
                     "height": images.shape[1], "model": pipe.name, "dtype": pipe.dtype,
                     "version": f"jaxdiff {jaxdiff.__version__}",
                 }  # fmt: skip
-                paths.append(write_png(args.out, f"{slug(prompt)}-{seed}", images[i], settings))
-                pictures.append(images[i])
+                report(write_png(args.out, f"{slug(rows[i])}-{seed}", images[i], settings))
+                if len(pictures) < SHEET_IMAGES:
+                    pictures.append(images[i])
+                    captions.append(rows[i])
     if len(pictures) > 1:
-        paths.append(write_png(args.out, "contact-sheet", contact_sheet(pictures, prompts)))
-    print(*paths, sep="\n")
+        report(write_png(args.out, "contact-sheet", contact_sheet(pictures, captions)))
+
+
+def report(path: Path) -> None:
+    """Names a file on stdout at once, so that nothing that is written stays unnamed; over the bar, if there is one."""
+    tqdm.write(str(path))
+    sys.stdout.flush()
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -114,6 +129,8 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except FileExistsError as error:
+        raise ValueError(f"{folder} cannot be written to: it is a file, not a folder.") from error
     except OSError as error:
         raise ValueError(f"{folder} cannot be written to: {error.strerror}.") from error
 

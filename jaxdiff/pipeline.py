@@ -3,9 +3,10 @@
 import math
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import UInt8
 
 from jaxdiff import build
-from jaxdiff.config import nearest
+from jaxdiff.config import load_json, nearest
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.generate import SAMPLERS, Program, keys_and_noise, text_to_image
@@ -40,8 +41,10 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline"
     path = EMBEDDED if path is None else Path(path)
     _check_dtype(dtype)
     folder = path
-    if not (path / "model_index.json").exists() and (path / "export").is_dir():
+    if not (path / "model_index.json").exists() and _is_run(path):
         folder = path / "export"
+        if not folder.exists():
+            raise ValueError(f"{path} is a run that has not exported a model yet; train on to its first evaluation.")
         if not (folder / "model_index.json").exists():
             raise ValueError(f"{path} is a run that has exported no whole text-to-image model; "
                              "train one with a DiffusionTask, until its first evaluation.")  # fmt: skip
@@ -64,7 +67,7 @@ class Pipeline:
         """
         _check_dtype(dtype)
         _check_parts(model)
-        self.model, self.name = model, name
+        self.name = name
         self.dtype: str = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         length = model.text_encoder.max_position_embeddings
         self.tokenizer: Any = (
@@ -73,6 +76,7 @@ class Pipeline:
         if len(self.tokenizer) > model.text_encoder.vocab_size:
             raise ValueError(f"The tokenizer has {len(self.tokenizer)} tokens, more than the text encoder's vocab_size "
                              f"{model.text_encoder.vocab_size}.")  # fmt: skip
+        self.model = replace(model, tokenizer=self.tokenizer)  # so that `save` needs no file of the folder read
         self.params = jax.device_put({name: model.params[name] for name in ("text_encoder", "unet", "vae")})
 
     @property
@@ -87,12 +91,12 @@ class Pipeline:
     def __call__(
         self,
         prompts: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         seed: int = 0,
         steps: int = 30,
-        guidance: float = 7.5,
+        guidance: SupportsFloat = 7.5,
         sampler: str = "ddim",
-        eta: float = 0.0,
+        eta: SupportsFloat = 0.0,
         size: tuple[int, int] | None = None,
         latents: ArrayLike | None = None,
         progress: Callable[[int], object] | None = None,
@@ -101,7 +105,7 @@ class Pipeline:
 
         Args:
             prompts: at least one.
-            negative_prompt: what to steer away from; one for all, or one each.
+            negative_prompt: what to steer away from; one for all, or one each; None is "".
             seed: from 0 to 2^32 - 1, as is every `seed + i`.
             steps: how many times the model is asked.
             guidance: how hard to follow the prompt (Ho & Salimans 2022); 1 is the model's own answer to the prompt.
@@ -112,34 +116,34 @@ class Pipeline:
             progress: is told the number of steps done, about ten times.
 
         Raises:
-            ValueError: in one sentence, for values out of range.
+            ValueError: in one sentence, for values out of range or of the wrong kind.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = _texts(prompts)
         b = len(prompts)
         if not b:
             raise ValueError("No prompt was given; give at least one.")
-        negatives = [negative_prompt] * b if isinstance(negative_prompt, str) else list(negative_prompt)
+        negatives = [negative_prompt or ""] * b if isinstance(negative_prompt, str | None) else _texts(negative_prompt)
         if len(negatives) != b:
             raise ValueError(f"There are {len(negatives)} negative prompts for {b} prompts; give one, or one each.")
-        for text in (*prompts, *negatives):
-            if not isinstance(text, str):
-                raise ValueError(f"A prompt is {text!r}; it must be text.")
-        if sampler not in SAMPLERS:
-            raise ValueError(f"Unknown sampler {sampler!r}{nearest(sampler, list(SAMPLERS))}")
+        if not isinstance(sampler, str) or sampler not in SAMPLERS:
+            raise ValueError(f"Unknown sampler {sampler!r}{nearest(str(sampler), list(SAMPLERS))}")
         seed, steps = _whole("seed", seed), _whole("steps", steps)
         if not 0 <= seed <= 2**32 - b:
             raise ValueError(f"seed is {seed}; it must lie from 0 to {2**32 - b} for {b} images.")
-        if not _is_finite(guidance):
-            raise ValueError(f"guidance is {guidance}; it must be a finite number.")
-        if not (_is_finite(eta) and 0 <= eta <= 1):
-            raise ValueError(f"eta is {eta}; it must lie from 0 to 1.")
+        scale, share = _float32(guidance), _float32(eta)
+        if scale.shape or not np.isfinite(scale):
+            raise ValueError(f"guidance is {guidance!r}; it must be a finite number.")
+        if share.shape or not 0 <= share <= 1:
+            raise ValueError(f"eta is {eta!r}; it must lie from 0 to 1.")
 
         model = self.model
         grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
-        shape = self._latent_shape(size, b, latents)
+        given = None if latents is None else _float32(latents)
+        shape = self._latent_shape(size, b, given)
+        _check_memory(model, b, shape)
         keys, x = _keys_and_noise(np.arange(seed, seed + b, dtype=np.uint32), shape)
-        if latents is not None:
-            x = jnp.asarray(latents, jnp.float32)
+        if given is not None:
+            x = jnp.asarray(given)
         tokens = np.stack([self.tokenizer(negatives), self.tokenizer(prompts)], axis=1)
         program = Program(
             text_encoder=build.text_encoder(model.text_encoder, self._jax_dtype),
@@ -151,11 +155,10 @@ class Pipeline:
         )
         # A bar needs the program to return now and then; the pieces are the same program and give the same picture.
         piece = steps if progress is None else math.ceil(steps / 10)
-        scales = np.float32(guidance), np.float32(eta)
         for start in range(0, steps, piece):
             stop = min(start + piece, steps)
             ends = np.int32(start), np.int32(stop), np.int32(steps)
-            x, images = text_to_image(self.params, tokens, x, keys, grid, *ends, *scales, program=program)
+            x, images = text_to_image(self.params, tokens, x, keys, grid, *ends, scale, share, program=program)
             if progress is not None:
                 x.block_until_ready()
                 progress(stop)
@@ -165,35 +168,40 @@ class Pipeline:
         """Writes a folder that `load` and diffusers read.
 
         Raises:
-            ValueError: when the folder holds anything that is not ours to replace, or cannot be written.
+            ValueError: when the folder holds anything that is not ours to replace, or cannot be written, or for a
+                `dtype` other than float32, float16 and bfloat16.
         """
+        try:
+            dtype = jnp.dtype(dtype)
+        except TypeError:
+            raise ValueError(f"dtype is {dtype!r}; choose float32, float16 or bfloat16.") from None
         write_folder(path, self.model, dtype)
 
     @property
     def _jax_dtype(self) -> DTypeLike:
         return jnp.dtype(self.dtype)
 
-    def _latent_shape(self, size: tuple[int, int] | None, b: int, latents: Any) -> tuple[int, int, int]:
+    def _latent_shape(self, size: Any, b: int, latents: np.ndarray | None) -> tuple[int, int, int]:
         """Height, width and channels of the latents, from the size, the latents given, or the model."""
         factor, channels = self.model.vae.factor, self.model.vae.latent_channels
-        given = () if latents is None else np.shape(latents)
-        if size is None and len(given) == 4:
-            size = (factor * given[2], factor * given[1])
-        size = size or self.size
+        if latents is not None and not np.isfinite(latents).all():
+            raise ValueError("latents must be an array of finite numbers: images, height, width, channels.")
+        if size is None:
+            size = self.size if latents is None or latents.ndim != 4 else [factor * n for n in latents.shape[2:0:-1]]
         if size is None:
             raise ValueError("The model does not say at which size it was trained; give a size.")
-        width, height = (_whole("size", side) for side in size)
+        sides = list(size) if isinstance(size, Iterable) else []
+        if isinstance(size, str) or len(sides) != 2:
+            raise ValueError(f"size is {size!r}; it must be (width, height), in pixels.")
+        width, height = (_whole("size", side) for side in sides)
         if min(width, height) < factor or width % factor or height % factor:
             raise ValueError(f"size is {width}x{height}; both sides must be multiples of {factor}, the VAE's factor.")
         if max(width, height) > MAX_SIDE:
             raise ValueError(f"size is {width}x{height}; a side may have {MAX_SIDE} pixels at most.")
         shape = (height // factor, width // factor, channels)
-        if latents is not None and given != (b, *shape):
-            raise ValueError(
-                f"latents have the shape {given}; it must be {(b, *shape)}: images, height, width, channels."
-            )
-        if latents is not None and not np.isfinite(latents).all():
-            raise ValueError("latents hold values that are not finite.")
+        if latents is not None and latents.shape != (b, *shape):
+            raise ValueError(f"latents have the shape {latents.shape}; it must be {(b, *shape)}: "
+                             "images, height, width, channels.")  # fmt: skip
         return shape
 
 
@@ -215,6 +223,13 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def _is_run(path: Path) -> bool:
+    """Whether `train.py` made the folder."""
+    if (path / "export").is_dir() or (path / "checkpoints").is_dir():
+        return True
+    return (path / "config.json").is_file() and "task" in load_json(path / "config.json")
+
+
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}.")
@@ -231,6 +246,27 @@ def _check_parts(model: Folder) -> None:
                          "they must be equal.")  # fmt: skip
 
 
+def _check_memory(model: Folder, b: int, shape: tuple[int, int, int]) -> None:
+    """Refuses attention that a CPU's memory cannot hold, for which the system kills the process without a word.
+
+    Accelerators say themselves when theirs is short.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    unet, pixels = model.unet, shape[0] * shape[1]
+    last = len(unet.heads) - 1
+    entries = [pixels**2]  # in the middle of the VAE; the UNet draws each image with and without its prompt
+    for level, heads in enumerate(unet.heads):
+        blocks = unet.down_block_types[level], unet.up_block_types[last - level]
+        if level == last or any("CrossAttn" in block for block in blocks):
+            entries.append(2 * heads * (pixels // 4**level) ** 2)
+    needed, there = 4 * b * max(entries), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        width, height = (model.vae.factor * side for side in shape[1::-1])
+        raise ValueError(f"{b} x {width}x{height} pixels need {needed / 1e9:.0f} GB for attention alone, this machine "
+                         f"has {there / 1e9:.0f} GB; use a smaller size, or fewer prompts at once.")  # fmt: skip
+
+
 def _whole(name: str, value: Any) -> int:
     try:
         return operator.index(value)
@@ -238,6 +274,21 @@ def _whole(name: str, value: Any) -> int:
         raise ValueError(f"{name} is {value!r}; it must be a whole number.") from None
 
 
-def _is_finite(value: Any) -> bool:
-    """Whether it is a number that float32 holds."""
-    return isinstance(value, (int, float, np.number)) and bool(abs(value) <= 3.4e38)
+def _texts(given: Any) -> list[str]:
+    texts: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"A prompt is {text!r}; it must be text.")
+    return texts
+
+
+def _float32(value: Any) -> np.ndarray:
+    """Real numbers of any type as float32; NaN for whatever else it is, infinity for what float32 does not hold."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        return np.array(np.nan, np.float32)
+    if not np.can_cast(array.dtype, np.float64):
+        return np.array(np.nan, np.float32)
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)

@@ -1,8 +1,11 @@
 """The pipeline, on a whole random model that is tiny."""
 
+import inspect
+import shutil
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -95,7 +98,8 @@ def test_nothing_a_user_turns_compiles_again(pipe):
     for settings in (
         {"seed": 5}, {"steps": 1}, {"steps": 7}, {"steps": 999}, {"guidance": 1.0}, {"guidance": 30.0}, {"eta": 1.0},
         {"negative_prompt": "a blue background"}, {"latents": noise}, {"size": (16, 16)},
-        {"progress": lambda done: None}, {"sampler": "ddim"},
+        {"progress": lambda done: None}, {"sampler": "ddim"}, {"negative_prompt": None},
+        {"guidance": np.float32(3)}, {"guidance": jnp.bfloat16(3)}, {"guidance": 3, "eta": np.array(0.5)},
     ):  # fmt: skip
         for prompt in ("a dog", "a red apple on a blue background"):
             pipe([prompt], **{"steps": 3} | settings)
@@ -173,6 +177,27 @@ def test_a_saved_pipeline_loads_as_itself_from_a_folder_and_from_a_run(pipe, tmp
         np.testing.assert_array_equal(jaxdiff.load(path)(["a dog"], steps=3), pipe(["a dog"], steps=3))
 
 
+def test_a_loaded_pipeline_is_saved_whole_after_its_folder_is_gone(pipe, tmp_path):
+    pipe.save(tmp_path / "first")
+    loaded = jaxdiff.load(tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    loaded.save(tmp_path / "second")
+    prompts = ["A red apple, 3 dogs!"]
+    np.testing.assert_array_equal(jaxdiff.load(tmp_path / "second").tokenizer(prompts), pipe.tokenizer(prompts))
+    with pytest.raises(ValueError, match="dtype is 'float99'; choose float32, float16 or bfloat16"):
+        inspect.unwrap(Pipeline.save)(pipe, tmp_path / "third", dtype="float99")
+
+
+def test_a_run_without_a_model_yet_is_told_to_train_on(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="has not exported a model yet; train on to its first evaluation"):
+        jaxdiff.load(tmp_path)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "config.json").write_text('{"task": {}}')
+    with pytest.raises(ValueError, match="has not exported a model yet"):
+        jaxdiff.load(tmp_path)
+
+
 @pytest.mark.parametrize(("settings", "sentence"), [
     ({"prompts": []}, "No prompt was given"),
     ({"negative_prompt": ["", ""]}, "There are 2 negative prompts for 1 prompts"),
@@ -191,11 +216,31 @@ def test_a_saved_pipeline_loads_as_itself_from_a_folder_and_from_a_run(pipe, tmp
     ({"latents": np.zeros((1, 4, 8, 8))}, r"it must be \(1, 4, 8, 4\): images, height, width, channels"),
     ({"latents": np.zeros((8, 8, 4))}, "latents have the shape"),
     ({"latents": np.zeros((1, 8, 8, 4)), "size": (16, 8)}, r"it must be \(1, 4, 8, 4\)"),
-    ({"latents": np.full((1, 8, 8, 4), np.nan)}, "latents hold values that are not finite"),
+    ({"latents": np.full((1, 8, 8, 4), np.nan)}, "latents must be an array of finite numbers"),
+    ({"latents": np.full((1, 8, 8, 4), "a")}, "latents must be an array of finite numbers"),
+    ({"latents": np.zeros((1, 8, 8, 4), complex)}, "latents must be an array of finite numbers"),
+    ({"latents": [[1], [1, 2]]}, "latents must be an array of finite numbers"),
+    ({"prompts": None}, "A prompt is None; it must be text"),
+    ({"prompts": 5}, "A prompt is 5; it must be text"),
+    ({"prompts": b"x"}, "A prompt is b'x'; it must be text"),
+    ({"negative_prompt": [None]}, "A prompt is None; it must be text"),
+    ({"size": 64}, r"size is 64; it must be \(width, height\), in pixels"),
+    ({"size": (64,)}, r"size is \(64,\); it must be \(width, height\)"),
+    ({"size": "64x64"}, "size is '64x64'; it must be"),
+    ({"size": (16.0, 16)}, "size is 16.0; it must be a whole number"),
+    ({"size": (8192, 8192)}, "1 x 8192x8192 pixels need .* GB for attention alone"),
+    ({"sampler": None}, "Unknown sampler None; it has ddim"),
+    ({"sampler": ["ddim"]}, r"Unknown sampler \['ddim'\]; did you mean"),
+    ({"guidance": "7"}, "guidance is '7'; it must be a finite number"),
+    ({"guidance": 1j}, "guidance is 1j"),
+    ({"guidance": 10**400}, "guidance is 1000"),
+    ({"guidance": [1.0, 2.0]}, "guidance is "),
+    ({"eta": None}, "eta is None; it must lie from 0 to 1"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused_in_a_sentence(pipe, settings, sentence):
+    call = inspect.unwrap(Pipeline.__call__)  # as a user has it, without the tests' own checks of types
     with pytest.raises(ValueError, match=sentence.replace("?", r"\?")):
-        pipe(**{"prompts": ["a dog"]} | settings)
+        call(pipe, **{"prompts": ["a dog"]} | settings)
 
 
 def test_parts_that_do_not_fit_together_are_refused(model):

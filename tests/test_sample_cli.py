@@ -82,6 +82,23 @@ def test_n_pictures_of_a_prompt_have_seeds_in_a_row(sample, monkeypatch):
     assert [Path(path).name for path in paths] == ["a-dog-8.png", "a-dog-9.png", "contact-sheet.png"]
 
 
+def test_seeds_reach_their_last_value_also_where_batches_overlap(sample, monkeypatch):
+    monkeypatch.setattr("sample.BATCH_IMAGES", 3)
+    code, paths, _ = sample("a dog", "--n", 5, "--seed", 2**32 - 5)
+    assert code == 0
+    assert [Path(path).stem for path in paths] == [*(f"a-dog-{2**32 - i}" for i in (5, 4, 3, 2, 1)), "contact-sheet"]
+
+
+def test_what_was_written_is_named_when_the_work_is_stopped(sample, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sample.contact_sheet", stop)
+    code, paths, _ = sample("a dog", "a red apple", "blue")
+    assert code == 130
+    assert [Path(path).name for path in paths] == ["a-dog-0.png", "a-red-apple-1.png", "blue-2.png"]
+
+
 def test_what_does_not_fit_into_the_prompt_is_quoted(sample):
     code, _, err = sample("a dog " * 3 + "on a blue background and so on and on")
     assert code == 0
@@ -97,11 +114,13 @@ def test_what_does_not_fit_into_the_prompt_is_quoted(sample):
     (("a", "--size", "15x16"), "size is 15x16; both sides must be multiples of 2"),
     (("a", "--size", "999998x999998"), "a side may have 8192 pixels at most"),
     (("a", "--guidance", "nan"), "guidance is nan; it must be a finite number"),
-    (("a", "--seed", "-1"), "seed is -1"),
+    (("a", "--seed", "-1"), "--seed is -1"),
+    (("a", "--seed", str(2**32 - 1), "--n", "2"), "with 2 pictures it must lie from 0 to 4294967294"),
+    (("a", "--n", "1000000000", "--sampler", "ddmi"), "Unknown sampler"),  # no list of all pictures comes first
     (("a", "--sampler", "ddmi"), "Unknown sampler 'ddmi'; did you mean 'ddim'?"),
     (("a", "--dtype", "float23"), "dtype is 'float23'; supported: float32, bfloat16"),
     (("a", "--model", "no/such/folder"), "no/such/folder is not a folder"),
-    (("a", "--out", "/dev/null"), "/dev/null cannot be written to"),
+    (("a", "--out", "/dev/null"), "/dev/null cannot be written to: it is a file, not a folder"),
 ])  # fmt: skip
 def test_bad_input_is_a_sentence_and_exit_code_2(folder, tmp_path, capsys, words, sentence):
     defaults = {"--model": folder, "--out": tmp_path / "out"}
