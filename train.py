@@ -6,6 +6,7 @@ The same command again goes on where the last checkpoint stands. A run directory
 
 import hashlib
 import itertools
+import json
 import math
 import signal
 import sys
@@ -22,9 +23,10 @@ import numpy as np
 
 from jaxdiff import build
 from jaxdiff.build import NetworkConfig
-from jaxdiff.config import DiffusionTask, TrainConfig, VAEConfig, VAETask
+from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask, to_dict
 from jaxdiff.data.latents import cache_latents
 from jaxdiff.data.loader import Batches, batches, open_source
+from jaxdiff.data.record import Source
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.folder import Folder, read_network, write_folder, write_network
@@ -35,7 +37,7 @@ from jaxdiff.sharding import make_mesh, tree_shardings
 from jaxdiff.training.feed import Feed
 from jaxdiff.training.log import Log
 from jaxdiff.training.optim import adamw, learning_rate
-from jaxdiff.training.options import claim_workdir, read_config
+from jaxdiff.training.options import FREE, claim_workdir, read_config, write_config
 from jaxdiff.training.state import Task, TrainState, create_state, make_step
 from jaxdiff.training.tasks.diffusion import diffusion_task
 from jaxdiff.training.tasks.vae import ENCODER, latent_scale, psnr, reconstruct, vae_task
@@ -56,9 +58,8 @@ class Run:
     evaluate: Callable[[TrainState], dict[str, float]]
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, workdir: Path) -> int:
     """Runs to `config.steps`, or until a signal; returns the exit code."""
-    workdir = claim_workdir(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     spread = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.batch_size % spread:
@@ -77,6 +78,7 @@ def train(config: TrainConfig) -> int:
         state = checkpoints.restore(state) or state
         start = int(state.step)
         source = run.batches(start)
+        write_config(config, workdir)  # now that all it names is known to be there
         with (
             Log(workdir, start, config.steps, config.data.batch_size, config.tensorboard) as log,
             Feed(source, mesh) as feed,
@@ -103,10 +105,11 @@ def train(config: TrainConfig) -> int:
                     return 128 + stopped[0]
                 if step % config.eval_every == 0 and step < config.steps:
                     paused = time.perf_counter()
-                    log.write({"step": step} | run.evaluate(state))
+                    if figures := run.evaluate(state):
+                        log.write({"step": step} | figures)
                     log.pause(time.perf_counter() - paused)
-            figures = run.evaluate(state)
-            log.write({"step": int(state.step)} | figures)
+            if figures := run.evaluate(state):
+                log.write({"step": int(state.step)} | figures)
             told = "".join(f", {name} {value:.4g}" for name, value in figures.items())
             log.say(f"Done{told}. {workdir / 'export'} holds the averaged weights.")
             for name, reason in source.bad.items():
@@ -142,20 +145,33 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def open_batches(config: TrainConfig, start: int, tokenize: Any = None) -> Batches:
+def process_batches(data: DataConfig, source: Source, tokenize: Any, seed: int, start: int) -> Batches:
     """The training batches of this process from step `start` on."""
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return batches(config.data, open_source(config.data), tokenize, seed=config.seed, start_step=start, **processes)
+    return batches(data, source, tokenize, seed=seed, start_step=start, **processes)
+
+
+def check_size(data: DataConfig, vae: VAEConfig) -> None:
+    """Pictures must be whole numbers of latent pixels wide."""
+    if data.size % vae.factor:
+        raise ValueError(f"DataConfig.size {data.size} is not a multiple of the VAE's factor {vae.factor}.")
 
 
 def vae_run(config: TrainConfig, workdir: Path) -> Run:
     """Trains the autoencoder; evaluation measures the reconstruction of held-out pictures."""
     assert isinstance(config.task, VAETask)
     task, data, dtype = config.task, config.data, jnp.dtype(config.dtype)
+    if data.source == "latents":
+        raise ValueError("An autoencoder is trained on pictures, and DataConfig.source is 'latents'.")
+    check_size(data, task.vae)
+    source = open_source(data)
     heldout = replace(data, crop=1.0, flip=False, split=data.heldout or data.split, workers=0)
-    if data.source == "folder":
-        heldout = replace(heldout, split=data.split)
-    heldout_source = open_source(heldout)
+    try:
+        heldout_source = open_source(heldout)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Name a split to measure on by --data.heldout; '' takes that of --data.split."
+        ) from error
     n = math.ceil(min(len(heldout_source), EVAL_IMAGES) / heldout.batch_size)
     run = reconstruct(task, dtype)
     started, start = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, None)
@@ -171,12 +187,12 @@ def vae_run(config: TrainConfig, workdir: Path) -> Run:
         if started and not task.train_encoder:
             scale = started.scaling_factor  # what was trained on these latents knows them by it
         else:
-            training = itertools.islice(batches(data, open_source(data), seed=config.seed), SCALE_BATCHES)
+            training = itertools.islice(batches(data, source, seed=config.seed), SCALE_BATCHES)
             scale = latent_scale([np.asarray(run(params, b["image"])[1]) for b in training])
         write_network(workdir / "export", "vae", replace(task.vae, scaling_factor=scale), params)
         return {"heldout_psnr": float(figure), "scaling_factor": scale}
 
-    return Run(trained, lambda step: open_batches(config, step), evaluate)
+    return Run(trained, lambda step: process_batches(data, source, None, config.seed, step), evaluate)
 
 
 def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
@@ -187,8 +203,7 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
     if vae.latent_channels != task.unet.in_channels:
         raise ValueError(f"The VAE in {task.vae} has {vae.latent_channels} latent channels and UNetConfig.in_channels "
                          f"is {task.unet.in_channels}; they must be equal.")  # fmt: skip
-    if config.data.size % vae.factor:
-        raise ValueError(f"DataConfig.size {config.data.size} is not a multiple of the VAE's factor {vae.factor}.")
+    check_size(config.data, vae)
     tokenizer = Tokenizer.load(task.tokenizer, task.text_encoder.max_position_embeddings)
     if len(tokenizer) > task.text_encoder.vocab_size:
         raise ValueError(f"The tokenizer in {task.tokenizer} has {len(tokenizer)} tokens, more than "
@@ -196,14 +211,18 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
 
     # Latents are encoded once, or at every step by the frozen VAE.
     data, frozen = config.data, {"empty_tokens": tokenizer([""])[0]}
-    captions = open_source(data)
+    captions = source = open_source(data)
     if task.latent_variants:
-        # Named after the encoder, so that those of another one are never taken for its own.
-        path = workdir / f"latents-{digest({name: vae_params[name] for name in ENCODER})}.array_record"
+        # Named after what made them, so that others are never taken for these.
+        made = {name: value for name, value in to_dict(data).items() if not FREE.fullmatch(f"data.{name}")}
+        made |= {"variants": task.latent_variants, "seed": config.seed}
+        made_by = digest({name: vae_params[name] for name in ENCODER}, made)
+        path = workdir / f"latents-{made_by}.array_record"
         if not path.exists():
             encode = encoder(vae, vae_params, dtype)
             cache_latents(encode, data, captions, path, variants=task.latent_variants, seed=config.seed)
         data = replace(data, source="latents", root=str(path))
+        source = open_source(data)
     elif data.source != "latents":
         frozen["vae"] = vae_params
 
@@ -229,7 +248,7 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
 
     return Run(
         diffusion_task(task, vae, frozen, start, dtype, config.remat),
-        lambda step: open_batches(replace(config, data=data), step, tokenizer),
+        lambda step: process_batches(data, source, tokenizer, config.seed, step),
         evaluate,
     )
 
@@ -241,9 +260,10 @@ def encoder(config: VAEConfig, params: Params, dtype: Any) -> Callable[[np.ndarr
     return lambda image: np.asarray(encode(params, image))
 
 
-def digest(params: Params) -> str:
-    """Twelve letters that tell parameters apart."""
-    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(params))).hexdigest()[:12]
+def digest(params: Params, settings: dict[str, Any]) -> str:
+    """Twelve letters that tell parameters and settings apart."""
+    parts = [leaf.tobytes() for leaf in jax.tree.leaves(params)] + [json.dumps(settings, sort_keys=True).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) -> tuple[Any, Params]:
@@ -269,9 +289,16 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     enable_compilation_cache()  # so that going on with a run starts fast
     try:
-        return train(read_config(argv[0], argv[1:]))
+        config = read_config(argv[0], argv[1:])
+        with claim_workdir(config) as workdir:
+            return train(config, workdir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: There is not enough memory; try a smaller --data.batch_size, or --remat True.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -7,6 +7,7 @@ folder's file and a dataclass are one thing. Nothing here imports more than the 
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -27,7 +28,23 @@ def _one_of(where: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be above 0.")
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        _require(all(v > 0 for v in numbers), f"{type(config).__name__}.{name} is {value}; it must be above 0.")
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Takes each value as its field's type wants it, lists as tuples, or refuses it; then asks `_check`."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            value = _coerce(hints[f.name], getattr(self, f.name), f"{type(self).__name__}.{f.name}")
+            object.__setattr__(self, f.name, value)
+        self._check()
+
+    def _check(self) -> None:
+        """What no single field's type can say; raises ValueError."""
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -37,7 +54,7 @@ UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(_Checked):
     """`unet/config.json`. `attention_head_dim` is the *number* of heads per level, as diffusers reads it."""
 
     sample_size: int | None = 64
@@ -61,9 +78,23 @@ class UNetConfig:
     freq_shift: int = 0
     act_fn: Literal["silu"] = "silu"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         n = len(self.block_out_channels)
-        _positive(self, "in_channels", "out_channels", "cross_attention_dim", "norm_num_groups")
+        _require(n > 0, "UNetConfig.block_out_channels is empty; give the channels of each level.")
+        _positive(
+            self,
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "block_out_channels",
+            "layers_per_block",
+            "transformer_layers_per_block",
+            "attention_head_dim",
+            "num_attention_heads",
+            "cross_attention_dim",
+            "norm_num_groups",
+            "norm_eps",
+        )
         for name in ("down_block_types", "up_block_types"):
             _require(
                 len(getattr(self, name)) == n,
@@ -81,9 +112,13 @@ class UNetConfig:
         for block in self.up_block_types:
             _one_of("UNetConfig.up_block_types", block, UP_BLOCKS)
         _one_of("UNetConfig.mid_block_type", self.mid_block_type, ("UNetMidBlock2DCrossAttn",))
-        _one_of("UNetConfig.act_fn", self.act_fn, ("silu",))
         _one_of("UNetConfig.downsample_padding", self.downsample_padding, (1,))
         _one_of("UNetConfig.only_cross_attention", self.only_cross_attention, (False,))
+        half = self.block_out_channels[0] // 2
+        _require(
+            self.freq_shift < half,
+            f"UNetConfig.freq_shift is {self.freq_shift}; it must be below {half}, half of the first level's channels.",
+        )
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             _require(
                 channels % self.norm_num_groups == 0,
@@ -108,7 +143,7 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(_Checked):
     """`vae/config.json`: AutoencoderKL, a factor of 2 for each level after the first."""
 
     sample_size: int = 512
@@ -123,13 +158,16 @@ class VAEConfig:
     scaling_factor: float = 0.18215
     act_fn: Literal["silu"] = "silu"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         n = len(self.block_out_channels)
+        _require(n > 0, "VAEConfig.block_out_channels is empty; give the channels of each level.")
         _positive(
             self,
+            "sample_size",
             "in_channels",
             "out_channels",
             "latent_channels",
+            "block_out_channels",
             "layers_per_block",
             "norm_num_groups",
             "scaling_factor",
@@ -142,7 +180,6 @@ class VAEConfig:
             )
             for block in getattr(self, name):
                 _one_of(f"VAEConfig.{name}", block, (allowed,))
-        _one_of("VAEConfig.act_fn", self.act_fn, ("silu",))
         for channels in self.block_out_channels:
             _require(
                 channels % self.norm_num_groups == 0,
@@ -157,7 +194,7 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(_Checked):
     """`text_encoder/config.json`."""
 
     vocab_size: int = 49408
@@ -173,7 +210,7 @@ class CLIPTextConfig:
     eos_token_id: int | None = 49407
     pad_token_id: int | None = 1
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _positive(
             self,
             "vocab_size",
@@ -182,8 +219,8 @@ class CLIPTextConfig:
             "num_hidden_layers",
             "num_attention_heads",
             "max_position_embeddings",
+            "layer_norm_eps",
         )
-        _one_of("CLIPTextConfig.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"CLIPTextConfig.hidden_size {self.hidden_size} is "
@@ -192,7 +229,7 @@ class CLIPTextConfig:
 
 
 @dataclass(frozen=True)
-class SchedulerConfig:
+class SchedulerConfig(_Checked):
     """`scheduler/scheduler_config.json`: the noise schedule and how to walk it."""
 
     num_train_timesteps: int = 1000
@@ -207,11 +244,8 @@ class SchedulerConfig:
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _positive(self, "num_train_timesteps", "clip_sample_range")
-        _one_of("SchedulerConfig.beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
-        _one_of("SchedulerConfig.prediction_type", self.prediction_type, ("epsilon", "v_prediction", "sample"))
-        _one_of("SchedulerConfig.timestep_spacing", self.timestep_spacing, ("leading", "trailing", "linspace"))
         _require(
             0 < self.beta_start <= self.beta_end < 1,
             f"SchedulerConfig.beta_start {self.beta_start} and beta_end "
@@ -221,13 +255,17 @@ class SchedulerConfig:
             0 <= self.steps_offset < self.num_train_timesteps,
             f"SchedulerConfig.steps_offset is {self.steps_offset}; it must lie in [0, {self.num_train_timesteps}).",
         )
+        _require(
+            not self.rescale_betas_zero_snr or self.num_train_timesteps > 1,
+            "SchedulerConfig.rescale_betas_zero_snr needs num_train_timesteps above 1: one step would be all noise.",
+        )
 
 
 # ------------------------------------------------------------------------------------------------ training
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """What is read, and what is done to each picture on the way."""
 
     source: str = "emoji"
@@ -254,7 +292,7 @@ class DataConfig:
     max_bad_share: float = 0.01
     """Records that cannot be read are skipped and counted; a larger share than this stops the run."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _positive(self, "size", "batch_size")
         _require(0 < self.crop <= 1, f"DataConfig.crop is {self.crop}; it must lie in (0, 1].")
         _require(self.workers >= 0, f"DataConfig.workers is {self.workers}; it must not be negative.")
@@ -264,7 +302,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(_Checked):
     """AdamW with linear warm-up, cosine decay to `lr * final_lr_share`, and clipping by global norm."""
 
     lr: float = 1e-4
@@ -276,7 +314,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _positive(self, "lr", "eps", "clip_norm")
         _require(self.warmup_steps >= 0, f"OptimConfig.warmup_steps is {self.warmup_steps}; it must not be negative.")
         for name in ("b1", "b2", "final_lr_share"):
@@ -285,14 +323,14 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(_Checked):
     """Devices along each mesh axis; `data` -1 takes what the others leave."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
             _require(
@@ -302,7 +340,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class VAETask:
+class VAETask(_Checked):
     """Trains the autoencoder: an L1 + L2 reconstruction and a small KL term (Rombach et al. 2022, section 3.1)."""
 
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -314,7 +352,7 @@ class VAETask:
     train_encoder: bool = True
     """False trains the decoder alone: latents, and all that was trained on them, stay as they are."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         for name in ("kl_weight", "l1_weight"):
             _require(getattr(self, name) >= 0, f"VAETask.{name} is {getattr(self, name)}; it must not be negative.")
         _require(
@@ -325,7 +363,7 @@ class VAETask:
 
 
 @dataclass(frozen=True)
-class DiffusionTask:
+class DiffusionTask(_Checked):
     """Trains the UNet, and the text encoder if wanted, on the latents of a frozen VAE."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -347,7 +385,7 @@ class DiffusionTask:
     prompts: tuple[str, ...] = ()
     """Drawn at every evaluation, with seeds 0, 1, ...; empty draws captions of the training data."""
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(
             self.unet.cross_attention_dim == self.text_encoder.hidden_size,
             f"UNetConfig.cross_attention_dim is {self.unet.cross_attention_dim} and CLIPTextConfig.hidden_size "
@@ -373,7 +411,7 @@ class DiffusionTask:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """One run. `configs/*.py` make these; the resolved one is written beside the checkpoints."""
 
     workdir: str
@@ -394,10 +432,9 @@ class TrainConfig:
     keep_checkpoints: int = 3
     tensorboard: bool = False
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _positive(self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
         _require(0 <= self.ema_decay < 1, f"TrainConfig.ema_decay is {self.ema_decay}; it must lie in [0, 1).")
-        _one_of("TrainConfig.dtype", self.dtype, ("float32", "bfloat16"))
 
 
 # ------------------------------------------------------------------------------------------------ to and from JSON
@@ -449,6 +486,8 @@ def load_json(path: Any) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be read.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object.")
     return values
@@ -462,21 +501,24 @@ def _classes(hint: Any) -> list[type]:
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     """`value` as `hint` wants it (lists become tuples, dicts dataclasses), or a ValueError."""
     if classes := _classes(hint):
+        kinds = {c.__name__: c for c in classes}
+        if isinstance(value, tuple(classes)):
+            return value
         if not isinstance(value, dict):
-            raise ValueError(f"{where} is {value!r}, not an object with fields.")
+            raise ValueError(f"{where} is {value!r}; it must hold the fields of {' or '.join(kinds)}.")
         value = dict(value)
         cls = classes[0]
         if len(classes) > 1:
-            kinds = {c.__name__: c for c in classes}
             kind = value.pop("kind", None)
             _one_of(f"{where}.kind", kind, tuple(kinds))
             cls = kinds[kind]
         return from_dict(cls, value, where)
-    if isinstance(value, list):
-        value = tuple(value)
-    if not _fits(hint, value):
-        raise ValueError(f"{where} is {value!r}, not {getattr(hint, '__name__', hint)}.")
-    return float(value) if hint is float else value
+    taken = tuple(value) if isinstance(value, list) else value
+    if not _fits(hint, taken):
+        if typing.get_origin(hint) is Literal:
+            _one_of(where, value, typing.get_args(hint))
+        raise ValueError(f"{where} is {value!r}; it must be {_words(hint)}.")
+    return float(taken) if hint is float else taken
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -488,7 +530,25 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(args[0], v) for v in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max  # neither infinite nor NaN
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+_WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a finite number", "finite numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("text", "texts"),
+    types.NoneType: ("None", "None"),
+}
+
+
+def _words(hint: Any) -> str:
+    """What `hint` takes, for an error sentence."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_words, args))
+    return f"a list of {_WORDS[args[0]][1]}" if origin is tuple else _WORDS[hint][0]

@@ -1,6 +1,8 @@
 """Checkpoints: what is saved is what comes back, and damage is noticed where it can be."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -110,3 +112,24 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be made"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_last_step_stays(tmp_path: Path) -> None:
+    script = (
+        "import resource, signal, sys, pathlib, numpy\n"
+        "from jaxdiff.io.checkpoint import Checkpoints\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "state = {'a': numpy.random.default_rng(0).random(100_000)}\n"
+        "try:\n"
+        "    with Checkpoints(pathlib.Path(sys.argv[1])) as checkpoints:\n"
+        "        checkpoints.save(1, state)\n"
+        "        checkpoints._wait()\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "        checkpoints.save(2, state)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout == f"Step 2 could not be saved in {tmp_path} (File too large); step 1 stays.\n"
+    assert done.stderr == ""

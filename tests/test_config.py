@@ -19,9 +19,11 @@ from jaxdiff.config import (
     VAEConfig,
     VAETask,
     from_dict,
+    load_json,
     to_dict,
 )
-from jaxdiff.training.options import claim_workdir, read_config
+from jaxdiff.training.log import Log
+from jaxdiff.training.options import claim_workdir, read_config, write_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "tests/configs").glob("*.py")])
@@ -79,6 +81,11 @@ def test_a_wrong_value_ends_with_code_2(main, overrides: list[str]) -> None:
         ("x = 1", "has no function config()"),
         ("def config(:", "cannot be read as a config"),
         ("import no_such_module", "cannot be read as a config"),
+        ("def config():\n    return {}['x']", "config.py cannot be read as a config: KeyError: 'x'"),
+        (
+            "from jaxdiff.config import *\ndef config():\n    return OptimConfig(lr=0.0)",
+            "config.py: OptimConfig.lr is 0",
+        ),
     ],
 )
 def test_a_config_file_that_is_none_is_told(tmp_path: Path, text: str, sentence: str) -> None:
@@ -113,6 +120,13 @@ def test_a_missing_config_file_and_no_argument_end_with_code_2(main, capsys: pyt
         (lambda: CLIPTextConfig(hidden_size=10), "CLIPTextConfig.hidden_size 10 is not a multiple"),
         (lambda: VAETask(train_encoder=False), "VAETask.train_encoder is False and init is empty"),
         (lambda: TrainConfig("runs/x", VAETask(), steps=0), "TrainConfig.steps is 0"),
+        (lambda: UNetConfig(attention_head_dim=(5, 0, 20, 20)), "UNetConfig.attention_head_dim is (5, 0, 20, 20)"),
+        (lambda: UNetConfig(layers_per_block=-1), "UNetConfig.layers_per_block is -1; it must be above 0"),
+        (lambda: UNetConfig(sample_size=0), "UNetConfig.sample_size is 0"),
+        (lambda: UNetConfig(freq_shift=160), "UNetConfig.freq_shift is 160; it must be below 160"),
+        (lambda: UNetConfig(norm_eps=float("inf")), "UNetConfig.norm_eps is inf; it must be a finite number"),
+        (lambda: VAEConfig(block_out_channels=()), "VAEConfig.block_out_channels is empty"),
+        (lambda: SchedulerConfig(num_train_timesteps=1, rescale_betas_zero_snr=True), "num_train_timesteps above 1"),
     ],
 )
 def test_nonsense_is_refused_when_a_config_is_made(make, sentence: str) -> None:
@@ -124,8 +138,8 @@ def test_nonsense_is_refused_when_a_config_is_made(make, sentence: str) -> None:
     ("values", "sentence"),
     [
         ({"lrr": 1}, "x.json: OptimConfig has no field 'lrr'; did you mean 'lr'?"),
-        ({"lr": "fast"}, "x.json: lr is 'fast', not float"),
-        ({"warmup_steps": 1.5}, "x.json: warmup_steps is 1.5, not int"),
+        ({"lr": "fast"}, "x.json: lr is 'fast'; it must be a finite number."),
+        ({"warmup_steps": 1.5}, "x.json: warmup_steps is 1.5; it must be a whole number."),
     ],
 )
 def test_json_of_the_wrong_names_or_types_is_told_with_its_file(values: dict[str, object], sentence: str) -> None:
@@ -133,15 +147,116 @@ def test_json_of_the_wrong_names_or_types_is_told_with_its_file(values: dict[str
         from_dict(OptimConfig, values, "x.json")
 
 
-def test_a_run_directory_is_claimed_by_one_config(tmp_path: Path) -> None:
-    config = read_config(VAE, ["--workdir", str(tmp_path / "run")])
-    claim_workdir(config)
-    longer = read_config(VAE, ["--workdir", str(tmp_path / "run"), "--steps", "70", "--log_every", "3"])
-    claim_workdir(longer)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 70
-    other = read_config(VAE, ["--workdir", str(tmp_path / "run"), "--seed", "1", "--optim.lr", "0.5"])
-    with pytest.raises(ValueError, match=r"optim.lr was 0.001 and is now 0.5, seed was 0 and is now 1"):
-        claim_workdir(other)
+def test_wrong_types_in_a_config_file_are_told_and_lists_stand_for_tuples() -> None:
+    told = {
+        "DataConfig(size='64')": "DataConfig.size is '64'; it must be a whole number.",
+        "DataConfig(flip=1)": "DataConfig.flip is 1; it must be true or false.",
+        "UNetConfig(sample_size=[8, 8])": "UNetConfig.sample_size is [8, 8]; it must be a whole number or None.",
+        "VAEConfig(block_out_channels=['a', 1])": "is ['a', 1]; it must be a list of whole numbers.",
+        "CLIPTextConfig(hidden_act='relu')": "hidden_act is 'relu'; supported: 'quick_gelu', 'gelu'.",
+        "TrainConfig('x', None)": "TrainConfig.task is None; it must hold the fields of VAETask or DiffusionTask.",
+        "VAEConfig(block_out_channels=[128, 256, 512, 512], scaling_factor=1) == VAEConfig(scaling_factor=1.0)": "True",
+    }
+    # A process of its own: this one checks types before the package does.
+    script = (
+        "import sys\n"
+        "from jaxdiff.config import *\n"
+        "for text in sys.argv[1:]:\n"
+        "    try:\n"
+        "        print(eval(text))\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *told], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    for line, sentence in zip(done.stdout.splitlines(), told.values(), strict=True):
+        assert line.endswith(sentence)
+
+
+def test_json_that_is_nested_too_deeply_is_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"x.json is nested too deeply"):
+        load_json(file)
+
+
+def vae_config(workdir: Path, *overrides: str) -> TrainConfig:
+    return read_config(VAE, ["--workdir", str(workdir), *overrides])
+
+
+def test_a_run_with_checkpoints_goes_on_with_its_own_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = tmp_path / "run"
+    config = vae_config(workdir)
+    with claim_workdir(config):
+        write_config(config, workdir)
+    (workdir / "checkpoints" / "2").mkdir(parents=True)
+    with claim_workdir(vae_config(workdir, "--steps", "70", "--optim.lr", "0.5")):
+        assert "optim.lr was 0.001 and is now 0.5, steps was 60 and is now 70." in capsys.readouterr().out
+    other = vae_config(workdir, "--seed", "1", "--optim.lr", "0.5")
+    with pytest.raises(ValueError, match=r"another config: seed was 0 and is now 1\."), claim_workdir(other):
+        pass
+
+
+def test_a_run_without_checkpoints_takes_any_config(tmp_path: Path) -> None:
+    config = vae_config(tmp_path / "run")
+    with claim_workdir(config) as workdir:
+        assert not (workdir / "config.json").exists()
+        write_config(config, workdir)
+    with claim_workdir(vae_config(tmp_path / "run", "--seed", "1")):
+        pass
+
+
+def test_a_run_directory_is_held_by_one_process(tmp_path: Path) -> None:
+    config = vae_config(tmp_path / "run")
+    with (
+        claim_workdir(config),
+        pytest.raises(ValueError, match="Another process trains in"),
+        claim_workdir(config),
+    ):
+        pass
+    with claim_workdir(config):
+        pass
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"):
-        claim_workdir(read_config(VAE, ["--workdir", str(tmp_path / "file" / "run")]))
+    with pytest.raises(ValueError, match="cannot be written"), claim_workdir(vae_config(tmp_path / "file" / "run")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["--data.source", "latents"], "An autoencoder is trained on pictures"),
+        (
+            ["--data.heldout", "none"],
+            "has no split 'none'; it has heldout, test, train. Name a split to measure on by --data",
+        ),
+    ],
+)
+def test_data_that_an_autoencoder_cannot_use_is_told(
+    main, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], sentence: str
+) -> None:
+    assert main([VAE, "--workdir", str(tmp_path), "--data.root", str(ROOT / "tests/data"), *overrides]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_size_that_the_autoencoder_does_not_divide_is_told(
+    main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    levels = [f"--task.vae.{name}" for name in ("down_block_types", "up_block_types", "block_out_channels")]
+    values = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2, ["8", "8"]
+    overrides = [text for name, value in zip(levels, values, strict=True) for text in (name, *value)]
+    assert main([VAE, "--workdir", str(tmp_path), "--data.size", "15", *overrides]) == 2
+    assert "DataConfig.size 15 is not a multiple of the VAE's factor 2" in capsys.readouterr().err
+
+
+def test_metrics_of_a_run_that_goes_on_are_kept_and_all_of_them_json(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n5\n\xff\n{"step": "x"}\n{"step": 3}\n{"step"')
+    with Log(tmp_path, 2, 9, 1) as log:
+        log.write({"step": 3, "loss": float("nan"), "kl": 0.5})
+    assert file.read_text() == '{"step": 1}\n{"step": 3, "loss": null, "kl": 0.5}\n'

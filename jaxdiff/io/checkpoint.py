@@ -1,6 +1,10 @@
 """Checkpoints of a run: saved while the steps go on, read back newest first."""
 
 import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
-        absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file
+        absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax tells of every file, and of an error many times
         self.folder = folder.absolute()
+        self._saving: int | None = None
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
         except OSError as error:
@@ -28,17 +33,48 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._wait()
+        except ValueError:
+            if kind is None:
+                raise
+        finally:
+            with suppress(Exception):  # it has been told
+                self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps that were saved whole, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to save, and returns once the arrays may be reused. A step that is there already is left."""
+        """Starts to save, and returns once the arrays may be reused. A step that is there already is left.
+
+        Raises:
+            ValueError: where this step, or the one before it, cannot be written.
+        """
         if step not in self.steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            self._wait()
+            self._saving = step
+            with self._told():
+                self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+    def _wait(self) -> None:
+        """Until the last step is whole on disk."""
+        with self._told():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises many kinds, TensorStore's longer than a screen
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(code[1])) if code else _first_line(error)
+            stay = [step for step in self.steps() if step != self._saving]
+            kept = f"step {stay[-1]} stays" if stay else "none had been saved"
+            raise ValueError(f"Step {self._saving} could not be saved in {self.folder} ({reason}); {kept}.") from error
 
     def restore(self, like: Any) -> Any:
         """The newest state that can be read, with the shapes and shardings of `like`; None where none was saved.

@@ -1,6 +1,8 @@
 """What a run tells: a progress bar, `metrics.jsonl`, and TensorBoard if wanted."""
 
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ class Log:
 
     def __init__(self, workdir: Path, start: int, steps: int, batch_size: int, tensorboard: bool = False) -> None:
         path = workdir / "metrics.jsonl"
-        kept = _lines_until(path, start)
-        path.write_text("".join(kept), encoding="utf-8")
+        partial = path.with_name("metrics.jsonl.partial")
+        partial.write_bytes(b"".join(_lines_until(path, start)))
+        os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
         self._board = _summary_writer(workdir / "tensorboard") if tensorboard else None
         self._bar = tqdm(initial=start, total=steps, unit="step", dynamic_ncols=True, mininterval=1.0)
@@ -74,8 +77,9 @@ class Log:
         return line
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line of `metrics.jsonl`; `step` is among its values."""
-        self._file.write(json.dumps(line) + "\n")
+        """One line of `metrics.jsonl`; `step` is among its values. JSON has no NaN: null takes its place."""
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in line.items():
@@ -86,16 +90,14 @@ class Log:
         self._bar.write(text)
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The whole lines of a metrics file up to and with `step`."""
-    if not path.exists():
-        return []
+def _lines_until(path: Path, step: int) -> list[bytes]:
+    """The whole lines of a metrics file up to and with `step`; what is no line of metrics is left out."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith(b"\n") and json.loads(line.decode())["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept
 

@@ -1,13 +1,17 @@
 """A run's config: from its Python file, the command line, and the run directory it goes on in."""
 
+import fcntl
 import json
 import os
 import re
 import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 
 import jaxdiff.config
@@ -15,9 +19,10 @@ from jaxdiff.config import TrainConfig, from_dict, load_json, nearest, to_dict
 
 FREE = re.compile(
     r"workdir|steps|log_every|eval_every|checkpoint_every|keep_checkpoints|tensorboard|remat|mesh\..*"
-    r"|data\.(root|workers|max_bad_share|heldout)|task\.prompts"
+    r"|data\.(root|workers|max_bad_share|heldout)|task\.prompts|optim\..*"
 )
-"""Fields that may change when a run goes on: they say how long and where, not what is computed."""
+"""Fields that may change when a run goes on: how long, where and how it is optimised, and what it shows; not the
+networks, the data and the draws."""
 
 
 def read_config(path: str, overrides: list[str]) -> TrainConfig:
@@ -51,7 +56,7 @@ def _from_file(path: str) -> TrainConfig:
     try:
         make = runpy.run_path(path).get("config")
         if not callable(make):
-            raise ValueError(f"{path} has no function config() that returns a TrainConfig.")
+            raise ValueError("it has no function config() that returns a TrainConfig.")
         config = make()
     except TypeError as error:
         unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
@@ -60,8 +65,10 @@ def _from_file(path: str) -> TrainConfig:
             names = [f.name for f in fields(cls)]
             raise ValueError(f"{path}: {unknown[1]} has no field {unknown[2]!r}{nearest(unknown[2], names)}") from error
         raise ValueError(f"{path} cannot be read as a config: {error}.") from error
-    except (SyntaxError, NameError, ImportError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as a config: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # whatever the user's own code raises
+        raise ValueError(f"{path} cannot be read as a config: {type(error).__name__}: {error}.") from error
     if not isinstance(config, TrainConfig):
         raise ValueError(f"{path}: config() returned a {type(config).__name__}, not a TrainConfig.")
     return config
@@ -79,33 +86,56 @@ def flat(config: Any) -> dict[str, Any]:
     return walk(to_dict(config), "")
 
 
-def claim_workdir(config: TrainConfig) -> Path:
-    """Makes the run directory and writes `config.json` into it, or checks that the run there is this one.
+@contextmanager
+def claim_workdir(config: TrainConfig) -> Iterator[Path]:
+    """Makes the run directory and holds it: no other process claims it meanwhile.
 
     Raises:
-        ValueError: where the directory cannot be made, or holds a run of another config.
+        ValueError: where it cannot be made, another process holds it, or it has checkpoints of another config.
     """
     workdir = Path(config.workdir)
-    file = workdir / "config.json"
-    if file.exists():
-        before, now = flat(from_dict(TrainConfig, load_json(file), str(file))), flat(config)
-        names = [name for name in sorted(before | now) if not FREE.fullmatch(name)]
-        changed = [
-            f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-            for name in names
-            if before.get(name) != now.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another config: {', '.join(changed)}. "
-                "Take that back, or choose another --workdir."
-            )
     try:
-        for folder in (workdir, workdir / "samples"):
-            folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name("config.json.partial")
-        partial.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        (workdir / "samples").mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
     except OSError as error:
         raise ValueError(f"{workdir} cannot be written: {error.strerror}.") from error
-    return workdir
+    with lock:
+        try:
+            if jax.process_index() == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process trains in {workdir}; wait for it, or choose another --workdir."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        _check_same_run(config, workdir)
+        yield workdir
+
+
+def _check_same_run(config: TrainConfig, workdir: Path) -> None:
+    """Refuses what would make another run of the checkpoints that are there; prints what may change and does."""
+    file, checkpoints = workdir / "config.json", workdir / "checkpoints"
+    if not (file.exists() and checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())):
+        return
+    before, now = flat(from_dict(TrainConfig, load_json(file), str(file))), flat(config)
+    changed = {
+        name: f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in sorted(before | now)
+        if before.get(name) != now.get(name) and name != "workdir"
+    }
+    refused = [text for name, text in changed.items() if not FREE.fullmatch(name)]
+    if refused:
+        raise ValueError(
+            f"{workdir} holds a run of another config: {', '.join(refused)}. "
+            "Take that back, or choose another --workdir."
+        )
+    if changed:
+        print(f"{workdir}: {', '.join(changed.values())}.")
+
+
+def write_config(config: TrainConfig, workdir: Path) -> None:
+    """Writes `config.json`, whole or not at all."""
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, workdir / "config.json")
