@@ -37,12 +37,26 @@ def test_a_few_bytes_that_claim_a_huge_picture_are_refused_before_they_are_decod
         decode(bomb)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("side", [10_000, 16_000])
+def test_a_small_file_of_very_many_pixels_is_refused(side):
+    data = encoded(Image.new("1", (side, side)))
+    assert len(data) < 100_000
+    with pytest.raises(BadRecord, match="pixels"):
+        decode(data)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
 def test_half_a_file_is_a_bad_record(format):
     data = encoded(noise(64, 64), format)
     assert decode(data).size == (64, 64)
     with pytest.raises(BadRecord):
         decode(data[: len(data) // 2])
+
+
+def test_kinds_that_pillow_reads_with_other_programs_are_not_tried():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with pytest.raises(BadRecord, match="it is no picture"):
+        decode(eps)
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>", b"\x89PNG\r\n\x1a\n", bytes(100)])

@@ -122,7 +122,9 @@ def test_a_prompt_with_bytes_that_are_no_text_is_still_read(tokenizer):
         ({"vocab.json": "<html>", "merges.txt": ""}, "vocab.json is not JSON"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, "do not go together"),
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "lacks"),
-        ({"vocab.json": '{"a": "x"}', "merges.txt": ""}, "do not go together"),
+        ({"vocab.json": '{"a": "x"}', "merges.txt": ""}, r"whole number from 0 on\.$"),
+        ({"vocab.json": '{"a": -1}', "merges.txt": ""}, r"whole number from 0 on\.$"),
+        ({"vocab.json": "[" * 100_000, "merges.txt": ""}, r"vocab\.json is "),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b c"}, "'a b c' is not a merge"),
         ({"tokenizer.json": "{}"}, "is not a tokenizer"),
         ({"tokenizer.json": "<html>"}, "is not a tokenizer"),
@@ -133,6 +135,28 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path, files, said):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=said):
         Tokenizer.load(tmp_path)
+
+
+def test_merges_that_were_only_begun_are_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match=r"merges\.txt has 0 merges for the \d+ tokens"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("token", [5, {"a": 1}, ["x"]])
+def test_a_padding_token_that_is_none_is_refused(tokenizer, tmp_path, token):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": token}))
+    with pytest.raises(ValueError, match=r"pad_token is .*, not a token"):
+        Tokenizer.load(tmp_path)
+
+
+def test_an_id_beyond_the_others_counts_as_the_rows_it_needs(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {EOS: 99_999_999}))
+    assert len(Tokenizer.load(tmp_path)) == 100_000_000
 
 
 def test_sizes_that_cannot_be_are_refused(tokenizer, folder):

@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import logging
+import os
+import resource
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import jax
@@ -136,6 +141,65 @@ def test_a_failed_write_leaves_the_old_folder_whole(bundle, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_an_interrupt_between_the_two_renames_brings_the_old_folder_back(bundle, tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    write_folder(path, bundle)
+    rename = Path.rename
+
+    def stopped(self, target):
+        if ".new-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(path, bundle)
+    assert read_folder(path).unet == bundle.unet
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_writer_left_goes_after_a_day(bundle, tmp_path):
+    write_folder(tmp_path / "model", bundle)
+    for name, age in ((".model.old-1", 90_000), (".model.new-2", 0), (".models.old-3", 90_000)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    write_folder(tmp_path / "model", bundle)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".model.new-2", ".models.old-3", "model"]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(bundle, tmp_path):
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(ValueError, match=r"model cannot be written: .*File too large"):
+            write_folder(tmp_path / "model", bundle)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_is_gone_is_not_left_out(bundle, tmp_path):
+    write_folder(tmp_path / "model", bundle)
+    back = read_folder(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model/tokenizer has neither tokenizer\.json nor vocab\.json"):
+        write_folder(tmp_path / "copy", back)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_silent_scheduler_is_read_as_diffusers_pipeline_reads_it(bundle, tmp_path):
+    write_folder(tmp_path, bundle)
+    file = tmp_path / "scheduler/scheduler_config.json"
+    for cls in ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"):
+        file.write_text(json.dumps({"_class_name": cls}))
+        scheduler = read_scheduler(tmp_path)
+        assert (scheduler.steps_offset, scheduler.clip_sample) == (1, False)
+    edit(file, steps_offset=0, clip_sample=True)
+    scheduler = read_scheduler(tmp_path)
+    assert (scheduler.steps_offset, scheduler.clip_sample) == (0, True)
+
+
 def test_one_network_alone_is_written_and_read(bundle, tmp_path):
     for _ in range(2):
         write_network(tmp_path, "vae", bundle.vae, bundle.params["vae"])
@@ -179,6 +243,7 @@ def test_settings_that_diffusers_pipeline_overrides_are_told(bundle, tmp_path, c
             "FlowMatchEulerDiscreteScheduler",
             "_class_name is 'FlowMatch",
         ),
+        ("scheduler/scheduler_config.json", "_class_name", ["x"], r"_class_name is \['x'\]"),
         ("model_index.json", "text_encoder_2", ["transformers", "CLIPTextModel"], "text_encoder_2 is .*not supported"),
         ("model_index.json", "unet", ["diffusers", "FluxTransformer2DModel"], "unet is .*supported: .*UNet2DCond"),
     ],
@@ -194,7 +259,7 @@ def test_a_setting_that_is_not_supported_is_named(bundle, tmp_path, file, field,
 def test_fields_that_are_off_or_say_nothing_are_passed_over(bundle, tmp_path):
     write_folder(tmp_path / "model", bundle)
     edit(tmp_path / "model/unet/config.json", some_new_option=None, another=False, third=0, upcast_attention=True,
-         _name_or_path="x", time_embedding_type="positional")  # fmt: skip
+         only_cross_attention=[False, False], _name_or_path="x", time_embedding_type="positional")  # fmt: skip
     edit(tmp_path / "model/text_encoder/config.json", torch_dtype="float16", transformers_version="4.0")
     edit(tmp_path / "model/model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     assert read_folder(tmp_path / "model").unet == CONFIGS["unet"]

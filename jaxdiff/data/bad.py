@@ -11,18 +11,22 @@ class BadRecords:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def add(self, name: str, reason: str) -> None:
-        """Counts a record.
+    def add(self, *records: tuple[str, str]) -> None:
+        """Counts records, each a name and a reason.
 
         Raises:
             ValueError: with the names, where there are now too many.
 
         """
-        self.reasons[name] = reason
+        self.reasons.update(records)
         if len(self.reasons) > self._max_share * self._total:
-            listed = "; ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:10])
-            more = f"; and {len(self.reasons) - 10} more" if len(self.reasons) > 10 else ""
             raise ValueError(
-                f"{len(self.reasons)} of {self._total} records cannot be used, which is more than "
-                f"DataConfig.max_bad_share {self._max_share:g} allows: {listed}{more}."
+                f"{len(self)} of {self._total} records cannot be used, a share of {len(self) / self._total:.3g}, more "
+                f"than DataConfig.max_bad_share {self._max_share:g} allows: {self.listed()}; mend or remove them, or "
+                "raise --data.max_bad_share."
             )
+
+    def listed(self) -> str:
+        """The first names, with their reasons."""
+        first = "; ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:10])
+        return first + (f"; and {len(self) - 10} more" if len(self) > 10 else "")

@@ -11,6 +11,8 @@ from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import COLOURS, Caption
 from jaxdiff.data.record import BadRecord, Record
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What is decoded, whatever a file is called: some of Pillow's other readers run programs."""
 MAX_PIXELS = 64_000_000
 """Pictures of more pixels than this are refused before they are decoded: a small file can hold a huge picture."""
 
@@ -19,17 +21,18 @@ def decode(data: bytes) -> Image.Image:
     """The picture as 8-bit RGB, or RGBA where part of it is transparent, upright as its EXIF data says.
 
     Raises:
-        BadRecord: where the bytes are no picture, only a part of one, or of more than `MAX_PIXELS`.
+        BadRecord: where the bytes are no picture of a kind in `FORMATS`, only a part of one, or of more than
+            `MAX_PIXELS`.
 
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise BadRecord(f"it is {width}x{height}, more than {MAX_PIXELS} pixels")
             image = ImageOps.exif_transpose(image)  # decodes all of it; a truncated file raises here
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
-                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+                return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
             if not image.has_transparency_data:
                 return image.convert("RGB")
             image = image.convert("RGBA")

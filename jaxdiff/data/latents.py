@@ -106,7 +106,7 @@ def cache_latents(
                     rng = np.random.default_rng([seed, variant, index])
                     batch.append(prepare(source.record(index), rng, config))
                 except BadRecord as error:
-                    bad.add(source.name(index), str(error))
+                    bad.add((source.name(index), str(error)))
                 if len(batch) == config.batch_size:
                     flush()
         if batch:

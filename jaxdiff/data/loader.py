@@ -101,13 +101,16 @@ class Batches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         batch, bad = next(self._batches)
-        for name, reason in bad:
-            self._bad.add(name, reason)
+        self._bad.add(*bad)
+        if not batch:
+            raise ValueError(
+                f"{_MAX_TRIES} records in a row cannot be used: {self._bad.listed()}; mend or remove them."
+            )
         return batch
 
 
 class _MakeBatch:
-    """A step's number -> its batch, and what was skipped on the way. Pickled into the worker processes."""
+    """A step's number -> its batch, {} where none can be made, and what was skipped. Pickled into the workers."""
 
     def __init__(self, config: DataConfig, source: Source, tokenize: TokenizeFn | None, seed: int, rows: range) -> None:
         self._config, self._source, self._tokenize, self._seed, self._rows = config, source, tokenize, seed, rows
@@ -119,7 +122,10 @@ class _MakeBatch:
             _die_with_parent()
         bad: list[tuple[str, str]] = []
         indices = [step * self._config.batch_size + row for row in self._rows]
-        arrays, captions = zip(*(self._sample(index, bad) for index in indices), strict=True)
+        try:
+            arrays, captions = zip(*(self._sample(index, bad) for index in indices), strict=True)
+        except BadRecord:  # the reader tells; grain adds words of its own to what is raised here
+            return {}, bad
         batch: Batch = {"index": np.asarray(indices, np.int64)}
         stacked = np.stack(arrays)
         if stacked.dtype == np.uint8:
@@ -145,7 +151,7 @@ class _MakeBatch:
             except BadRecord as error:
                 bad.append((self._source.name(position), str(error)))
                 position = rng.integers(len(self._source))
-        raise ValueError(f"{_MAX_TRIES} records in a row cannot be used, the last of them {bad[-1][0]} ({bad[-1][1]}).")
+        raise BadRecord
 
 
 @cache

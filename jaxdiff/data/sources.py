@@ -1,5 +1,6 @@
 """Where records come from: the emoji set, a folder, any TFDS data set, or latents that were encoded before."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,12 @@ class TFDSSource:
         try:
             builder: Any = tfds.builder(name, data_dir=config.root)
         except ValueError as error:  # TFDS's own message lists every data set there is
-            raise ValueError(f"There is no TFDS data set {name!r} in {config.root}: run `{prepare}`.") from error
+            close = difflib.get_close_matches(
+                config.source, ["emoji", "folder", "latents", *tfds.list_builders(with_community_datasets=False)], n=1
+            )
+            likelier = close and close[0] != config.source
+            remedy = f"did you mean {close[0]!r}?" if likelier else f"run `{prepare}`."
+            raise ValueError(f"There is no TFDS data set {name!r} in {config.root}: {remedy}") from error
         except ImportError as error:
             raise ValueError(f"The TFDS data set {name!r} cannot be opened: {error}.") from error
         if not builder.info.splits:
@@ -133,7 +139,7 @@ class FolderSource:
             where = f"{metadata}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON: {error}.") from error
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise ValueError(f'{where} needs a "file_name" and a "text".')
@@ -142,7 +148,7 @@ class FolderSource:
                 raise ValueError(f"{where} names {row['file_name']!r}; a name must lie within {self._root}.")
             texts = [row.get(key) or "" for key in ("text", "style")]
             keywords = row.get("keywords") or []
-            if not all(isinstance(text, str) for text in (*texts, *keywords)) or not isinstance(keywords, list):
+            if not isinstance(keywords, list) or not all(isinstance(text, str) for text in (*texts, *keywords)):
                 raise ValueError(f'{where}: "text" and "style" are strings, "keywords" is a list of strings.')
             rows.append((self._root / name, Caption(texts[0].strip(), texts[1].strip(), tuple(keywords))))
         return rows

@@ -53,12 +53,20 @@ class Tokenizer:
             for path in (vocab, merges):
                 if not path.is_file():
                     raise ValueError(f"{folder} holds no tokenizer: {path.name} is missing, and so is tokenizer.json.")
-            backend = _backend(load_json(vocab), _read_merges(merges))
+            tokens, pairs = load_json(vocab), _read_merges(merges)
+            if 2 * len(pairs) < len(tokens) - 514:  # all but the bytes and marks come from merges
+                raise ValueError(f"{merges} has {len(pairs)} merges for the {len(tokens)} tokens of vocab.json; "
+                                 "it is incomplete.")  # fmt: skip
+            backend = _backend(tokens, pairs)
         pad_token: Any = EOS
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (path := folder / name).is_file():
                 pad_token = load_json(path).get("pad_token") or pad_token
-        return cls(backend, max_length, pad_token["content"] if isinstance(pad_token, dict) else pad_token)
+        if isinstance(pad_token, dict):
+            pad_token = pad_token.get("content")
+        if not isinstance(pad_token, str):
+            raise ValueError(f"{folder}: pad_token is {json.dumps(pad_token)}, not a token.")
+        return cls(backend, max_length, pad_token)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, max_length: int = 77) -> "Tokenizer":
@@ -83,10 +91,18 @@ class Tokenizer:
         return cls(_backend({token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges), max_length)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the four files that transformers' CLIPTokenizer loads."""
+        """Writes the four files that transformers' CLIPTokenizer loads.
+
+        Raises:
+            OSError: where they cannot be written.
+
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.model.save(str(folder))
+        try:
+            self._backend.model.save(str(folder))
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise OSError(f"{folder} cannot be written: {error}.") from error
         special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad_token}
         config = special | {
             "model_max_length": self.max_length,
@@ -97,7 +113,8 @@ class Tokenizer:
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
-        return self._backend.get_vocab_size()
+        """The rows that an embedding of the tokens needs: the largest id, and one."""
+        return max(self._backend.get_vocab().values()) + 1
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b t"]:
         """The texts' tokens; what does not fit is cut (see `cut`)."""
@@ -124,6 +141,8 @@ def _backend(vocab: dict[str, Any], merges: list[tuple[str, str]]) -> tokenizers
             end_of_word_suffix="</w>",
             unk_token=EOS,
         )
+    except TypeError as error:
+        raise ValueError("vocab.json must give each token a whole number from 0 on.") from error
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ValueError(f"vocab.json and merges.txt do not go together: {error}.") from error
     backend = tokenizers.Tokenizer(bpe)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import ml_dtypes  # noqa: F401  (teaches NumPy and safetensors bfloat16)
 import numpy as np
 from jax.typing import DTypeLike
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxdiff.config import (
@@ -141,6 +143,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "KDPM2DiscreteScheduler": _LINSPACE | _BETAS,
     "KDPM2AncestralDiscreteScheduler": _LINSPACE | _BETAS,
 }
+# What diffusers' StableDiffusionPipeline sets where the file is silent, whatever the scheduler's class has.
+_PIPELINE = {"steps_offset": 1, "clip_sample": False}
 # How some schedulers take their steps. The sampler is chosen by the caller here, so these say nothing about the model.
 _SOLVER_FIELDS = frozenset({
     "skip_prk_steps", "variance_type", "solver_order", "solver_type", "algorithm_type", "lower_order_final",
@@ -194,7 +198,7 @@ def read_folder(path: Path | str, variant: str | None = None) -> Folder:
         **{name: config for name, (config, _) in networks.items()},
         scheduler=read_scheduler(path),
         params={name: params for name, (_, params) in networks.items()},
-        tokenizer=_tokenizer_folder(path),
+        tokenizer=_check_tokenizer(_subfolder(path, "tokenizer")),
     )
 
 
@@ -217,14 +221,16 @@ def read_network(path: Path | str, name: str, variant: str | None = None) -> tup
 def read_scheduler(path: Path | str) -> SchedulerConfig:
     """The noise schedule of a folder, whichever of diffusers' schedulers of this family wrote it.
 
+    Where the file leaves out `steps_offset` and `clip_sample` they are 1 and False, as in StableDiffusionPipeline.
+
     Raises:
         ValueError: as `read_folder`.
     """
     file = _subfolder(Path(path), "scheduler") / "scheduler_config.json"
     cls = load_json(file).get("_class_name", "DDIMScheduler")
-    if cls not in SCHEDULERS:
+    if not isinstance(cls, str) or cls not in SCHEDULERS:
         raise ValueError(f"{file}: _class_name is {cls!r}; supported: {', '.join(SCHEDULERS)}.")
-    return _config(file, SchedulerConfig, _SCHEDULER_ONLY, _SOLVER_FIELDS, SCHEDULERS[cls])
+    return _config(file, SchedulerConfig, _SCHEDULER_ONLY, _SOLVER_FIELDS, SCHEDULERS[cls] | _PIPELINE)
 
 
 def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32) -> None:
@@ -239,8 +245,11 @@ def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32
         dtype: float32, float16 or bfloat16, the type of the stored weights.
 
     Raises:
-        ValueError: when the folder holds anything else, or a weight does not fit into the type.
+        ValueError: when the folder holds anything else or cannot be written, a weight does not fit into the type, or
+            the tokenizer's files are gone.
     """
+    if isinstance(folder.tokenizer, Path):
+        _check_tokenizer(folder.tokenizer)
     if folder.scheduler.steps_offset != 1 or folder.scheduler.clip_sample:
         logger.warning("diffusers' StableDiffusionPipeline takes steps_offset as 1 and clip_sample as False, "
                        "this model has %s and %s: its pictures will differ there.",
@@ -286,12 +295,13 @@ def _subfolder(path: Path, name: str) -> Path:
     return path / name
 
 
-def _tokenizer_folder(path: Path) -> Path:
-    folder = _subfolder(path, "tokenizer")
+def _check_tokenizer(folder: Path) -> Path:
     if not (folder / "tokenizer.json").exists():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).exists():
-                raise ValueError(f"{folder} has neither tokenizer.json nor {name}; the tokenizer is incomplete.")
+                raise ValueError(
+                    f"{folder} has neither tokenizer.json nor {name}; the tokenizer is incomplete, or gone."
+                )
     return folder
 
 
@@ -307,7 +317,8 @@ def _config(
     kept = dict(defaults or {})
     for name, value in load_json(file).items():
         if name in names:
-            kept[name] = value
+            off = isinstance(value, list) and value and all(flag is False for flag in value)
+            kept[name] = False if off else value  # off at every level is off
         elif name in only:
             if value not in only[name]:
                 supported = ", ".join(map(json.dumps, only[name]))
@@ -363,15 +374,19 @@ def _replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
             raise ValueError(f"{path} holds files that are not ours to replace; choose a folder that is new or empty.")
     new, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))
     try:
+        for left in path.parent.glob(".*") if path.exists() else ():  # by writers that were killed
+            ours = left.name.startswith((f".{path.name}.new-", f".{path.name}.old-"))
+            if ours and left.stat().st_mtime < time.time() - 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
         new.mkdir(parents=True)
         yield new
         if path.exists():
             path.rename(old)
         new.rename(path)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
+        if old.exists() and not path.exists():  # stopped between the two, perhaps by the user
+            old.rename(path)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
