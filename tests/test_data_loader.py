@@ -138,6 +138,17 @@ def test_a_folder_of_nothing_but_bad_records_stops_at_once(tmp_path):
         take(1, config, open_source(config), seed=0)
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_bad_records_without_end_are_named_though_their_share_is_allowed(tmp_path, workers):
+    rows = (json.dumps({"file_name": f"{i}.png", "text": "x"}) for i in range(1000))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    config = DataConfig(source="folder", root=str(tmp_path), size=8, batch_size=1, max_bad_share=0.9, workers=workers)
+    with pytest.raises(
+        ValueError, match=r"^100 records in a row cannot be used: .*No such file.* more; mend or remove them\.$"
+    ):
+        take(1, config, open_source(config), seed=0)
+
+
 WORKERS = """
 import multiprocessing, sys, time
 import numpy as np

@@ -62,11 +62,10 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (path := folder / name).is_file():
                 pad_token = load_json(path).get("pad_token") or pad_token
-        if isinstance(pad_token, dict):
-            pad_token = pad_token.get("content")
-        if not isinstance(pad_token, str):
+        pad = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
+        if not isinstance(pad, str):
             raise ValueError(f"{folder}: pad_token is {json.dumps(pad_token)}, not a token.")
-        return cls(backend, max_length, pad_token)
+        return cls(backend, max_length, pad)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, max_length: int = 77) -> "Tokenizer":
