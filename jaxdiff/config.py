@@ -513,7 +513,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             _one_of(f"{where}.kind", kind, tuple(kinds))
             cls = kinds[kind]
         return from_dict(cls, value, where)
-    taken = tuple(value) if isinstance(value, list) else value
+    taken: Any = tuple(value) if isinstance(value, list) else value
     if not _fits(hint, taken):
         if typing.get_origin(hint) is Literal:
             _one_of(where, value, typing.get_args(hint))
