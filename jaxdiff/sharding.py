@@ -60,6 +60,16 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     )
 
 
+def gathered(sharding: NamedSharding) -> NamedSharding:
+    """Where a parameter lies while it is computed with: stored in parts over `fsdp`, used whole (ZeRO-3).
+
+    To be said outright: left alone, XLA splits convolutions over the axis that splits the batch, too, and the gradients
+    of kernels that are split over `tensor` besides come out wrong (jax 0.10.2 on CPU). The paper is Rajbhandari et al.
+    2020, section 5.3.
+    """
+    return NamedSharding(sharding.mesh, P(*(None if axis == "fsdp" else axis for axis in sharding.spec)))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every array in a batch."""
     return NamedSharding(mesh, BATCH)

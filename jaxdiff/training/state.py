@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxdiff.sharding import tree_shardings
+from jaxdiff.sharding import gathered, tree_shardings
 from jaxdiff.types import Key, Params
 
 Batch: TypeAlias = dict[str, Any]
@@ -85,7 +85,12 @@ def make_step(
 ) -> Callable[[TrainState, Params | None, Batch, Key], tuple[TrainState, Metrics]]:
     """`train_step` compiled for the shardings of `state`, whose buffers each call reuses."""
 
+    whole = jax.tree.map(lambda p: gathered(p.sharding), state.params)
+
+    def loss(params: Params, frozen: Any, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+        return task.loss(jax.lax.with_sharding_constraint(params, whole), frozen, batch, key)
+
     def step(state: TrainState, frozen: Params | None, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
-        return train_step(state, frozen, batch, key, loss_fn=task.loss, tx=tx, ema_decay=ema_decay)
+        return train_step(state, frozen, batch, key, loss_fn=loss, tx=tx, ema_decay=ema_decay)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda a: a.sharding, state), None))
