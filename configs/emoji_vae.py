@@ -1,6 +1,6 @@
 """The autoencoder of the embedded model: 64x64 pixels to 16x16x4 latents, on the `emoji` data.
 
-Hardware: 2 CPU cores. Time and result: see README.
+Hardware: 2 CPU cores. Time: 36 minutes. Result: 26.3 dB PSNR on unseen concepts.
 """
 
 from jaxdiff.config import DataConfig, OptimConfig, TrainConfig, VAEConfig, VAETask
