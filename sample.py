@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 from tqdm import tqdm
 
 import jaxdiff
+from jaxdiff.cli import exit_code
 from jaxdiff.io.images import contact_sheet, slug, write_png
 from jaxdiff.pipeline import enable_compilation_cache
 
@@ -138,19 +138,7 @@ def check_writable(folder: Path) -> None:
 def cli(argv: Sequence[str] | None = None) -> int:
     """The command line; errors are a sentence and exit code 2."""
     args = tyro.cli(Args, args=argv)
-    try:
-        main(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("error: There is not enough memory; try a smaller --size.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: main(args), "a smaller --size")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxdiff import build
 from jaxdiff.build import NetworkConfig
+from jaxdiff.cli import exit_code
 from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask, to_dict
 from jaxdiff.data.latents import cache_latents
 from jaxdiff.data.loader import Batches, batches, open_source
@@ -288,20 +289,13 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     enable_compilation_cache()  # so that going on with a run starts fast
-    try:
+
+    def run() -> int:
         config = read_config(argv[0], argv[1:])
         with claim_workdir(config) as workdir:
             return train(config, workdir)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("error: There is not enough memory; try a smaller --data.batch_size, or --remat True.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+
+    return exit_code(run, "a smaller --data.batch_size, or --remat True")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ ALLOWED = {
     "types": set(),
     "config": set(),
     "sharding": {"types"},
+    "cli": set(),
     "nn": {"types"},
     "diffusion": {"types", "config"},
     "models": {"nn", "types"},

@@ -11,6 +11,7 @@ import tyro
 from jaxtyping import UInt8
 
 from jaxdiff import load
+from jaxdiff.cli import exit_code
 from jaxdiff.config import DataConfig, VAETask
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.loader import batches, open_source
@@ -95,8 +96,6 @@ def reconstruction(data_dir: str = "data", model: Path | None = None, split: str
 
 
 if __name__ == "__main__":
-    try:
-        tyro.extras.subcommand_cli_from_dict({"colours": colours, "reconstruction": reconstruction})
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(
+        exit_code(lambda: tyro.extras.subcommand_cli_from_dict({"colours": colours, "reconstruction": reconstruction}))
+    )

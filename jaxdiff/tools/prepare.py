@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import tensorflow_datasets as tfds
 import tyro
 
+from jaxdiff.cli import exit_code
+
 
 @dataclass(frozen=True)
 class Args:
@@ -49,8 +51,4 @@ def _builder(args: Args) -> tfds.core.DatasetBuilder:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(lambda: main(tyro.cli(Args))))

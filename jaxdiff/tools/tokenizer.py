@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from jaxdiff.cli import exit_code
 from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.record import BadRecord, Source
@@ -48,8 +49,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(lambda: main(tyro.cli(Args))))
