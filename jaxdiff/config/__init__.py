@@ -1,0 +1,29 @@
+"""Every setting, as frozen dataclasses that refuse nonsense when they are made.
+
+The network and scheduler classes carry the field names of the diffusers and transformers `config.json` files, so that a
+folder's file and a dataclass are one thing. Nothing here imports more than the standard library.
+"""
+
+from jaxdiff.config.base import from_dict, load_json, nearest, to_dict
+from jaxdiff.config.data import DataConfig
+from jaxdiff.config.networks import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.config.optim import OptimConfig
+from jaxdiff.config.tasks import DiffusionTask, VAETask
+from jaxdiff.config.train import MeshConfig, TrainConfig
+
+__all__ = [
+    "CLIPTextConfig",
+    "DataConfig",
+    "DiffusionTask",
+    "MeshConfig",
+    "OptimConfig",
+    "SchedulerConfig",
+    "TrainConfig",
+    "UNetConfig",
+    "VAEConfig",
+    "VAETask",
+    "from_dict",
+    "load_json",
+    "nearest",
+    "to_dict",
+]

@@ -1,0 +1,217 @@
+"""The networks and the noise schedule, by the field names of diffusers' and transformers' `config.json` files."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxdiff.config.base import Checked, one_of, positive, require
+
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+
+
+@dataclass(frozen=True)
+class UNetConfig(Checked):
+    """`unet/config.json`. `attention_head_dim` is the *number* of heads per level, as diffusers reads it."""
+
+    sample_size: int | None = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    cross_attention_dim: int = 1280
+    use_linear_projection: bool = False
+    only_cross_attention: bool | tuple[bool, ...] = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    downsample_padding: int = 1
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    act_fn: Literal["silu"] = "silu"
+
+    def _check(self) -> None:
+        n = len(self.block_out_channels)
+        require(n > 0, "UNetConfig.block_out_channels is empty; give the channels of each level.")
+        positive(
+            self,
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "block_out_channels",
+            "layers_per_block",
+            "transformer_layers_per_block",
+            "attention_head_dim",
+            "num_attention_heads",
+            "cross_attention_dim",
+            "norm_num_groups",
+            "norm_eps",
+        )
+        for name in ("down_block_types", "up_block_types"):
+            require(
+                len(getattr(self, name)) == n,
+                f"UNetConfig.{name} names {len(getattr(self, name))} blocks, "
+                f"block_out_channels has {n} levels; they must be as many.",
+            )
+        for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads"):
+            value = getattr(self, name)
+            require(
+                not isinstance(value, tuple) or len(value) == n,
+                f"UNetConfig.{name} is {value}; give one number, or one for each of the {n} levels.",
+            )
+        for block in self.down_block_types:
+            one_of("UNetConfig.down_block_types", block, DOWN_BLOCKS)
+        for block in self.up_block_types:
+            one_of("UNetConfig.up_block_types", block, UP_BLOCKS)
+        one_of("UNetConfig.mid_block_type", self.mid_block_type, ("UNetMidBlock2DCrossAttn",))
+        one_of("UNetConfig.downsample_padding", self.downsample_padding, (1,))
+        one_of("UNetConfig.only_cross_attention", self.only_cross_attention, (False,))
+        half = self.block_out_channels[0] // 2
+        require(
+            self.freq_shift < half,
+            f"UNetConfig.freq_shift is {self.freq_shift}; it must be below {half}, half of the first level's channels.",
+        )
+        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
+            require(
+                channels % self.norm_num_groups == 0,
+                f"UNetConfig.block_out_channels has {channels}, which "
+                f"norm_num_groups {self.norm_num_groups} does not divide.",
+            )
+            require(
+                channels % heads == 0,
+                f"UNetConfig.block_out_channels has {channels}, which {heads} heads "
+                "(attention_head_dim) do not divide.",
+            )
+
+    def per_level(self, name: str) -> tuple[Any, ...]:
+        """The value of a field for each level, where one number stands for all."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each level."""
+        return self.per_level("num_attention_heads" if self.num_attention_heads is not None else "attention_head_dim")
+
+
+@dataclass(frozen=True)
+class VAEConfig(Checked):
+    """`vae/config.json`: AutoencoderKL, a factor of 2 for each level after the first."""
+
+    sample_size: int = 512
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    act_fn: Literal["silu"] = "silu"
+
+    def _check(self) -> None:
+        n = len(self.block_out_channels)
+        require(n > 0, "VAEConfig.block_out_channels is empty; give the channels of each level.")
+        positive(
+            self,
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "latent_channels",
+            "block_out_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "scaling_factor",
+        )
+        for name, allowed in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            require(
+                len(getattr(self, name)) == n,
+                f"VAEConfig.{name} names {len(getattr(self, name))} blocks, "
+                f"block_out_channels has {n} levels; they must be as many.",
+            )
+            for block in getattr(self, name):
+                one_of(f"VAEConfig.{name}", block, (allowed,))
+        for channels in self.block_out_channels:
+            require(
+                channels % self.norm_num_groups == 0,
+                f"VAEConfig.block_out_channels has {channels}, which "
+                f"norm_num_groups {self.norm_num_groups} does not divide.",
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(Checked):
+    """`text_encoder/config.json`."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 768
+    bos_token_id: int | None = 49406
+    eos_token_id: int | None = 49407
+    pad_token_id: int | None = 1
+
+    def _check(self) -> None:
+        positive(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "layer_norm_eps",
+        )
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"CLIPTextConfig.hidden_size {self.hidden_size} is "
+            f"not a multiple of num_attention_heads {self.num_attention_heads}.",
+        )
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(Checked):
+    """`scheduler/scheduler_config.json`: the noise schedule and how to walk it."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    rescale_betas_zero_snr: bool = False
+
+    def _check(self) -> None:
+        positive(self, "num_train_timesteps", "clip_sample_range")
+        require(
+            0 < self.beta_start <= self.beta_end < 1,
+            f"SchedulerConfig.beta_start {self.beta_start} and beta_end "
+            f"{self.beta_end} must satisfy 0 < beta_start <= beta_end < 1.",
+        )
+        require(
+            0 <= self.steps_offset < self.num_train_timesteps,
+            f"SchedulerConfig.steps_offset is {self.steps_offset}; it must lie in [0, {self.num_train_timesteps}).",
+        )
+        require(
+            not self.rescale_betas_zero_snr or self.num_train_timesteps > 1,
+            "SchedulerConfig.rescale_betas_zero_snr needs num_train_timesteps above 1: one step would be all noise.",
+        )
