@@ -37,9 +37,9 @@ from jaxdiff.pipeline import Pipeline, enable_compilation_cache
 from jaxdiff.sharding import make_mesh, tree_shardings
 from jaxdiff.training.feed import Feed
 from jaxdiff.training.log import Log
-from jaxdiff.training.optim import adamw, learning_rate
+from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.options import FREE, claim_workdir, read_config, write_config
-from jaxdiff.training.state import Task, TrainState, create_state, make_step
+from jaxdiff.training.state import Task, TrainState, create_state, freeze, make_step, merge
 from jaxdiff.training.tasks.diffusion import diffusion_task
 from jaxdiff.training.tasks.vae import ENCODER, latent_scale, psnr, reconstruct, vae_task
 from jaxdiff.types import Params
@@ -69,10 +69,10 @@ def train(config: TrainConfig, workdir: Path) -> int:
     run = (vae_run if isinstance(config.task, VAETask) else diffusion_run)(config, workdir)
     frozen = jax.device_put(run.task.frozen, tree_shardings(mesh, run.task.frozen))
     schedule = learning_rate(config.optim, config.steps)
-    tx = adamw(config.optim, schedule)
+    tx = optimiser(config.optim, schedule)
     init_key, key = jax.random.split(jax.random.key(config.seed))
-    state = create_state(run.task, tx, init_key, mesh)
-    step_fn = make_step(run.task, tx, config.ema_decay, state)
+    state = create_state(run.task, tx, init_key, mesh, config.ema)
+    step_fn = make_step(run.task, tx, state, config.ema, config.optim.accumulate)
     count = sum(p.size for p in jax.tree.leaves(state.params))
 
     with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints, stop_signals() as stopped:
@@ -176,10 +176,10 @@ def vae_run(config: TrainConfig, workdir: Path) -> Run:
     n = math.ceil(min(len(heldout_source), EVAL_IMAGES) / heldout.batch_size)
     run = reconstruct(task, dtype)
     started, start = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, None)
-    trained = vae_task(task, start, dtype, config.remat)
+    trained = freeze(vae_task(task, start, dtype, config.remat), config.optim.factors)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        params = jax.device_get(state.ema) | (trained.frozen or {})
+        params = merge(trained.frozen, jax.device_get(state.average))
         images = [b["image"] for b in itertools.islice(batches(heldout, heldout_source, seed=0), n)]
         copies = [np.asarray(run(params, image)[0]) for image in images]
         figure = np.concatenate([psnr(a, b) for a, b in zip(images, copies, strict=True)])[: len(heldout_source)].mean()
@@ -234,12 +234,13 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
         if not task.train_text_encoder:
             frozen["text_encoder"] = start.pop("text_encoder")
 
+    trained = freeze(diffusion_task(task, vae, frozen, start, dtype, config.remat), config.optim.factors)
     picked = np.linspace(0, len(captions) - 1, 16).astype(int)
     prompts = list(task.prompts) or [captions.record(int(i)).caption.full() for i in picked]
     size = config.data.size
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        params = {"vae": vae_params, **frozen, **jax.device_get(state.ema)}
+        params = {"vae": vae_params} | merge(trained.frozen, jax.device_get(state.average))
         params = {name: params[name] for name in ("unet", "vae", "text_encoder")}
         folder = Folder(task.unet, vae, task.text_encoder, task.scheduler, params, tokenizer)
         write_folder(workdir / "export", folder)
@@ -248,7 +249,7 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
         return {}
 
     return Run(
-        diffusion_task(task, vae, frozen, start, dtype, config.remat),
+        trained,
         lambda step: process_batches(data, source, tokenizer, config.seed, step),
         evaluate,
     )
@@ -295,7 +296,7 @@ def main(argv: list[str]) -> int:
         with claim_workdir(config) as workdir:
             return train(config, workdir)
 
-    return exit_code(run, "a smaller --data.batch_size, or --remat True")
+    return exit_code(run, "a smaller --data.batch_size, or --remat blocks")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Hardware: 2 CPU cores. Time: 36 minutes. Result: 26.3 dB PSNR on unseen concepts.
 """
 
-from jaxdiff.config import DataConfig, OptimConfig, TrainConfig, VAEConfig, VAETask
+from jaxdiff.config import DataConfig, EMAConfig, OptimConfig, TrainConfig, VAEConfig, VAETask
 
 
 def config() -> TrainConfig:
@@ -24,7 +24,7 @@ def config() -> TrainConfig:
         data=DataConfig(source="emoji", root="data", size=64, batch_size=16, flip=True),
         optim=OptimConfig(lr=1e-3, warmup_steps=200, b2=0.99, weight_decay=0.01, final_lr_share=0.01),
         steps=2400,
-        ema_decay=0.998,
+        ema=EMAConfig(decay=0.998),
         log_every=25,
         eval_every=250,
         checkpoint_every=250,

@@ -12,8 +12,8 @@ from jaxdiff.config import CLIPTextConfig, DiffusionTask, OptimConfig, Scheduler
 from jaxdiff.sharding import make_mesh, path_name, spec_for, tree_shardings
 from jaxdiff.training.feed import Feed, to_devices
 from jaxdiff.training.noise import normal_like
-from jaxdiff.training.optim import adamw, learning_rate
-from jaxdiff.training.state import Batch, Metrics, Task, TrainState, apply, create_state, make_step
+from jaxdiff.training.optim import learning_rate, optimiser
+from jaxdiff.training.state import Batch, Metrics, Notes, Task, TrainState, apply, create_state, make_step
 from jaxdiff.training.tasks.diffusion import diffusion_task, drop_captions
 from jaxdiff.types import Key, Params
 
@@ -56,18 +56,18 @@ def text_task() -> Task:
     """A transformer that learns each sample's own noise: small, with every kind of matrix that the table splits."""
     module = build.text_encoder(TASK.text_encoder)
 
-    def loss(params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+    def loss(params: Params, frozen: Params, batch: Batch, key: Key, memory: dict) -> tuple[jax.Array, Metrics, Notes]:
         context = apply(module, params, batch["tokens"])
-        return jnp.square(context - normal_like(key, batch["index"], context)).mean(), {}
+        return jnp.square(context - normal_like(key, batch["index"], context)).mean(), {}, {}
 
     return Task(lambda key: build.init(module, TASK.text_encoder, key), loss)
 
 
 def trained(task: Task, mesh: Mesh, steps: int) -> tuple[TrainState, list[float]]:
     """The state after some steps on ever the same batch, and the losses."""
-    tx = adamw(OPTIM, learning_rate(OPTIM, 100))
+    tx = optimiser(OPTIM, learning_rate(OPTIM, 100))
     state = create_state(task, tx, jax.random.key(0), mesh)
-    step_fn = make_step(task, tx, 0.999, state)
+    step_fn = make_step(task, tx, state)
     frozen = jax.device_put(task.frozen, tree_shardings(mesh, task.frozen))
     losses = []
     for _ in range(steps):
@@ -114,8 +114,10 @@ def test_every_leaf_lies_where_the_table_says(spread: tuple[TrainState, list[flo
 
 
 def test_params_and_their_average_share_no_buffer() -> None:
-    state = create_state(text_task(), adamw(OPTIM, learning_rate(OPTIM, 10)), jax.random.key(0), one_device())
-    pointers = [leaf.unsafe_buffer_pointer() for tree in (state.params, state.ema) for leaf in jax.tree.leaves(tree)]
+    state = create_state(text_task(), optimiser(OPTIM, learning_rate(OPTIM, 10)), jax.random.key(0), one_device())
+    pointers = [
+        leaf.unsafe_buffer_pointer() for tree in (state.params, state.average) for leaf in jax.tree.leaves(tree)
+    ]
     assert len(set(pointers)) == len(pointers)
 
 

@@ -126,7 +126,7 @@ def test_an_autoencoder_run_exports_weights_whose_latents_have_unit_variance(vae
     assert config.scaling_factor == lines(vae_run)[-1]["scaling_factor"]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     ema = {path: leaf for path, leaf in checkpoint(vae_run, STEPS).items() if path.startswith("['ema']")}
-    assert np.array_equal(params["encoder"]["conv_in"]["kernel"], ema["['ema']['encoder']['conv_in']['kernel']"])
+    assert np.array_equal(params["encoder"]["conv_in"]["kernel"], ema["['ema']['0.999']['encoder']['conv_in']['kernel']"])
     with Image.open(vae_run / "samples" / f"{STEPS:07}.png") as sheet:
         assert min(sheet.size) > 16
 

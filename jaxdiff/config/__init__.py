@@ -7,14 +7,16 @@ folder's file and a dataclass are one thing. Nothing here imports more than the 
 from jaxdiff.config.base import from_dict, load_json, nearest, to_dict
 from jaxdiff.config.data import DataConfig
 from jaxdiff.config.networks import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
-from jaxdiff.config.optim import OptimConfig
+from jaxdiff.config.optim import EMAConfig, OptimConfig
 from jaxdiff.config.tasks import DiffusionTask, VAETask
-from jaxdiff.config.train import MeshConfig, TrainConfig
+from jaxdiff.config.train import DistributedConfig, MeshConfig, TrainConfig
 
 __all__ = [
     "CLIPTextConfig",
     "DataConfig",
     "DiffusionTask",
+    "DistributedConfig",
+    "EMAConfig",
     "MeshConfig",
     "OptimConfig",
     "SchedulerConfig",

@@ -1,11 +1,12 @@
 """One run."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxdiff.config.base import Checked, positive, require
 from jaxdiff.config.data import DataConfig
-from jaxdiff.config.optim import OptimConfig
+from jaxdiff.config.optim import EMAConfig, OptimConfig
 from jaxdiff.config.tasks import DiffusionTask, VAETask
 
 
@@ -27,27 +28,83 @@ class MeshConfig(Checked):
 
 
 @dataclass(frozen=True)
+class DistributedConfig(Checked):
+    """Which process of a run this is. TPU pods, GKE, Slurm and Open MPI say it themselves; elsewhere give all three."""
+
+    coordinator: str = ""
+    """HOST:PORT of process 0, where all of them meet."""
+    count: int | None = None
+    """How many processes the run has."""
+    index: int | None = None
+    """This process's number, from 0."""
+
+    def _check(self) -> None:
+        given = {"coordinator": self.coordinator or None, "count": self.count, "index": self.index}
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) == len(given):
+            return
+        require(
+            not missing,
+            f"DistributedConfig.{missing[0] if missing else ''} is missing: a run of several processes that are "
+            "started by hand needs coordinator, count and index, or none of them where the cluster tells.",
+        )
+        assert self.count is not None
+        assert self.index is not None
+        require(
+            re.fullmatch(r".+:[0-9]+", self.coordinator) is not None,
+            f"DistributedConfig.coordinator is {self.coordinator!r}; it must be HOST:PORT of process 0.",
+        )
+        positive(self, "count")
+        require(
+            0 <= self.index < self.count,
+            f"DistributedConfig.index is {self.index}; with a count of {self.count} it must lie from 0 to "
+            f"{self.count - 1}.",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig(Checked):
     """One run. `configs/*.py` make these; the resolved one is written beside the checkpoints."""
 
     workdir: str
+    """A folder, or a place in a bucket (`gs://bucket/run`); all processes must see it."""
     task: VAETask | DiffusionTask
+    model: str = ""
+    """A diffusers folder or a run directory: it gives the networks' sizes, and all that the task does not name itself:
+    starting weights (`init`), VAE, tokenizer, and the noise schedule if that of the task is the default."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     steps: int = 10_000
     seed: int = 0
-    ema_decay: float = 0.999
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in; parameters, optimiser and EMA stay float32."""
-    remat: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more work."""
+    remat: Literal["none", "norms", "blocks"] = "none"
+    """What the backward pass computes again to save memory. norms: all but the outputs of convolutions, matrix products
+    and attention, which costs hardly any work. blocks: all inside each block, about a third more work."""
     log_every: int = 50
     eval_every: int = 1000
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
+    """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this stay for good; 0 keeps only the newest."""
+    max_skipped: int = 20
+    """Updates whose loss or gradient is not finite are skipped; so many of them in a row stop the run."""
+    profile: int = 0
+    """Steps to trace for XProf into `profile/`, after the first few; 0 traces none."""
     tensorboard: bool = False
 
     def _check(self) -> None:
-        positive(self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
-        require(0 <= self.ema_decay < 1, f"TrainConfig.ema_decay is {self.ema_decay}; it must lie in [0, 1).")
+        positive(self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
+        for name in ("keep_every", "profile"):
+            require(getattr(self, name) >= 0, f"TrainConfig.{name} is {getattr(self, name)}; it must not be negative.")
+        if isinstance(self.task, DiffusionTask):
+            start = self.task.init or self.model
+            require(
+                self.task.train_text_encoder or bool(start and "text_encoder" not in self.task.scratch),
+                "DiffusionTask.train_text_encoder is False, and no weights are named for it: a text encoder of random "
+                "weights would stay so. Name a folder in --model or DiffusionTask.init, or train it.",
+            )

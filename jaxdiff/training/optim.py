@@ -1,28 +1,145 @@
-"""AdamW with warm-up, cosine decay and clipping."""
+"""Optimisers by name, learning-rate schedules, and rates by path."""
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, ScheduleFreeState, muon, schedule_free, schedule_free_eval_params
 
 from jaxdiff.config import OptimConfig
+from jaxdiff.sharding import path_name
+from jaxdiff.types import Params
+
+# Learning rates -------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up to `lr`, then half a cosine to `lr * final_lr_share` at `steps`."""
+    """Linear warm-up to `lr`, then what `config.schedule` names, until `steps`."""
     warmup = min(config.warmup_steps, steps - 1)
     first = config.lr / (warmup + 1)  # not 0, which would waste the first batch
-    return optax.warmup_cosine_decay_schedule(first, config.lr, warmup, steps, config.lr * config.final_lr_share)
+    after = DECAYS[config.schedule](config, warmup, steps - warmup)
+    return optax.join_schedules([optax.linear_schedule(first, config.lr, warmup), after], [warmup])
 
 
-def adamw(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) behind a clip by global norm; biases and norms do not decay."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
+def _rsqrt(config: OptimConfig, warmup: int, steps: int) -> optax.Schedule:
+    """lr sqrt(warm-up / step) (Vaswani et al. 2017, eq. 3), no lower than the final share."""
+    start = max(warmup, 1)
+    return lambda step: config.lr * jnp.maximum(config.final_lr_share, jnp.sqrt(start / (start + step)))
+
+
+def _wsd(config: OptimConfig, warmup: int, steps: int) -> optax.Schedule:
+    """Warm-up, stable, decay along a line (Hu et al. 2024, section 4)."""
+    decay = max(1, min(steps, round(config.decay_share * (warmup + steps))))
+    return optax.linear_schedule(config.lr, config.lr * config.final_lr_share, decay, steps - decay)
+
+
+# (config, steps of the warm-up, steps after it) -> the rate, counted from the end of the warm-up.
+DECAYS: dict[str, Callable[[OptimConfig, int, int], optax.Schedule]] = {
+    "cosine": lambda config, _, steps: optax.cosine_decay_schedule(config.lr, steps, config.final_lr_share),
+    "constant": lambda config, _, steps: optax.constant_schedule(config.lr),
+    "linear": lambda config, _, steps: optax.linear_schedule(config.lr, config.lr * config.final_lr_share, steps),
+    "rsqrt": _rsqrt,
+    "wsd": _wsd,
+}
+
+
+# Optimisers -----------------------------------------------------------------------------------------------------------
+
+
+def optimiser(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clips, finds the direction that `config.name` gives, adds weight decay, and scales by the rates.
+
+    Unlike optax's own `adafactor` and `lion`, all decay alike: by `lr * weight_decay`, biases and norms excepted.
+    """
+    step = optax.chain(
+        DIRECTIONS[config.name](config),
+        optax.add_decayed_weights(config.weight_decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        _scale_by_path(config.factors),
+        optax.scale_by_learning_rate(schedule),
     )
+    if config.name == "schedule_free":
+        step = schedule_free(step, schedule, config.b1)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), step)
+
+
+def _adafactor(config: OptimConfig) -> optax.GradientTransformation:
+    """Second moments by rows and columns, no first ones, steps relative to weights (Shazeer & Stern 2018, alg. 4)."""
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
+
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Momentum made orthogonal (Jordan et al. 2024), scaled so that AdamW's rates fit (Liu et al. 2025, eq. 4).
+
+    A convolution's kernel [h, w, in, out] counts as the matrix [h w in, out]. What is no matrix between hidden
+    features (embeddings, the first and last convolution, biases and norms) takes Adam's steps.
+    """
+
+    def matrices(params: Params) -> Any:
+        def numbers(path: Any, p: Any) -> MuonDimensionNumbers | None:
+            hidden = re.fullmatch(r"(?!.*\bconv_(in|out)/).*\bkernel", path_name(path)) and p.ndim > 1
+            return MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if hidden else None
+
+        return jax.tree_util.tree_map_with_path(numbers, params)
+
+    return muon(
+        -1.0,  # which leaves the sign as it is
+        beta=config.b1,
+        eps=config.eps,
+        mu_dtype=config.state_dtype,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        muon_weight_dimension_numbers=matrices,  # pyright: ignore[reportArgumentType]
+        consistent_rms=0.2,
+    )
+
+
+DIRECTIONS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
+    # Loshchilov & Hutter 2019.
+    "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps, mu_dtype=c.state_dtype),
+    "adafactor": _adafactor,
+    # Chen et al. 2023, algorithm 2.
+    "lion": lambda c: optax.scale_by_lion(c.b1, c.b2, mu_dtype=c.state_dtype),
+    # Duchi et al. 2011.
+    "adagrad": lambda c: optax.scale_by_rss(eps=c.eps),
+    "muon": _muon,
+    # Defazio et al. 2024, AdamW: `optimiser` wraps the whole step.
+    "schedule_free": lambda c: optax.scale_by_rms(c.b2, c.eps, eps_in_sqrt=False, bias_correction=True),
+    # Heavy-ball momentum (Polyak 1964).
+    "sgd": lambda c: optax.trace(c.b1, accumulator_dtype=c.state_dtype),
+}
+
+
+def evaluated(params: Params, opt: Any) -> Params:
+    """The parameters that the optimiser means to be evaluated and averaged: schedule_free's own mean, else `params`."""
+    states = jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, ScheduleFreeState))
+    for state in states:
+        if isinstance(state, ScheduleFreeState):
+            return schedule_free_eval_params(state, params)  # pyright: ignore[reportReturnType, reportArgumentType]
+    return params
+
+
+# Rates by path --------------------------------------------------------------------------------------------------------
+
+
+def rate_of(path: str, factors: tuple[tuple[str, float], ...]) -> float:
+    """What multiplies the learning rate of a parameter: the first pattern that matches its whole path counts."""
+    return next((factor for pattern, factor in factors if re.fullmatch(pattern, path)), 1.0)
+
+
+def check_rates(factors: tuple[tuple[str, float], ...], paths: list[str]) -> None:
+    """Refuses a pattern that matches no parameter, with the likeliest path in its place."""
+    for pattern, _ in factors:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0)
+            raise ValueError(f"OptimConfig.rates: {pattern!r} matches no parameter; the nearest is {near[0]!r}.")
+
+
+def _scale_by_path(factors: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    def scale(updates: Any, _: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, u: rate_of(path_name(path), factors) * u, updates)
+
+    return optax.stateless(scale) if factors else optax.identity()

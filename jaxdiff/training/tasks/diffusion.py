@@ -1,5 +1,7 @@
 """Latent diffusion: the UNet, and the text encoder with it, on the latents of a frozen VAE (Rombach et al. 2022)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -10,7 +12,7 @@ from jaxdiff.config import DiffusionTask, VAEConfig
 from jaxdiff.diffusion.loss import diffusion_loss
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.training.noise import sample_keys
-from jaxdiff.training.state import Batch, Metrics, Task, apply
+from jaxdiff.training.state import Batch, Metrics, Notes, Task, apply, merge
 from jaxdiff.training.tasks.vae import sample_moments
 from jaxdiff.types import Key, Params
 
@@ -54,17 +56,20 @@ def diffusion_task(
             params["text_encoder"] = build.init(text_encoder, config.text_encoder, text_key)
         return params
 
-    def loss(params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        params: Params, frozen: Params, batch: Batch, key: Key, memory: Any
+    ) -> tuple[Float[Array, ""], Metrics, Notes]:
+        networks = merge(frozen, params)
         z_key, drop_key, noise_key = jax.random.split(key, 3)
         index = batch["index"]
         moments = batch.get("moments")
         if moments is None:
-            moments = apply(autoencoder, frozen["vae"], batch["image"], method="encode")
+            moments = apply(autoencoder, networks["vae"], batch["image"], method="encode")
         x_0 = vae.scaling_factor * sample_moments(moments, index, z_key)
         tokens = drop_captions(batch["tokens"], frozen["empty_tokens"], config.caption_dropout, drop_key, index)
-        context = apply(text_encoder, (frozen | params)["text_encoder"], tokens)
-        return diffusion_loss(
-            lambda x, t, context: apply(unet, params["unet"], x, t, context),
+        context = apply(text_encoder, networks["text_encoder"], tokens)
+        value, metrics = diffusion_loss(
+            lambda x, t, context: apply(unet, networks["unet"], x, t, context),
             x_0,
             context,
             noise_key,
@@ -73,5 +78,6 @@ def diffusion_task(
             prediction_type=config.scheduler.prediction_type,
             min_snr_gamma=config.min_snr_gamma,
         )
+        return value, metrics, {}
 
     return Task(init, loss, start, frozen)

@@ -1,6 +1,7 @@
 """The autoencoder: reconstruct, and keep the latents near a standard normal (Rombach et al. 2022, section 3.1)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxdiff import build
 from jaxdiff.config import VAETask
 from jaxdiff.training.noise import normal_like
-from jaxdiff.training.state import Batch, Metrics, Task, apply
+from jaxdiff.training.state import Batch, Metrics, Notes, Task, apply, merge
 from jaxdiff.types import Key, Params
 
 ENCODER = ("encoder", "quant_conv")  # the half that makes latents
@@ -44,8 +45,13 @@ def vae_task(config: VAETask, start: Params | None = None, dtype: DTypeLike = jn
         frozen = {name: start[name] for name in ENCODER}
         start = {name: tree for name, tree in start.items() if name not in ENCODER}
 
-    def loss(params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
-        image, params = batch["image"], params | frozen
+    def init(key: Key) -> Params:
+        return {name: tree for name, tree in build.init(module, config.vae, key).items() if name not in frozen}
+
+    def loss(
+        params: Params, frozen: Params, batch: Batch, key: Key, memory: Any
+    ) -> tuple[Float[Array, ""], Metrics, Notes]:
+        image, params = batch["image"], merge(frozen, params)
         moments = apply(module, params, image, method="encode")
         z = sample_moments(moments, batch["index"], key)
         error = apply(module, params, z, method="decode") - image
@@ -54,9 +60,10 @@ def vae_task(config: VAETask, start: Params | None = None, dtype: DTypeLike = jn
         # Against N(0, 1), for each latent value (Kingma & Welling 2014, appendix B).
         kl = 0.5 * (jnp.square(mean) + jnp.square(std) - 2 * jnp.log(std) - 1).mean()
         # Images span 2 units, so the mean squared error against a peak of 1 is l2 / 4.
-        return config.l1_weight * l1 + l2 + config.kl_weight * kl, {"l1": l1, "psnr": -10 * jnp.log10(l2 / 4), "kl": kl}
+        loss = config.l1_weight * l1 + l2 + config.kl_weight * kl
+        return loss, {"l1": l1, "psnr": -10 * jnp.log10(l2 / 4), "kl": kl}, {}
 
-    return Task(lambda key: build.init(module, config.vae, key), loss, start, frozen)
+    return Task(init, loss, start, frozen)
 
 
 def reconstruct(config: VAETask, dtype: DTypeLike = jnp.float32) -> Callable[..., tuple[Array, Array]]:
