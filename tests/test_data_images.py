@@ -101,33 +101,35 @@ def test_the_caption_names_the_background_that_was_composed():
     art = Record(Caption("x"), encoded(Image.new("RGBA", (16, 16))))
     seen = set()
     for i in range(60):
-        image, caption = prepare(art, np.random.default_rng(i), DataConfig(size=8))
+        image, caption = prepare(art, np.random.default_rng(i), DataConfig(), (8, 8))
         assert image.shape == (8, 8, 3)
         assert tuple(image[0, 0]) == COLOURS[caption.colour]
         seen.add(caption.colour)
     assert len(seen) > 8
-    _, caption = prepare(Record(Caption("x"), encoded(noise(16, 16))), np.random.default_rng(0), DataConfig(size=8))
+    _, caption = prepare(Record(Caption("x"), encoded(noise(16, 16))), np.random.default_rng(0), DataConfig(), (8, 8))
     assert caption.colour == ""
 
 
 @pytest.mark.parametrize("size", [(64, 64), (37, 91), (91, 37), (1, 5), (1000, 3)])
 def test_any_picture_becomes_a_square_of_the_size_asked_for(size):
     for i in range(20):
-        image = augment(noise(*size), np.random.default_rng(i), size=24, crop=0.5, flip=True)
+        image = augment(noise(*size), np.random.default_rng(i), shape=(24, 24), crop=0.5, flip=True)
         assert (image.size, image.mode) == ((24, 24), "RGB")
 
 
 def test_without_a_crop_the_middle_is_taken_and_nothing_is_resampled_needlessly():
     image = noise(64, 64)
-    assert augment(image, np.random.default_rng(0), size=64, crop=1.0, flip=False) is image
+    assert augment(image, np.random.default_rng(0), shape=(64, 64), crop=1.0, flip=False) is image
     wide = noise(128, 64)
     middle = np.asarray(wide)[:, 32:96]
-    assert (np.asarray(augment(wide, np.random.default_rng(0), size=64, crop=1.0, flip=False)) == middle).all()
+    assert (np.asarray(augment(wide, np.random.default_rng(0), shape=(64, 64), crop=1.0, flip=False)) == middle).all()
 
 
 def test_half_of_the_pictures_are_flipped():
     image = noise(8, 8)
-    draws = [np.asarray(augment(image, np.random.default_rng(i), size=8, crop=1.0, flip=True)) for i in range(400)]
+    draws = [
+        np.asarray(augment(image, np.random.default_rng(i), shape=(8, 8), crop=1.0, flip=True)) for i in range(400)
+    ]
     flipped = [bool((draw == np.asarray(image)[:, ::-1]).all()) for draw in draws]
     assert all(f or (draw == np.asarray(image)).all() for f, draw in zip(flipped, draws, strict=True))
     assert 150 < sum(flipped) < 250

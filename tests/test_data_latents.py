@@ -1,5 +1,9 @@
 """Latents that were encoded before training."""
 
+import dataclasses
+import hashlib
+import re
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -8,9 +12,11 @@ import pytest
 from PIL import Image
 
 from jaxdiff.config import DataConfig
+from jaxdiff.data import latents
 from jaxdiff.data.captions import COLOURS
 from jaxdiff.data.latents import LatentSource, cache_latents
 from jaxdiff.data.loader import batches, open_source
+from jaxdiff.data.record import BadRecord
 
 CONFIG = DataConfig(root=str(Path(__file__).parent / "data"), size=16, batch_size=10)
 
@@ -21,11 +27,33 @@ def encode(images: np.ndarray) -> np.ndarray:
     return np.concatenate([means, np.zeros_like(means)], -1)
 
 
+def encode_texts(texts: list[str]) -> np.ndarray:
+    """Stands in for a text encoder: [b, 3, 2], its first value the text's length, its second a checksum."""
+    rows = [[len(text), sum(text.encode()) % 2000] for text in texts]
+    return np.repeat(np.array(rows, np.float32)[:, None], 3, 1)
+
+
+def cache(folder: Path, config: DataConfig = CONFIG, variants: int = 3, **options) -> int:
+    return cache_latents(encode, config, open_source(config), folder, variants=variants, seed=0, **options)
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch):
+    """Several parts even of few pictures."""
+    monkeypatch.setattr(latents, "PART_RECORDS", 150)
+
+
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("latents") / "deep" / "latents.array_record"
-    assert cache_latents(encode, CONFIG, open_source(CONFIG), path, variants=3, seed=0) == 0
-    return path
+    folder = tmp_path_factory.mktemp("latents") / "deep" / "latents"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "PART_RECORDS", 150)
+        assert cache(folder) == 0
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 def test_every_variant_of_every_picture_is_there_with_its_caption(cached):
@@ -70,37 +98,83 @@ def test_the_loader_gives_moments_and_composes_captions_anew(cached):
     assert len(set(captions)) > 400
 
 
-def test_caching_again_gives_the_same_file(cached, tmp_path):
-    cache_latents(encode, CONFIG, open_source(CONFIG), tmp_path / "again.array_record", variants=3, seed=0)
-    a, b = LatentSource(cached), LatentSource(tmp_path)
-    assert len(a) == len(b)
-    for i in range(len(a)):
-        np.testing.assert_array_equal(a.record(i).moments, b.record(i).moments)
-        assert a.record(i).caption == b.record(i).caption
+def test_any_number_of_processes_makes_the_same_files(cached, tmp_path):
+    assert [path.name for path in sorted(cached.iterdir())] == [
+        f"part-0000{i}-of-00003.array_record" for i in range(3)
+    ]  # 3 * 131 records
+    for i in range(2):
+        cache(tmp_path, process_index=i, process_count=2)
+        assert len(list(tmp_path.iterdir())) == (2, 3)[i]
+    assert digests(tmp_path) == digests(cached)
 
 
-def test_a_cache_that_was_broken_off_is_not_there(tmp_path):
+def test_a_cache_that_was_broken_off_goes_on_where_it_was(cached, tmp_path):
     calls = []
 
     def fail(images):
         calls.append(images)
-        if len(calls) == 3:
+        if len(calls) == 20:
             raise KeyboardInterrupt
         return encode(images)
 
-    path = tmp_path / "latents.array_record"
     with pytest.raises(KeyboardInterrupt):
-        cache_latents(fail, CONFIG, open_source(CONFIG), path, variants=1, seed=0)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="no cached latents"):
-        LatentSource(path)
+        cache_latents(fail, CONFIG, open_source(CONFIG), tmp_path, variants=3, seed=0)
+    assert digests(tmp_path).items() < digests(cached).items()
+    assert len(digests(tmp_path)) == 1
+    with pytest.raises(ValueError, match=r"lacks part-00001-of-00003\.array_record.* in all 2 of its 3 parts"):
+        LatentSource(tmp_path)
+    first = (tmp_path / "part-00000-of-00003.array_record").stat().st_mtime_ns
+    cache(tmp_path)
+    assert digests(tmp_path) == digests(cached)
+    assert (tmp_path / "part-00000-of-00003.array_record").stat().st_mtime_ns == first
 
 
-def test_a_file_that_is_no_cache_is_refused(tmp_path):
-    path = tmp_path / "latents.array_record"
-    path.write_bytes(b"<html>" * 1000)
-    with pytest.raises(ValueError, match="cannot be read as cached latents"):
-        LatentSource(path)
+@pytest.mark.parametrize("damage", ["truncated", "empty", "replaced", "its index flipped"])
+def test_a_damaged_part_is_named_with_what_to_do(cached, tmp_path, damage):
+    shutil.copytree(cached, tmp_path, dirs_exist_ok=True)
+    part = tmp_path / "part-00001-of-00003.array_record"
+    data = bytearray(part.read_bytes())
+    if damage == "its index flipped":
+        data[data.rindex(b'"shapes"')] ^= 1
+    part.write_bytes({"truncated": data[:-5000], "empty": b"", "replaced": b"<html>" * 1000}.get(damage, bytes(data)))
+    with pytest.raises(ValueError, match=r"part-00001-of-00003\.array_record is damaged.* Delete it, and"):
+        LatentSource(tmp_path)
+    with pytest.raises(ValueError, match=r"part-00001-of-00003\.array_record is damaged.* Delete it, and"):
+        cache(tmp_path)
+    part.unlink()
+    cache(tmp_path)
+    assert digests(tmp_path) == digests(cached)
+
+
+def test_a_damaged_record_is_named_by_its_part(cached, tmp_path):
+    shutil.copytree(cached, tmp_path, dirs_exist_ok=True)
+    part = tmp_path / "part-00001-of-00003.array_record"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 3] ^= 1
+    part.write_bytes(data)
+    source, whole, bad = LatentSource(tmp_path), LatentSource(cached), []
+    for i in range(len(source)):
+        try:
+            np.testing.assert_array_equal(source.record(i).moments, whole.record(i).moments)
+        except BadRecord as error:
+            bad.append(f"{source.name(i)} {error}")
+    assert len(bad) == 1
+    assert all(re.search(r"part-00001-of-00003\.array_record record \d+ .*delete this part", text) for text in bad)
+
+
+def test_records_are_named_by_their_part(cached):
+    source = LatentSource(cached)
+    assert [source.name(i).partition("part-")[2] for i in (0, 149, 150, 392)] == [
+        "00000-of-00003.array_record record 0",
+        "00000-of-00003.array_record record 149",
+        "00001-of-00003.array_record record 0",
+        "00002-of-00003.array_record record 92",
+    ]
+
+
+def test_a_folder_without_a_cache_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no cached latents"):
+        LatentSource(tmp_path)
 
 
 def test_pictures_that_cannot_be_read_are_left_out_and_counted(tmp_path):
@@ -109,6 +183,58 @@ def test_pictures_that_cannot_be_read_are_left_out_and_counted(tmp_path):
         (tmp_path / f"{i}.txt").write_text("a dog")
     (tmp_path / "4.png").write_bytes(b"no picture")
     config = DataConfig(source="folder", root=str(tmp_path), size=16, batch_size=4, max_bad_share=0.2)
-    path = tmp_path / "latents.array_record"
-    assert cache_latents(encode, config, open_source(config), path, variants=2, seed=0, dtype="float32") == 1
-    assert len(LatentSource(path)) == 8
+    for _ in range(2):  # made, and found
+        assert cache(tmp_path / "latents", config, 2, dtype="float32") == 1
+    assert len(LatentSource(tmp_path / "latents")) == 8
+
+
+def test_encoded_captions_are_read_in_place_of_tokens(tmp_path):
+    cache(tmp_path, variants=1, text_fn=encode_texts, text_variants=5)
+    source, captions = LatentSource(tmp_path), set()
+    for i in range(len(source)):
+        record = source.record(i)
+        assert {(c.shape, c.dtype.name) for c in record.contexts} == {((3, 2), "float16")}
+        drawn = [record.caption.draw(np.random.default_rng([0, 0, i, k])) for k in range(5)]
+        np.testing.assert_array_equal(np.stack(record.contexts), encode_texts(drawn))
+        captions |= set(drawn)
+    assert len(captions) > 400
+    config = DataConfig(source="latents", root=str(tmp_path), batch_size=16)
+    whole, again = (batches(config, source, None, seed=0, start_step=s) for s in (0, 3))
+    read = list(islice(whole, 5))
+    for batch, same in zip(read[3:], islice(again, 2), strict=True):
+        assert {name: (a.shape, a.dtype.name) for name, a in batch.items()} == {
+            "moments": ((16, 4, 4, 6), "float32"),
+            "context": ((16, 3, 2), "float16"),
+            "index": ((16,), "int64"),
+        }
+        assert all((batch[name] == same[name]).all() for name in batch)
+    parts = [batches(config, source, None, seed=0, process_index=i, process_count=4) for i in range(4)]
+    for batch in read:
+        joined = [next(part) for part in parts]
+        for name in batch:
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in joined]), batch[name])
+    for reader in (whole, again, *parts):
+        reader.close()
+
+
+def test_latents_of_several_shapes_are_read_one_shape_a_batch(tmp_path):
+    for i in range(30):
+        Image.new("RGB", (32, 16) if i % 3 else (16, 16), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.txt").write_text("x")
+    config = DataConfig(source="folder", root=str(tmp_path), size=16, batch_size=4, aspects=("1:1", "2:1"),
+                        side_multiple=8)  # fmt: skip
+    assert cache(tmp_path / "latents", config, 2) == 0
+    read_config = dataclasses.replace(config, source="latents", root=str(tmp_path / "latents"))
+    source = LatentSource(tmp_path / "latents")
+    read = batches(read_config, source, None, seed=0)
+    seen: dict[tuple[int, ...], list[int]] = {}
+    for batch in islice(read, 15):
+        numbers = ((batch["moments"][:, 0, 0, 0] + 1) * 127.5).round().astype(int).tolist()
+        seen.setdefault(batch["moments"].shape, []).extend(numbers)
+    read.close()
+    assert {shape: sorted(numbers) for shape, numbers in seen.items()} == {
+        (4, 4, 4, 6): sorted([i for i in range(30) if i % 3 == 0] * 2),
+        (4, 2, 6, 6): sorted([i for i in range(30) if i % 3] * 2),
+    }
+    with pytest.raises(ValueError, match=r"set DataConfig\.aspects, size and side_multiple as they were"):
+        batches(dataclasses.replace(read_config, aspects=()), source, None, seed=0)

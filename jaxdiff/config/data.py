@@ -1,5 +1,7 @@
 """What is read, and what is done to it on the way."""
 
+import math
+import re
 from dataclasses import dataclass
 
 from jaxdiff.config.base import Checked, positive, require
@@ -10,9 +12,10 @@ class DataConfig(Checked):
     """What is read, and what is done to each picture on the way."""
 
     source: str = "emoji"
-    """`emoji` (made by `python -m jaxdiff.tools.prepare emoji`), `folder`, `latents`, or any TFDS data set's name."""
+    """`emoji` (made by `python -m jaxdiff.tools.prepare emoji`), `prepared` (a collection that `python -m
+    jaxdiff.tools.prepare collect` wrote), `folder` (pictures as they are), `latents`, or any TFDS data set's name."""
     root: str = "data"
-    """The TFDS data directory, the folder of pictures, or the latents file."""
+    """The TFDS data directory, or the folder of pictures, of the prepared collection, or of the latents."""
     split: str = "train"
     heldout: str = "heldout"
     """TFDS only: the split that reconstructions are measured on; empty measures on `split`."""
@@ -21,7 +24,12 @@ class DataConfig(Checked):
     text_field: str = "caption"
     """TFDS only: the feature that holds the caption, or a class label (its name becomes the caption)."""
     size: int = 64
-    """Pixels along each side of the square crop."""
+    """Pixels along each side of the square crop; of other aspects, the square root of their area."""
+    aspects: tuple[str, ...] = ()
+    """Shapes of the crops, as width:height, such as 1:1 4:3 3:4 16:9: each picture is cropped to the nearest, and each
+    batch has one. Empty: squares."""
+    side_multiple: int = 64
+    """Sides of `aspects` are multiples of this many pixels; the VAE's factor times the UNet's divides it."""
     batch_size: int = 64
     """Global batch: pictures an optimiser step, over all hosts."""
     crop: float = 1.0
@@ -33,10 +41,38 @@ class DataConfig(Checked):
     max_bad_share: float = 0.01
     """Records that cannot be read are skipped and counted; a larger share than this stops the run."""
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of every shape that a batch can have, in the order of `aspects`."""
+        if not self.aspects:
+            return ((self.size, self.size),)
+        roots = [math.sqrt(_aspect(text)) for text in self.aspects]
+        return tuple((self._side(self.size / root), self._side(self.size * root)) for root in roots)
+
+    def _side(self, pixels: float) -> int:
+        return max(1, round(pixels / self.side_multiple)) * self.side_multiple
+
     def _check(self) -> None:
-        positive(self, "size", "batch_size")
+        positive(self, "size", "batch_size", "side_multiple")
+        for text, shape in zip(self.aspects, self.shapes, strict=False):
+            first = self.aspects[self.shapes.index(shape)]
+            require(
+                first == text,
+                f"DataConfig.aspects {first!r} and {text!r} are both {shape[1]}x{shape[0]} pixels at size {self.size} "
+                f"and side_multiple {self.side_multiple}; leave one out, or lower side_multiple.",
+            )
+        require(len(set(self.aspects)) == len(self.aspects), "DataConfig.aspects holds one aspect twice.")
         require(0 < self.crop <= 1, f"DataConfig.crop is {self.crop}; it must lie in (0, 1].")
         require(self.workers >= 0, f"DataConfig.workers is {self.workers}; it must not be negative.")
         require(
             0 <= self.max_bad_share < 1, f"DataConfig.max_bad_share is {self.max_bad_share}; it must lie in [0, 1)."
         )
+
+
+def _aspect(text: str) -> float:
+    """ "16:9" as width / height."""
+    sides = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", text)
+    ratio = float(sides[1]) / float(sides[2]) if sides and float(sides[2]) else 0
+    require(1 / 16 <= ratio <= 16, f"DataConfig.aspects holds {text!r}; it must be width:height, such as 4:3, and "
+            "neither side more than 16 times the other.")  # fmt: skip
+    return ratio

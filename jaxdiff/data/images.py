@@ -2,10 +2,11 @@
 
 import dataclasses
 import io
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import COLOURS, Caption
@@ -45,6 +46,16 @@ def decode(data: bytes) -> Image.Image:
         raise BadRecord(f"{type(error).__name__}: {error}") from error
 
 
+def header_size(file: bytes | Path) -> tuple[int, int]:
+    """Width and height of the picture as `decode` gives it, from the head of its file; (0, 0) where it has none."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except Exception:  # Pillow's plugins raise nearly anything on damaged files; `decode` will tell
+        return 0, 0
+
+
 def on_background(image: Image.Image, colour: str) -> Image.Image:
     """A transparent picture on one of `COLOURS`. Art that is pure black is drawn white on black."""
     drawing = image.convert("RGB")
@@ -55,26 +66,30 @@ def on_background(image: Image.Image, colour: str) -> Image.Image:
     return ground
 
 
-def augment(image: Image.Image, rng: np.random.Generator, *, size: int, crop: float, flip: bool) -> Image.Image:
-    """A random square of at least `crop` of the shorter side, mirrored half of the time if `flip`, at `size` pixels.
+def augment(
+    image: Image.Image, rng: np.random.Generator, *, shape: tuple[int, int], crop: float, flip: bool
+) -> Image.Image:
+    """A random part of the aspect of `shape` (height, width), mirrored half of the time if `flip`, in that many pixels.
 
-    A crop of 1 takes the middle.
+    Its sides are at least `crop` times those of the largest such part; a crop of 1 takes that, in the middle.
     """
     share, x, y, mirrored = rng.random(4)
-    shorter = min(image.size)
-    side = shorter if crop == 1 else shorter * (crop + (1 - crop) * share)
+    height, width = shape
+    scale = 1 if crop == 1 else crop + (1 - crop) * share
+    across = min(image.width, image.height * (width / height)) * scale
+    down = min(image.height, image.width * (height / width)) * scale
     x, y = (0.5, 0.5) if crop == 1 else (x, y)
-    left, top = (image.width - side) * x, (image.height - side) * y
-    if (side, image.size) != (size, (size, size)):
-        box = (left, top, min(left + side, image.width), min(top + side, image.height))
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    left, top = (image.width - across) * x, (image.height - down) * y
+    if (across, down, image.size) != (width, height, (width, height)):
+        box = (left, top, min(left + across, image.width), min(top + down, image.height))
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return ImageOps.mirror(image) if flip and mirrored < 0.5 else image
 
 
 def prepare(
-    record: Record, rng: np.random.Generator, config: DataConfig
-) -> tuple[UInt8[np.ndarray, "size size 3"], Caption]:
-    """The record's picture as uint8 [size, size, 3], augmented by `rng`, and its caption with the background's colour.
+    record: Record, rng: np.random.Generator, config: DataConfig, shape: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "h w 3"], Caption]:
+    """The record's picture in `shape` (height, width), augmented by `rng`, and its caption with the ground's colour.
 
     Raises:
         BadRecord: where the picture cannot be decoded.
@@ -84,7 +99,7 @@ def prepare(
     colour = tuple(COLOURS)[rng.integers(len(COLOURS))]
     if image.mode == "RGBA":
         image, caption = on_background(image, colour), dataclasses.replace(caption, colour=colour)
-    image = augment(image, rng, size=config.size, crop=config.crop, flip=config.flip)
+    image = augment(image, rng, shape=shape, crop=config.crop, flip=config.flip)
     return np.asarray(image), caption
 
 

@@ -1,131 +1,231 @@
-"""Latents that are encoded once, for several variants of each picture, and then read in place of the pictures."""
+"""Latents that are encoded once, for several variants of each picture, and then read in place of the pictures.
+
+The cache is a folder of parts, `part-00000-of-00012.array_record`. Which records a part holds depends on the data
+alone, so any number of processes can make them side by side, and a part that is there is never made again. The last
+record of a part is its index.
+"""
 
 import json
-import os
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from tqdm import tqdm
 
 from jaxdiff.config import DataConfig
+from jaxdiff.data.bad import BadRecords
+from jaxdiff.data.buckets import nearest_shapes
 from jaxdiff.data.captions import Caption
+from jaxdiff.data.files import new_records, open_records
 from jaxdiff.data.images import prepare, to_float
 from jaxdiff.data.record import BadRecord, Record, Source
 
+PART_RECORDS = 1024
+"""Latents in a part, as long as this makes no more than `MAX_PARTS`."""
+MAX_PARTS = 512
+MAX_ENCODED = 64
+"""Pictures, or captions, that are encoded at once; no more than a batch has."""
+
+_PART = re.compile(r"part-(\d{5})-of-(\d{5})\.array_record")
+
 
 class LatentSource:
-    """Records that `cache_latents` wrote: a file, or a folder of `*.array_record` files."""
+    """Records that `cache_latents` wrote into a folder.
+
+    Raises:
+        ValueError: where parts are missing or damaged; it names them.
+
+    """
 
     def __init__(self, root: str | Path) -> None:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        path = Path(root)
-        files = sorted(path.glob("*.array_record")) if path.is_dir() else [path]
-        if not files or not all(file.is_file() for file in files):
-            raise ValueError(f"{root} holds no cached latents: DataConfig.root must name an .array_record file, or a "
-                             "folder of them, that a diffusion run with latent_variants wrote.")  # fmt: skip
-        try:
-            self._rows = ArrayRecordDataSource([str(file) for file in files])
-        except Exception as error:  # not an ArrayRecord file, or a damaged one
-            raise ValueError(
-                f"{root} cannot be read as cached latents ({error}): delete it, and it will be made anew."
-            ) from error
-        self._root = str(root)
-        if not len(self._rows):
+        self._root = Path(root)
+        found = {int(m[1]): int(m[2]) for path in self._root.glob("part-*") if (m := _PART.fullmatch(path.name))}
+        if not found:
+            raise ValueError(f"{root} holds no cached latents: DataConfig.root must name a folder of latents that a "
+                             "diffusion run with latent_variants wrote.")  # fmt: skip
+        n_parts = max(found.values())
+        self._parts = [_part(self._root, i, n_parts) for i in range(n_parts)]
+        missing = [path.name for path in self._parts if not path.is_file()]
+        if missing:
+            raise ValueError(f"{root} lacks {', '.join(missing[:3])} and in all {len(missing)} of its {n_parts} parts: "
+                             "the run that makes it was broken off; the same command goes on with it.")  # fmt: skip
+        self._rows, indices = _open(self._parts)
+        self._ends = np.cumsum([len(index["shapes"]) for index in indices])
+        self._sizes = np.array([shape[1::-1] for index in indices for shape in index["shapes"]], np.int64)
+        if not len(self):
             raise ValueError(f"{root} holds no latents.")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return int(self._ends[-1])
 
     def record(self, index: int) -> Record:
         """The record at a position."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
         try:
-            return _unpack(self._rows[index])
+            return _unpack(self._rows[index + part])  # before it lie the indices of so many parts
         except Exception as error:  # a damaged file; ArrayRecord raises several kinds
-            raise BadRecord(f"{type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {error}; delete this part, and the run's start makes it anew"
+            raise BadRecord(reason) from error
 
     def name(self, index: int) -> str:
         """The record's name in messages."""
-        return f"{self._root} record {index}"
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{self._parts[part]} record {index - (int(self._ends[part - 1]) if part else 0)}"
+
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """(width, height) of every record's latents."""
+        return self._sizes
 
 
 def cache_latents(
     encode_fn: Callable[[np.ndarray], np.ndarray],
     config: DataConfig,
     source: Source,
-    path: str | Path,
+    folder: str | Path,
     *,
     variants: int,
     seed: int,
     dtype: str = "float16",
+    text_fn: Callable[[list[str]], np.ndarray] | None = None,
+    text_variants: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> int:
-    """Encodes `variants` augmentations of every record of `source` into the ArrayRecord file `path`.
+    """Encodes `variants` augmentations of every record of `source` into parts in `folder`, this process every n-th.
 
-    The captions' parts are kept, so that captions are still composed anew at every reading.
+    The captions' parts are kept, so that captions are still composed anew at every reading, unless `text_variants`
+    drawn captions of each latent are encoded, too.
 
     Args:
-        encode_fn: float32 images [config.batch_size, size, size, 3] in [-1, 1] -> moments [b, h, w, 2c]; always called
-            with a full batch (the last one is filled up with copies).
+        encode_fn: float32 images [b, h, w, 3] in [-1, 1], of one of `config.shapes`, -> moments [b, h/f, w/f, 2c];
+            always called with the same b (the last images are filled up with copies).
         config: Says how the pictures are cropped, flipped and batched.
         source: Records with pictures.
-        path: Written beside and moved into place at the end, so that a file there is always whole.
+        folder: Each part is written beside its place there and moved into it when it is whole.
         variants: Augmentations (background, crop, flip) of each picture.
         seed: Fixes the augmentations.
-        dtype: `float16` or `float32`, of the moments in the file.
+        dtype: `float16` or `float32`, of the moments and the contexts in the files.
+        text_fn: Captions -> [b, t, d], what the text encoder makes of them; b is that of `encode_fn`.
+        text_variants: Captions that are drawn for each latent and encoded.
+        process_index: Makes parts i, i + n, i + 2 n, ...
+        process_count: n. All processes must be done before a `LatentSource` is opened.
 
     Returns:
-        The number of records that could not be read; they are not in the file.
+        The number of records that could not be read; they are not in this process's parts.
 
     Raises:
-        ValueError: where there are more of them than `config.max_bad_share` allows.
+        ValueError: where there are more of them than `config.max_bad_share` allows, or a part is damaged.
 
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    from jaxdiff.data.bad import BadRecords
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    total = variants * len(source)
+    length = max(PART_RECORDS, math.ceil(total / MAX_PARTS))
+    n_parts = math.ceil(total / length)
     bad = BadRecords(len(source), config.max_bad_share)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
-    batch: list[tuple[np.ndarray, Caption]] = []
+    bucket = nearest_shapes(source.sizes(), config.shapes) if config.aspects else np.zeros(len(source), int)
+    size = min(config.batch_size, MAX_ENCODED)
 
-    def flush() -> None:
-        images = np.stack([image for image, _ in batch] + [batch[-1][0]] * (config.batch_size - len(batch)))
-        moments = np.asarray(encode_fn(to_float(images))).astype(dtype)
-        for row, (_, caption) in zip(moments, batch, strict=False):
-            writer.write(_pack(row, caption))
-        batch.clear()
+    def make(path: Path, items: range) -> None:
+        skipped: dict[str, str] = {}
+        shapes: list[tuple[int, ...]] = []
+        waiting: list[list[tuple[np.ndarray, Caption, list[str]]]] = [[] for _ in config.shapes]
+        with new_records(path) as writer:
 
-    try:
-        for variant in range(variants):
-            for index in tqdm(range(len(source)), desc=f"Latents, variant {variant + 1} of {variants}", unit=" images"):
+            def flush(batch: list[tuple[np.ndarray, Caption, list[str]]]) -> None:
+                images = np.stack([image for image, _, _ in batch] + [batch[-1][0]] * (size - len(batch)))
+                moments = np.asarray(encode_fn(to_float(images))).astype(dtype)
+                texts = list(dict.fromkeys(text for _, _, texts in batch for text in texts))
+                contexts = dict(zip(texts, _encode_texts(text_fn, texts, size, dtype), strict=True))
+                for row, (_, caption, texts) in zip(moments, batch, strict=False):
+                    writer.write(_pack(row, caption, texts, contexts))
+                    shapes.append(row.shape)
+                batch.clear()
+
+            for item in items:
+                variant, index = divmod(item, len(source))
+                batch = waiting[bucket[index]]
                 try:
                     rng = np.random.default_rng([seed, variant, index])
-                    batch.append(prepare(source.record(index), rng, config))
+                    image, caption = prepare(source.record(index), rng, config, config.shapes[bucket[index]])
+                    draws = [np.random.default_rng([seed, variant, index, k]) for k in range(text_variants)]
+                    batch.append((image, caption, [caption.draw(rng) for rng in draws]))
                 except BadRecord as error:
+                    skipped[source.name(index)] = str(error)
                     bad.add((source.name(index), str(error)))
-                if len(batch) == config.batch_size:
-                    flush()
-        if batch:
-            flush()
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+                if len(batch) == size:
+                    flush(batch)
+                progress.update()
+            for batch in filter(None, waiting):
+                flush(batch)
+            writer.write(json.dumps({"shapes": shapes, "bad": skipped}).encode())
+
+    with tqdm(total=total, desc="Latents", unit=" images", disable=process_index > 0) as progress:
+        for part in range(n_parts):
+            path, items = _part(folder, part, n_parts), range(total)[part * length : (part + 1) * length]
+            if path.exists():
+                bad.add(*_open([path])[1][0]["bad"].items())
+                progress.update(len(items))
+            elif part % process_count == process_index:
+                make(path, items)
     return len(bad)
 
 
-def _pack(moments: np.ndarray, caption: Caption) -> bytes:
-    """A line of JSON, then the array's bytes."""
+def _part(folder: Path, part: int, n_parts: int) -> Path:
+    return folder / f"part-{part:05}-of-{n_parts:05}.array_record"
+
+
+def _open(parts: list[Path]) -> tuple[Any, list[dict[str, Any]]]:
+    """The records of whole parts, and the parts' indices."""
+    remedy = "Delete it, and the run's start makes it anew."
+    try:
+        rows, indices = open_records(parts), []
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}") from error
+    lengths = [len(open_records([path])) for path in parts] if len(parts) > 1 else [len(rows)]
+    for path, end in zip(parts, np.cumsum(lengths), strict=True):
+        try:
+            index = json.loads(rows[int(end) - 1])
+            indices.append({"shapes": index["shapes"], "bad": index["bad"]})
+        except Exception as error:  # ArrayRecord raises several kinds
+            raise ValueError(f"{path} is damaged, or no part of cached latents ({error}). {remedy}") from error
+    return rows, indices
+
+
+def _encode_texts(
+    text_fn: Callable[[list[str]], np.ndarray] | None, texts: list[str], size: int, dtype: str
+) -> list[np.ndarray]:
+    """What the text encoder makes of each text, `size` at a time."""
+    out: list[np.ndarray] = []
+    for start in range(0, len(texts), size):
+        batch = texts[start : start + size]
+        assert text_fn is not None
+        out += list(np.asarray(text_fn(batch + [""] * (size - len(batch)))).astype(dtype)[: len(batch)])
+    return out
+
+
+def _pack(moments: np.ndarray, caption: Caption, texts: list[str], contexts: dict[str, np.ndarray]) -> bytes:
+    """A line of JSON, the moments' bytes, and those of the texts' different contexts."""
     head = {"shape": moments.shape, "dtype": str(moments.dtype)} | vars(caption)
-    return json.dumps(head).encode() + b"\n" + moments.tobytes()
+    different = list(dict.fromkeys(texts))
+    if texts:
+        head["contexts"] = {"shape": contexts[texts[0]].shape, "which": [different.index(text) for text in texts]}
+    arrays = [moments, *(contexts[text] for text in different)]
+    return json.dumps(head).encode() + b"\n" + b"".join(array.tobytes() for array in arrays)
 
 
 def _unpack(data: bytes) -> Record:
-    head, _, array = data.partition(b"\n")
+    head, _, arrays = data.partition(b"\n")
     values = json.loads(head)
-    moments = np.frombuffer(array, values.pop("dtype")).reshape(values.pop("shape"))
-    return Record(Caption(**values | {"keywords": tuple(values["keywords"])}), moments=moments)
+    shape, dtype, texts = values.pop("shape"), values.pop("dtype"), values.pop("contexts", None)
+    flat = np.frombuffer(arrays, dtype)
+    moments, rest = flat[: math.prod(shape)].reshape(shape), flat[math.prod(shape) :]
+    caption = Caption(**values | {"keywords": tuple(values["keywords"])})
+    if not texts:
+        return Record(caption, moments=moments)
+    contexts = rest.reshape(-1, *texts["shape"])
+    return Record(caption, moments=moments, contexts=tuple(contexts[i] for i in texts["which"]))

@@ -1,14 +1,15 @@
 """Batches whose every part is a function of the seed and the global sample index: any step can be read directly.
 
 Sample `index` of a run (= step * batch_size + row) is the same picture, drawn the same way, with the same caption,
-after a resume and on any number of processes. grain reads ahead, in threads or in worker processes.
+after a resume and on any number of processes. With `DataConfig.aspects`, each step's global batch has one of their
+shapes (see `buckets`). grain reads ahead, in threads or in worker processes.
 """
 
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from jaxdiff.config import DataConfig
 from jaxdiff.data.bad import BadRecords
+from jaxdiff.data.buckets import Schedule, nearest_shapes
 from jaxdiff.data.images import prepare, to_float
 from jaxdiff.data.record import BadRecord, Source
 from jaxdiff.data.sources import open_source
@@ -38,23 +40,28 @@ def batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> "Batches":
     """Batches of this process from `start_step` on, for ever.
 
-    Each is a dict of `image` float32 [b, size, size, 3] in [-1, 1], or `moments` float32 [b, h, w, 2c] where the
-    source holds latents; `tokens` int32 [b, t] if `tokenize` is given; and `index` int64 [b], the samples' global
-    indices. b is this process's share of `config.batch_size`: rows [b * process_index, b * (process_index + 1)) of the
-    global batch.
+    Each is a dict of `image` float32 [b, h, w, 3] in [-1, 1], of one of `config.shapes`, or `moments` float32
+    [b, h, w, 2c] where the source holds latents; `context` float16 [b, t, d] where it holds encoded captions, or
+    `tokens` int32 [b, t] if `tokenize` is given; and `index` int64 [b], the samples' global indices. b is this
+    process's share of `config.batch_size`: `rows` of the global batch, or where these are not given
+    [b * process_index, b * (process_index + 1)).
 
     Raises:
-        ValueError: where `process_count` does not divide the batch; while iterating, where too many records are bad.
+        ValueError: where `process_count` does not divide the batch, or latents were made for other shapes; while
+            iterating, where too many records are bad.
 
     """
     if config.batch_size % process_count:
         raise ValueError(
             f"DataConfig.batch_size {config.batch_size} is not a multiple of the {process_count} processes."
         )
-    return Batches(config, source, tokenize, seed, start_step, process_index, process_count)
+    share = config.batch_size // process_count
+    mine = range(share * process_index, share * (process_index + 1)) if rows is None else rows
+    return Batches(config, source, tokenize, seed, start_step, mine)
 
 
 class Batches(Iterator[Batch]):
@@ -67,12 +74,9 @@ class Batches(Iterator[Batch]):
         tokenize: TokenizeFn | None,
         seed: int,
         start_step: int,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int],
     ) -> None:
         self._bad = BadRecords(len(source), config.max_bad_share)
-        share = config.batch_size // process_count
-        rows = range(share * process_index, share * (process_index + 1))
         steps = grain.MapDataset.range(start_step, sys.maxsize).map(_MakeBatch(config, source, tokenize, seed, rows))
         if config.workers:
             from absl import flags
@@ -112,46 +116,81 @@ class Batches(Iterator[Batch]):
 class _MakeBatch:
     """A step's number -> its batch, {} where none can be made, and what was skipped. Pickled into the workers."""
 
-    def __init__(self, config: DataConfig, source: Source, tokenize: TokenizeFn | None, seed: int, rows: range) -> None:
+    def __init__(
+        self, config: DataConfig, source: Source, tokenize: TokenizeFn | None, seed: int, rows: Sequence[int]
+    ) -> None:
         self._config, self._source, self._tokenize, self._seed, self._rows = config, source, tokenize, seed, rows
+        self._members = _members(config, source)
+        counts = [len(members) for members in self._members]
+        self._schedule = Schedule(counts, config.batch_size, seed)
         # Each epoch is a permutation of its own; grain computes any place of it directly.
-        self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self._orders = [grain.MapDataset.range(max(n, 1)).seed(seed).shuffle().repeat() for n in counts]
 
     def __call__(self, step: int) -> tuple[Batch, list[tuple[str, str]]]:
         if self._config.workers and multiprocessing.parent_process():
             _die_with_parent()
         bad: list[tuple[str, str]] = []
-        indices = [step * self._config.batch_size + row for row in self._rows]
+        bucket, number = self._schedule(step)
+        size = self._config.batch_size
         try:
-            arrays, captions = zip(*(self._sample(index, bad) for index in indices), strict=True)
+            samples = [self._sample(step * size + row, bucket, number * size + row, bad) for row in self._rows]
         except BadRecord:  # the reader tells; grain adds words of its own to what is raised here
             return {}, bad
-        batch: Batch = {"index": np.asarray(indices, np.int64)}
+        arrays, texts = zip(*samples, strict=True)
+        batch: Batch = {"index": np.asarray([step * size + row for row in self._rows], np.int64)}
         stacked = np.stack(arrays)
         if stacked.dtype == np.uint8:
             batch["image"] = to_float(stacked)
         else:
             batch["moments"] = stacked.astype(np.float32)
-        if self._tokenize is not None:
-            batch["tokens"] = self._tokenize(list(captions))
+        if isinstance(texts[0], np.ndarray):
+            batch["context"] = np.stack(texts)
+        elif self._tokenize is not None:
+            batch["tokens"] = self._tokenize(list(texts))
         return batch, bad
 
-    def _sample(self, index: int, bad: list[tuple[str, str]]) -> tuple[np.ndarray, str]:
-        """Sample `index`: a uint8 picture or moments, and a caption. Another record takes the place of a bad one."""
+    def _sample(
+        self, index: int, bucket: int, place: int, bad: list[tuple[str, str]]
+    ) -> tuple[np.ndarray, str | np.ndarray]:
+        """Sample `index`, at `place` of its bucket's stream: a uint8 picture or moments, and a caption or its context.
+
+        Another record of the bucket takes the place of a bad one.
+        """
         rng = np.random.default_rng([self._seed, index])
-        position: Any = self._order[index]
+        members, number = self._members[bucket], self._orders[bucket][place]
+        assert number is not None  # nothing was filtered out
+        position: Any = members[number]
         for _ in range(_MAX_TRIES):
             position = int(position)
             try:
                 record = self._source.record(position)
+                if record.contexts:
+                    assert record.moments is not None
+                    return record.moments, record.contexts[rng.integers(len(record.contexts))]
                 if record.moments is not None:
                     return record.moments, record.caption.draw(rng)
-                image, caption = prepare(record, rng, self._config)
+                image, caption = prepare(record, rng, self._config, self._config.shapes[bucket])
                 return image, caption.draw(rng)
             except BadRecord as error:
                 bad.append((self._source.name(position), str(error)))
-                position = rng.integers(len(self._source))
+                position = members[rng.integers(len(members))]
         raise BadRecord
+
+
+def _members(config: DataConfig, source: Source) -> list[np.ndarray] | list[range]:
+    """The positions of the records in each of the buckets of `config.shapes`."""
+    if len(config.shapes) == 1 and config.source != "latents":
+        return [range(len(source))]
+    sizes = source.sizes()
+    bucket = nearest_shapes(sizes, config.shapes)
+    if config.source == "latents":
+        for i, (height, width) in enumerate(config.shapes):
+            if len(np.unique(sizes[bucket == i], axis=0)) > 1:
+                raise ValueError(
+                    f"The latents in {config.root} that are nearest to {width}x{height} have several shapes: set "
+                    "DataConfig.aspects, size and side_multiple as they were when the latents were made."
+                )
+    return [np.flatnonzero(bucket == i) for i in range(len(config.shapes))] if config.aspects else [range(len(source))]
 
 
 @cache

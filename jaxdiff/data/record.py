@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxdiff.data.captions import Caption
 
@@ -19,6 +20,8 @@ class Record:
     caption: Caption
     image: bytes = b""
     moments: np.ndarray | None = None
+    contexts: tuple[np.ndarray, ...] = ()
+    """What a text encoder made of drawn captions, each [t, d]; where there are any, one is taken for the caption."""
 
 
 @runtime_checkable
@@ -33,4 +36,8 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """The record's name in messages; reads nothing."""
+        ...
+
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """(width, height) of every record, 0 where not known; pixels or latents, as only their ratio counts."""
         ...

@@ -1,13 +1,21 @@
-"""Where records come from: the emoji set, a folder, any TFDS data set, or latents that were encoded before."""
+"""Where records come from: the emoji set, a prepared collection, a folder, any TFDS data set, or cached latents."""
 
 import difflib
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
+
 from jaxdiff.config import DataConfig, nearest
 from jaxdiff.data.captions import Caption
+from jaxdiff.data.images import header_size
 from jaxdiff.data.latents import LatentSource
+from jaxdiff.data.prepared import PreparedSource
 from jaxdiff.data.record import BadRecord, Record, Source
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -24,6 +32,8 @@ def open_source(config: DataConfig) -> Source:
         return FolderSource(config.root)
     if config.source == "latents":
         return LatentSource(config.root)
+    if config.source == "prepared":
+        return PreparedSource(config.root)
     return TFDSSource(config)
 
 
@@ -43,7 +53,9 @@ class TFDSSource:
             builder: Any = tfds.builder(name, data_dir=config.root)
         except ValueError as error:  # TFDS's own message lists every data set there is
             close = difflib.get_close_matches(
-                config.source, ["emoji", "folder", "latents", *tfds.list_builders(with_community_datasets=False)], n=1
+                config.source,
+                ["emoji", "folder", "latents", "prepared", *tfds.list_builders(with_community_datasets=False)],
+                n=1,
             )
             likelier = close and close[0] != config.source
             remedy = f"did you mean {close[0]!r}?" if likelier else f"run `{prepare}`."
@@ -94,6 +106,19 @@ class TFDSSource:
         """The record's name in messages."""
         return f"{self._name} record {index}"
 
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """(width, height) of every picture; reads every record."""
+        if self._is_emoji:
+            return np.ones((len(self), 2), np.int64)  # square
+
+        def size(index: int) -> tuple[int, int]:
+            try:
+                return header_size(self.record(index).image)
+            except BadRecord:
+                return 0, 0
+
+        return _sizes(size, len(self))
+
 
 class FolderSource:
     """Pictures of a user's own.
@@ -131,6 +156,10 @@ class FolderSource:
         """The record's name in messages."""
         return self._rows[index][0].relative_to(self._root).as_posix()
 
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """(width, height) of every picture; reads the heads of all files."""
+        return _sizes(lambda index: header_size(self._rows[index][0]), len(self))
+
     def _from_metadata(self, metadata: Path) -> list[tuple[Path, Caption]]:
         rows = []
         for number, line in enumerate(metadata.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
@@ -161,3 +190,9 @@ class FolderSource:
                 caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
                 rows.append((path, Caption(" ".join(caption.split()))))
         return rows
+
+
+def _sizes(size_fn: Callable[[int], tuple[int, int]], n: int) -> Int[np.ndarray, "n 2"]:
+    with ThreadPoolExecutor() as pool:
+        sizes = tqdm(pool.map(size_fn, range(n)), desc="Reading sizes", total=n, unit=" images", delay=2)
+        return np.array(list(sizes), np.int64)
