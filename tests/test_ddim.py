@@ -86,3 +86,25 @@ def test_pieces_of_the_walk_make_the_whole_walk_bit_for_bit():
 def test_clipping_bounds_the_result():
     x_0 = ddim(lambda x, sigma: 5 * jnp.ones_like(x), jnp.ones((2, 2, 1)), karras(3), KEY, start=0, stop=3, clip=1.0)
     assert float(jnp.abs(x_0).max()) == 1.0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_on_a_flows_grid_it_takes_eulers_steps_along_the_flow(shift, steps):
+    config = SchedulerConfig(prediction_type="flow_prediction", shift=shift, clip_sample=False)
+    schedule = make_schedule(config)
+
+    def network_fn(x, t):
+        return jnp.sin(3 * x) + x * t / 1000
+
+    # diffusers' FlowMatchEulerDiscreteScheduler: dx/dt = v at these times (Liu et al. 2023, section 2.1).
+    first = shift / (1000 + shift - 1)
+    times = np.linspace(1, first, steps)
+    times = np.append(shift * times / (1 + (shift - 1) * times), 0)
+    x = x_T = jax.random.normal(KEY, (4, 4, 2))
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        x = x + (t_next - t) * network_fn(x, 1000 * t)
+
+    denoise_fn = make_denoiser(network_fn, schedule, config.prediction_type)
+    x_0 = ddim(denoise_fn, x_T, model_grid(config, schedule, steps), KEY, start=0, stop=steps)
+    np.testing.assert_allclose(x_0, x, atol=2e-4)

@@ -188,6 +188,18 @@ def test_a_tokenizer_that_is_gone_is_not_left_out(bundle, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_flow_comes_back_and_is_called_what_diffusers_calls_it(bundle, tmp_path):
+    flow = SchedulerConfig(
+        prediction_type="flow_prediction", shift=3.0, num_train_timesteps=500, clip_sample=False, steps_offset=1
+    )
+    write_folder(tmp_path / "flow", dataclasses.replace(bundle, scheduler=flow))
+    values = json.loads((tmp_path / "flow/scheduler/scheduler_config.json").read_text())
+    values.pop("_diffusers_version")
+    assert values == {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 500, "shift": 3.0}
+    assert read_scheduler(tmp_path / "flow") == flow
+    assert json.loads((tmp_path / "flow/model_index.json").read_text())["scheduler"][1] == values["_class_name"]
+
+
 def test_a_silent_scheduler_is_read_as_diffusers_pipeline_reads_it(bundle, tmp_path):
     write_folder(tmp_path, bundle)
     file = tmp_path / "scheduler/scheduler_config.json"
@@ -240,7 +252,7 @@ def test_settings_that_diffusers_pipeline_overrides_are_told(bundle, tmp_path, c
         (
             "scheduler/scheduler_config.json",
             "_class_name",
-            "FlowMatchEulerDiscreteScheduler",
+            "FlowMatchHeunDiscreteScheduler",
             "_class_name is 'FlowMatch",
         ),
         ("scheduler/scheduler_config.json", "_class_name", ["x"], r"_class_name is \['x'\]"),

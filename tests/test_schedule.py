@@ -77,3 +77,25 @@ def test_grids_that_cannot_be_walked_are_refused():
     zero_snr = config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="pure noise"):
         model_grid(zero_snr, make_schedule(zero_snr), 10)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flows_levels_are_shifted_times_over_what_is_left(shift):
+    cfg = SchedulerConfig(prediction_type="flow_prediction", shift=shift, clip_sample=False)
+    schedule = make_schedule(cfg)
+    t = np.arange(1, 1001) / 1000
+    t = shift * t / (1 + (shift - 1) * t)  # Esser et al. 2024, eq. 23
+    np.testing.assert_allclose(schedule.times, 1000 * t, rtol=2e-6)
+    np.testing.assert_allclose(schedule.sigmas[:-1], t[:-1] / (1 - t[:-1]), rtol=1e-9)
+    assert 1e5 < schedule.sigmas[-1] < np.inf
+    grid = model_grid(cfg, schedule, 28)
+    assert grid.sigmas.shape == (1000,)
+    assert (grid.sigmas_next[:28] < grid.sigmas[:28]).all()
+    assert grid.sigmas_next[27] == 0
+
+
+def test_settings_that_flow_matching_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="clip_sample is True; flow_prediction has no clipping"):
+        SchedulerConfig(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match=r"shift is 3(\.0)?; it is for prediction_type 'flow_prediction'"):
+        SchedulerConfig(shift=3)

@@ -192,16 +192,31 @@ class SchedulerConfig(Checked):
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
+    shift: float = 1.0
+    """Flow matching only, which has no betas: above 1, times lie nearer to noise (Esser et al. 2024, eq. 23)."""
 
     def _check(self) -> None:
-        positive(self, "num_train_timesteps", "clip_sample_range")
+        positive(self, "num_train_timesteps", "clip_sample_range", "shift")
+        flow = self.prediction_type == "flow_prediction"
+        require(
+            flow or self.shift == 1,
+            f"SchedulerConfig.shift is {self.shift}; it is for prediction_type 'flow_prediction', here 1.",
+        )
+        require(
+            not (flow and self.rescale_betas_zero_snr),
+            "SchedulerConfig.rescale_betas_zero_snr is for betas; flow_prediction has none, and ends in noise anyway.",
+        )
+        require(
+            not (flow and self.clip_sample),
+            "SchedulerConfig.clip_sample is True; flow_prediction has no clipping, so make it False.",
+        )
         require(
             0 < self.beta_start <= self.beta_end < 1,
             f"SchedulerConfig.beta_start {self.beta_start} and beta_end "

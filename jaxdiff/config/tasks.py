@@ -1,8 +1,9 @@
 """What is trained, and on which objective."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from jaxdiff.config.base import Checked, require
+from jaxdiff.config.base import Checked, one_of, positive, require
 from jaxdiff.config.networks import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
 
 
@@ -42,13 +43,28 @@ class DiffusionTask(Checked):
     """Folder with `vocab.json` and `merges.txt` or `tokenizer.json`."""
     init: str = ""
     """Folder or run directory whose UNet and text encoder are the start; empty starts from random weights."""
+    scratch: tuple[str, ...] = ()
+    """Of `unet` and `text_encoder`, those that start from random weights although `init` holds them."""
     train_text_encoder: bool = True
     caption_dropout: float = 0.1
     """Share of captions emptied, so that the model learns the unconditional half of guidance (Ho & Salimans 2022)."""
-    min_snr_gamma: float | None = None
-    """Cap on the loss's signal-to-noise weight (Hang et al. 2023); None weighs all noise levels alike."""
+    weighting: Literal["none", "min_snr", "debiased", "edm"] = "none"
+    """How much each noise level counts; see `jaxdiff.diffusion.weights`."""
+    min_snr_gamma: float = 5.0
+    """Cap of min_snr's weight (Hang et al. 2023)."""
+    sigma_data: float = 1.0
+    """Standard deviation of the data in edm's weight (Karras et al. 2022); scaled latents have 1."""
+    timesteps: Literal["uniform", "logit_normal", "importance"] = "uniform"
+    """Which noise levels are drawn; see `jaxdiff.diffusion.timesteps`."""
+    logit_mean: float = 0.0
+    """Of logit_normal; above 0 draws more noise (Esser et al. 2024, section 3.1)."""
+    logit_std: float = 1.0
+    noise_offset: float = 0.0
+    """Size of the constant added to each channel's noise, for darker and brighter pictures; 0.05 to 0.1 is usual."""
     latent_variants: int = 0
     """Latents encoded once for so many augmentations of each picture, before training; 0 encodes at every step."""
+    text_variants: int = 0
+    """Captions drawn, and encoded once by a frozen text encoder, for each of these latents; 0 encodes at every step."""
     prompts: tuple[str, ...] = ()
     """Drawn at every evaluation, with seeds 0, 1, ...; empty draws captions of the training data."""
 
@@ -58,20 +74,23 @@ class DiffusionTask(Checked):
             f"UNetConfig.cross_attention_dim is {self.unet.cross_attention_dim} and CLIPTextConfig.hidden_size "
             f"{self.text_encoder.hidden_size}; they must be equal.",
         )
-        require(
-            self.train_text_encoder or bool(self.init),
-            "DiffusionTask.train_text_encoder is False and init is empty: "
-            "a text encoder of random weights would stay so. Name a folder in init, or train it.",
-        )
+        for name in self.scratch:
+            one_of("DiffusionTask.scratch", name, ("unet", "text_encoder"))
         require(
             0 <= self.caption_dropout <= 1,
             f"DiffusionTask.caption_dropout is {self.caption_dropout}; it must lie in [0, 1].",
         )
-        require(
-            self.min_snr_gamma is None or self.min_snr_gamma > 0,
-            f"DiffusionTask.min_snr_gamma is {self.min_snr_gamma}; it must be above 0, or None.",
-        )
+        positive(self, "min_snr_gamma", "sigma_data", "logit_std")
+        require(self.noise_offset >= 0, f"DiffusionTask.noise_offset is {self.noise_offset}; it must not be negative.")
         require(
             self.latent_variants >= 0,
             f"DiffusionTask.latent_variants is {self.latent_variants}; it must not be negative.",
+        )
+        require(
+            self.text_variants >= 0, f"DiffusionTask.text_variants is {self.text_variants}; it must not be negative."
+        )
+        require(
+            not self.text_variants or (self.latent_variants > 0 and not self.train_text_encoder),
+            f"DiffusionTask.text_variants is {self.text_variants}, which keeps encoded captions beside cached latents: "
+            "it needs latent_variants, and train_text_encoder False.",
         )

@@ -1,17 +1,21 @@
-"""The training loss (Ho et al. 2020, eq. 14) and its weights."""
+"""The training loss (Ho et al. 2020, eq. 14; for flow matching Liu et al. 2023, eq. 1)."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Integer
 
-from jaxdiff.diffusion.denoiser import target
+from jaxdiff.diffusion.denoiser import network_input, target
 from jaxdiff.diffusion.schedule import Schedule
+from jaxdiff.diffusion.timesteps import DrawFn, uniform
+from jaxdiff.diffusion.weights import unweighted
 from jaxdiff.types import Context, Key
 
-# (x_in [b h w c], t [b], context [b t d]) -> epsilon, v or x_0 [b h w c]
+# (x_in [b h w c], t [b], context [b t d]) -> what the network predicts [b h w c]
 BatchNetworkFn = Callable[[Float[Array, "b h w c"], Float[Array, " b"], Context], Float[Array, "b h w c"]]
+# (sigma [b], prediction type) -> [b]
+WeightFn = Callable[[Float[Array, " b"], str], Float[Array, " b"]]
 
 
 def diffusion_loss(
@@ -23,8 +27,10 @@ def diffusion_loss(
     *,
     schedule: Schedule,
     prediction_type: str,
-    min_snr_gamma: float | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    weight_fn: WeightFn = unweighted,
+    draw_fn: DrawFn | None = None,
+    noise_offset: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], dict[str, Array]]:
     """The mean squared error of one denoising step, each sample at its own random noise level.
 
     Args:
@@ -34,36 +40,29 @@ def diffusion_loss(
         key: the run's key.
         index: global sample numbers. A sample's draws depend on (key, index) alone, so not on batch, host or mesh.
         schedule: the noise levels.
-        prediction_type: epsilon, v_prediction or sample.
-        min_snr_gamma: weighs with `min_snr_weight`; None weighs all levels alike.
+        prediction_type: epsilon, v_prediction, sample or flow_prediction.
+        weight_fn: how much each level counts; see `jaxdiff.diffusion.weights`.
+        draw_fn: which levels are drawn; see `jaxdiff.diffusion.timesteps`. None draws all alike.
+        noise_offset: the size of a constant that each channel's noise has added, so that whole pictures learn to be
+            dark or bright (Guttenberg 2023).
 
     Returns:
-        The loss, and `mse`, which is the loss before weights.
+        The loss; `mse`, which is the error before weights; and for each sample its `level` and the weighted `loss`.
     """
-    t, eps = jax.vmap(lambda i: draw(jax.random.fold_in(key, i), x_0.shape[1:], len(schedule.alpha_bar)))(index)
-    sigma = jnp.asarray(schedule.sigmas, jnp.float32)[t]
-    level = sigma[:, None, None, None]
-    out = network_fn(add_noise(x_0, eps, level), t.astype(jnp.float32), context).astype(jnp.float32)
-    error = jnp.mean((out - target(x_0, eps, level, prediction_type)) ** 2, axis=(1, 2, 3))
-    weight = 1.0 if min_snr_gamma is None else min_snr_weight(sigma, prediction_type, min_snr_gamma)
-    return jnp.mean(weight * error), {"mse": jnp.mean(error)}
+    draw_fn = draw_fn or uniform(len(schedule.alpha_bar))
 
+    def draw(index: Integer[Array, ""]) -> tuple[Array, Array, Array]:
+        level_key, noise_key, offset_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        eps = jax.random.normal(noise_key, x_0.shape[1:])
+        if noise_offset:
+            eps += noise_offset * jax.random.normal(offset_key, x_0.shape[-1:])
+        return *draw_fn(level_key), eps
 
-def draw(key: Key, shape: tuple[int, ...], steps: int) -> tuple[Int[Array, ""], Float[Array, "..."]]:
-    """One sample's training step, uniform in [0, steps), and its standard normal noise."""
-    t_key, noise_key = jax.random.split(key)
-    return jax.random.randint(t_key, (), 0, steps), jax.random.normal(noise_key, shape)
-
-
-def add_noise(x_0: Float[Array, "*b"], eps: Float[Array, "*b"], sigma: Float[Array, "*_"]) -> Float[Array, "*b"]:
-    """The network's input at level `sigma`: x_0 + sigma * eps, at unit variance (Ho et al. 2020, eq. 4)."""
-    return (x_0 + sigma * eps) / jnp.sqrt(1 + sigma**2)
-
-
-def min_snr_weight(sigma: Float[Array, " b"], prediction_type: str, gamma: float) -> Float[Array, " b"]:
-    """What makes the error in x_0 weigh min(SNR, gamma) (Hang et al. 2023, section 3.4), SNR being 1 / sigma^2.
-
-    The error in epsilon is SNR times the error in x_0, the error in v SNR + 1 times.
-    """
-    snr = 1 / sigma**2
-    return jnp.minimum(snr, gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[prediction_type]
+    level, share, eps = jax.vmap(draw)(index)
+    sigma = jnp.asarray(schedule.sigmas, jnp.float32)[level]
+    t = jnp.asarray(schedule.times, jnp.float32)[level]
+    each = sigma[:, None, None, None]
+    out = network_fn(network_input(x_0 + each * eps, each, prediction_type), t, context).astype(jnp.float32)
+    error = jnp.mean((out - target(x_0, eps, each, prediction_type)) ** 2, axis=(1, 2, 3))
+    loss = weight_fn(sigma, prediction_type) * error
+    return jnp.mean(share * loss), {"mse": jnp.mean(error)}, {"level": level, "loss": jax.lax.stop_gradient(loss)}

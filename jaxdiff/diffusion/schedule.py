@@ -19,17 +19,28 @@ class Schedule:
     """The training steps t = 0 ... T - 1, from nearly clean to nearly noise."""
 
     alpha_bar: Float64[np.ndarray, " t"]
-    """Share of x_0 in the variance of the network's input (Ho et al. 2020, eq. 4)."""
+    """Share of x_0 in the variance of x_0 + sigma * eps (Ho et al. 2020, eq. 4)."""
+    flow: bool = False
+    """Whether the levels are those of flow matching, sigma = t / (1 - t) for t in (0, 1]."""
 
     @property
     def sigmas(self) -> Float64[np.ndarray, " t"]:
         """Noise levels, rising, of x = x_0 + sigma * eps."""
         return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
 
+    @property
+    def times(self) -> Float64[np.ndarray, " t"]:
+        """What the network is told of each level: its number, or for flow matching T * t."""
+        steps = len(self.alpha_bar)
+        return steps * self.sigmas / (1 + self.sigmas) if self.flow else np.arange(steps, dtype=np.float64)
+
 
 def make_schedule(config: SchedulerConfig) -> Schedule:
     """The schedule that diffusers makes of the same `scheduler_config.json`."""
     steps = config.num_train_timesteps
+    if config.prediction_type == "flow_prediction":
+        sigmas = flow_sigmas(shifted(np.arange(1, steps + 1) / steps, config.shift))
+        return Schedule(1 / (1 + sigmas**2), flow=True)
     betas = BETAS[config.beta_schedule](config.beta_start, config.beta_end, steps)
     alpha_bar = np.cumprod(1 - betas)
     if config.rescale_betas_zero_snr:
@@ -42,6 +53,16 @@ def zero_terminal_snr(alpha_bar: Float64[np.ndarray, " t"]) -> Float64[np.ndarra
     root = np.sqrt(alpha_bar)
     rest = ((root[:-1] - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return np.append(rest, min(TERMINAL_ALPHA_BAR, *rest[-1:] / 2))
+
+
+def shifted(t: Float64[np.ndarray, " t"], shift: float) -> Float64[np.ndarray, " t"]:
+    """Times on the line moved towards noise, as larger pictures need it (Esser et al. 2024, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flow_sigmas(t: Float64[np.ndarray, " t"]) -> Float64[np.ndarray, " t"]:
+    """t / (1 - t), the levels of (1 - t) x_0 + t eps; pure noise is a large number, as with zero terminal SNR."""
+    return t / np.maximum(1 - t, TERMINAL_ALPHA_BAR**0.5)
 
 
 def linear(start: float, end: float, steps: int) -> Float64[np.ndarray, " t"]:

@@ -142,6 +142,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "HeunDiscreteScheduler": _LINSPACE | _BETAS,
     "KDPM2DiscreteScheduler": _LINSPACE | _BETAS,
     "KDPM2AncestralDiscreteScheduler": _LINSPACE | _BETAS,
+    "FlowMatchEulerDiscreteScheduler": _NO_CLIP | {"prediction_type": "flow_prediction"},
 }
 # What diffusers' StableDiffusionPipeline sets where the file is silent, whatever the scheduler's class has.
 _PIPELINE = {"steps_offset": 1, "clip_sample": False}
@@ -151,6 +152,7 @@ _SOLVER_FIELDS = frozenset({
     "euler_at_final", "final_sigmas_type", "lambda_min_clipped", "use_karras_sigmas", "use_exponential_sigmas",
     "use_beta_sigmas", "use_lu_lambdas", "interpolation_type", "timestep_type", "sigma_min", "sigma_max", "predict_x0",
     "disable_corrector", "solver_p", "flow_shift", "time_shift_type", "dynamic_thresholding_ratio", "sample_max_value",
+    "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
 })  # fmt: skip
 _SCHEDULER_ONLY: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,),
@@ -208,14 +210,23 @@ def read_network(path: Path | str, name: str, variant: str | None = None) -> tup
     Raises:
         ValueError: as `read_folder`.
     """
+    config = read_config(path, name)
     folder = _subfolder(Path(path), name)
-    network = NETWORKS[name]
-    config = _config(folder / "config.json", network.config, network.only, network.ignored)
-    tensors = open_weights(folder, network.stem, variant)
+    tensors = open_weights(folder, NETWORKS[name].stem, variant)
     try:
         return config, from_torch(tensors.items())
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def read_config(path: Path | str, name: str) -> Any:
+    """The config of one network ("unet", "vae" or "text_encoder") of a folder, without its weights.
+
+    Raises:
+        ValueError: as `read_folder`.
+    """
+    network = NETWORKS[name]
+    return _config(_subfolder(Path(path), name) / "config.json", network.config, network.only, network.ignored)
 
 
 def read_scheduler(path: Path | str) -> SchedulerConfig:
@@ -237,7 +248,7 @@ def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32
     """Writes what `diffusers.StableDiffusionPipeline.from_pretrained` loads; all of it, or nothing.
 
     diffusers reads a `steps_offset` other than 1 as 1 and `clip_sample` as off: such a model draws other pictures
-    there, and a warning is logged.
+    there, and a warning is logged. A flow's scheduler is its FlowMatchEulerDiscreteScheduler.
 
     Args:
         path: a new or empty folder, or one that this function wrote.
@@ -250,7 +261,8 @@ def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32
     """
     if isinstance(folder.tokenizer, Path):
         _check_tokenizer(folder.tokenizer)
-    if folder.scheduler.steps_offset != 1 or folder.scheduler.clip_sample:
+    flow = folder.scheduler.prediction_type == "flow_prediction"
+    if not flow and (folder.scheduler.steps_offset != 1 or folder.scheduler.clip_sample):
         logger.warning("diffusers' StableDiffusionPipeline takes steps_offset as 1 and clip_sample as False, "
                        "this model has %s and %s: its pictures will differ there.",
                        folder.scheduler.steps_offset, folder.scheduler.clip_sample)  # fmt: skip
@@ -259,7 +271,10 @@ def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32
             (new / name).mkdir()
             _write_network(new / name, network, getattr(folder, name), folder.params[name], dtype)
         (new / "scheduler").mkdir()
-        scheduler = {"_class_name": "DDIMScheduler"} | _VERSION | to_dict(folder.scheduler)
+        cls = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+        values = to_dict(folder.scheduler)
+        names = ["num_train_timesteps", "shift"] if flow else [name for name in values if name != "shift"]
+        scheduler = {"_class_name": cls} | _VERSION | {name: values[name] for name in names}
         _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
         (new / "tokenizer").mkdir()
         if isinstance(folder.tokenizer, Path):
@@ -271,7 +286,7 @@ def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32
         _write_json(new / "model_index.json", {
             "_class_name": "StableDiffusionPipeline", **_VERSION, **_MARK,
             "feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"],
+            "scheduler": ["diffusers", cls], "tokenizer": ["transformers", "CLIPTokenizer"],
             **{name: [network.library, network.cls] for name, network in NETWORKS.items()},
         })  # fmt: skip
 

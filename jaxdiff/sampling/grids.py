@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.schedule import Schedule
+from jaxdiff.diffusion.schedule import Schedule, flow_sigmas, shifted
 
 Levels = Float32[np.ndarray, " n"] | Float32[Array, " n"]
 
@@ -25,6 +25,8 @@ class Grid(NamedTuple):
 def model_grid(config: SchedulerConfig, schedule: Schedule, steps: int) -> Grid:
     """The levels that diffusers' DDIMScheduler visits under the same config, padded to `num_train_timesteps`.
 
+    For flow matching they are those of its FlowMatchEulerDiscreteScheduler, whose steps DDIM then takes.
+
     Every step goes down by num_train_timesteps // steps, also where the spacing's steps differ from that (linspace,
     and trailing with a number of steps that does not divide): this is diffusers' rule, kept to draw its pictures.
 
@@ -34,6 +36,8 @@ def model_grid(config: SchedulerConfig, schedule: Schedule, steps: int) -> Grid:
     total = config.num_train_timesteps
     if not 1 <= steps <= total:
         raise ValueError(f"steps is {steps}; it must be a whole number from 1 to {total}.")
+    if config.prediction_type == "flow_prediction":
+        return _flow_grid(config, steps)
     t = timesteps(config.timestep_spacing, total, steps, config.steps_offset)
     if t[0] >= total:
         raise ValueError(f"{steps} steps with steps_offset {config.steps_offset} start at training step {t[0]}, past "
@@ -45,6 +49,13 @@ def model_grid(config: SchedulerConfig, schedule: Schedule, steps: int) -> Grid:
     final = 0.0 if config.set_alpha_to_one else schedule.sigmas[0]
     sigmas_next = np.where(t_next >= 0, schedule.sigmas[np.maximum(t_next, 0)], final)
     return Grid(_pad(schedule.sigmas[t], total), _pad(sigmas_next, total))
+
+
+def _flow_grid(config: SchedulerConfig, steps: int) -> Grid:
+    """Times from 1 evenly down to the first training level's, shifted (once more, as diffusers does), and then 0."""
+    first = shifted(np.array([1 / config.num_train_timesteps]), config.shift)[0]
+    sigmas = flow_sigmas(shifted(np.linspace(1, first, steps), config.shift))
+    return Grid(*(_pad(levels, config.num_train_timesteps) for levels in (sigmas, np.append(sigmas[1:], 0))))
 
 
 def timesteps(spacing: str, total: int, steps: int, offset: int = 0) -> np.ndarray:

@@ -1,16 +1,20 @@
 """Latent diffusion: the UNet, and the text encoder with it, on the latents of a frozen VAE (Rombach et al. 2022)."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxdiff import build
+from jaxdiff.build import Remat
 from jaxdiff.config import DiffusionTask, VAEConfig
-from jaxdiff.diffusion.loss import diffusion_loss
+from jaxdiff.diffusion import timesteps, weights
+from jaxdiff.diffusion.loss import WeightFn, diffusion_loss
 from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.diffusion.timesteps import DrawFn
 from jaxdiff.training.noise import sample_keys
 from jaxdiff.training.state import Batch, Metrics, Notes, Task, apply, merge
 from jaxdiff.training.tasks.vae import sample_moments
@@ -18,11 +22,14 @@ from jaxdiff.types import Key, Params
 
 
 def drop_captions(
-    tokens: Int[Array, "b t"], empty: Int[Array, " t"], share: float, key: Key, index: Int[Array, " b"]
-) -> Int[Array, "b t"]:
-    """Puts the empty prompt in place of a `share` of captions, drawn for each sample (Ho & Salimans 2022, alg. 1)."""
+    captions: Shaped[Array, "b t *d"], empty: Shaped[Array, "t *d"], share: float, key: Key, index: Int[Array, " b"]
+) -> Shaped[Array, "b t *d"]:
+    """Puts the empty prompt in place of a `share` of captions, drawn for each sample (Ho & Salimans 2022, alg. 1).
+
+    Captions are tokens [b, t], or what the text encoder made of them [b, t, d].
+    """
     dropped = jax.vmap(lambda k: jax.random.bernoulli(k, share))(sample_keys(key, index))
-    return jnp.where(dropped[:, None], empty, tokens)
+    return jnp.where(dropped.reshape(-1, *[1] * empty.ndim), empty.astype(captions.dtype), captions)
 
 
 def diffusion_task(
@@ -31,7 +38,7 @@ def diffusion_task(
     frozen: Params,
     start: Params | None = None,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> Task:
     """Params are those of "unet" and, if it is trained, "text_encoder".
 
@@ -39,10 +46,10 @@ def diffusion_task(
         config: what is trained, and how.
         vae: the autoencoder, of which `scaling_factor` brings latents to unit variance.
         frozen: "empty_tokens" [t], the empty prompt; "vae" where batches hold images and not moments; "text_encoder"
-            where it is not trained.
+            where it is not trained, or "empty_context" [t, d] where batches hold encoded captions.
         start: the first params in place of random ones.
         dtype: what the networks compute in.
-        remat: recompute blocks in the backward pass.
+        remat: what the backward pass computes again.
     """
     unet = build.unet(config.unet, dtype, remat)
     text_encoder = build.text_encoder(config.text_encoder, dtype, remat)
@@ -66,9 +73,13 @@ def diffusion_task(
         if moments is None:
             moments = apply(autoencoder, networks["vae"], batch["image"], method="encode")
         x_0 = vae.scaling_factor * sample_moments(moments, index, z_key)
-        tokens = drop_captions(batch["tokens"], frozen["empty_tokens"], config.caption_dropout, drop_key, index)
-        context = apply(text_encoder, networks["text_encoder"], tokens)
-        value, metrics = diffusion_loss(
+        context, share = batch.get("context"), config.caption_dropout
+        if context is None:
+            tokens = drop_captions(batch["tokens"], frozen["empty_tokens"], share, drop_key, index)
+            context = apply(text_encoder, networks["text_encoder"], tokens)
+        else:
+            context = drop_captions(context, frozen["empty_context"], share, drop_key, index)
+        return diffusion_loss(
             lambda x, t, context: apply(unet, networks["unet"], x, t, context),
             x_0,
             context,
@@ -76,8 +87,32 @@ def diffusion_task(
             index,
             schedule=schedule,
             prediction_type=config.scheduler.prediction_type,
-            min_snr_gamma=config.min_snr_gamma,
+            weight_fn=weight_fn(config),
+            draw_fn=draw_fn(config, memory),
+            noise_offset=config.noise_offset,
         )
-        return value, metrics, {}
 
+    if config.timesteps == "importance":
+        memory = timesteps.history(config.scheduler.num_train_timesteps)
+        return Task(init, loss, start, frozen, memory, lambda past, seen: timesteps.remember(past, **seen))
     return Task(init, loss, start, frozen)
+
+
+def weight_fn(config: DiffusionTask) -> WeightFn:
+    """How much each noise level counts."""
+    return {
+        "none": weights.unweighted,
+        "min_snr": partial(weights.min_snr, gamma=config.min_snr_gamma),
+        "debiased": weights.debiased,
+        "edm": partial(weights.edm, sigma_data=config.sigma_data),
+    }[config.weighting]
+
+
+def draw_fn(config: DiffusionTask, memory: Any) -> DrawFn:
+    """Which noise levels are drawn; `memory` is the history that importance sampling goes by."""
+    steps = config.scheduler.num_train_timesteps
+    if config.timesteps == "importance":
+        return timesteps.importance(memory)
+    if config.timesteps == "logit_normal":
+        return timesteps.logit_normal(steps, config.logit_mean, config.logit_std)
+    return timesteps.uniform(steps)
