@@ -74,8 +74,8 @@ def lines(workdir: Path) -> list[dict[str, float]]:
 
 def checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint by their paths."""
-    with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
-        tree = manager.restore(step, args=ocp.args.StandardRestore())
+    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
+    tree = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore())
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
