@@ -4,42 +4,40 @@ The same command again goes on where the last checkpoint stands. A run directory
 `metrics.jsonl`, `samples/` and `export/`, which is a diffusers folder with the averaged weights.
 """
 
-import hashlib
 import itertools
-import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from jaxdiff import build
-from jaxdiff.build import NetworkConfig
+from jaxdiff import distributed
 from jaxdiff.cli import exit_code
 from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask, to_dict
 from jaxdiff.data.latents import cache_latents
 from jaxdiff.data.loader import Batches, batches, open_source
-from jaxdiff.data.record import Source
 from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.distributed import leads, wait_for_all, whole
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.folder import Folder, read_network, write_folder, write_network
+from jaxdiff.io.folder import Folder, write_folder, write_network
 from jaxdiff.io.images import contact_sheet, write_png
-from jaxdiff.io.weights import check_params
+from jaxdiff.io.storage import is_remote, place_of, staged
 from jaxdiff.pipeline import Pipeline, enable_compilation_cache
 from jaxdiff.sharding import make_mesh, tree_shardings
-from jaxdiff.training.feed import Feed
-from jaxdiff.training.log import Log
+from jaxdiff.training.feed import Feed, local_rows, place
+from jaxdiff.training.log import Log, Profile
 from jaxdiff.training.optim import learning_rate, optimiser
-from jaxdiff.training.options import FREE, claim_workdir, read_config, write_config
-from jaxdiff.training.state import Task, TrainState, create_state, freeze, make_step, merge
+from jaxdiff.training.options import FREE, claim_workdir, flat, read_config, resolve, write_config
+from jaxdiff.training.parts import digest, encoder, read_part, text_encoder
+from jaxdiff.training.state import Task, create_state, freeze, make_step, merge
+from jaxdiff.training.stop import Stop
 from jaxdiff.training.tasks.diffusion import diffusion_task
 from jaxdiff.training.tasks.vae import ENCODER, latent_scale, psnr, reconstruct, vae_task
 from jaxdiff.types import Params
@@ -55,11 +53,13 @@ class Run:
     """What differs between tasks: the batches from a step on, and what an evaluation writes and measures."""
 
     task: Task
-    batches: Callable[[int], Batches]
-    evaluate: Callable[[TrainState], dict[str, float]]
+    batches: Callable[[int, Sequence[int]], Batches]
+    """(step, rows of the global batch)"""
+    evaluate: Callable[[int, Params], dict[str, float]]
+    """(step, the averaged params and the frozen ones, whole and on the host), called in process 0 alone."""
 
 
-def train(config: TrainConfig, workdir: Path) -> int:
+def train(config: TrainConfig, workdir: epath.Path) -> int:
     """Runs to `config.steps`, or until a signal; returns the exit code."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     spread = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -67,7 +67,7 @@ def train(config: TrainConfig, workdir: Path) -> int:
         raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} devices "
                          "that the mesh's data and fsdp axes spread it over.")  # fmt: skip
     run = (vae_run if isinstance(config.task, VAETask) else diffusion_run)(config, workdir)
-    frozen = jax.device_put(run.task.frozen, tree_shardings(mesh, run.task.frozen))
+    frozen = place(run.task.frozen, tree_shardings(mesh, run.task.frozen))
     schedule = learning_rate(config.optim, config.steps)
     tx = optimiser(config.optim, schedule)
     init_key, key = jax.random.split(jax.random.key(config.seed))
@@ -75,90 +75,80 @@ def train(config: TrainConfig, workdir: Path) -> int:
     step_fn = make_step(run.task, tx, state, config.ema, config.optim.accumulate)
     count = sum(p.size for p in jax.tree.leaves(state.params))
 
-    with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints, stop_signals() as stopped:
+    def evaluate(log: Log) -> dict[str, float]:
+        began = time.perf_counter()
+        step, average = int(state.step), whole(state.average)
+        figures = run.evaluate(step, merge(run.task.frozen, average)) if leads() else {}
+        if figures:
+            log.write({"step": step} | figures)
+        wait_for_all(f"evaluation at step {step}")
+        log.pause(time.perf_counter() - began)
+        return figures
+
+    with (
+        Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every) as checkpoints,
+        Stop() as stop,
+    ):
+        checkpoints.save_frozen(frozen)
         state = checkpoints.restore(state) or state
         start = int(state.step)
-        source = run.batches(start)
-        write_config(config, workdir)  # now that all it names is known to be there
         with (
-            Log(workdir, start, config.steps, config.data.batch_size, config.tensorboard) as log,
+            closing(run.batches(start, local_rows(mesh, config.data.batch_size))) as source,
+            Log(workdir, start, config.steps, config.data.batch_size, config.tensorboard, state.skipped) as log,
+            Profile(workdir / "profile", start, config.profile) as profile,
             Feed(source, mesh) as feed,
         ):
+            write_config(config, workdir)  # now that all it names is known to be there
             log.say(f"{workdir}: {count / 1e6:.2f} M parameters, from step {start} to {config.steps}.")
             for step in range(start + 1, config.steps + 1):
+                profile.before(step)
                 began = time.perf_counter()
                 batch = next(feed)
                 waited = time.perf_counter() - began
                 state, metrics = step_fn(state, frozen, batch, key)
                 log.step(metrics, waited)
+                profile.after(step, metrics, log.say)
 
-                last = step == config.steps or bool(stopped)
+                stopped = stop.at(step)
+                last = step == config.steps or stopped is not None
                 if last or step % config.log_every == 0:
-                    line = log.flush(step, lr=float(np.asarray(schedule(step - 1))), bad_records=source.n_bad)
-                    check_finite(line, step, checkpoints)
+                    log.flush(step, lr=float(np.asarray(schedule(step - 1))), bad_records=source.n_bad)
+                if log.in_a_row >= config.max_skipped:
+                    raise ValueError(in_vain(step, log.in_a_row, checkpoints.steps()))
                 if last or step % config.checkpoint_every == 0:
                     paused = time.perf_counter()
-                    check_finite(metrics, step, checkpoints)
                     checkpoints.save(step, state)
                     log.pause(time.perf_counter() - paused)
                 if stopped:
-                    log.say(f"Stopped by {stopped[0].name} after step {step}; the same command goes on from there.")
-                    return 128 + stopped[0]
+                    log.say(f"Stopped by {stopped.name} after step {step}; the same command goes on from there.")
+                    return 128 + stopped
                 if step % config.eval_every == 0 and step < config.steps:
-                    paused = time.perf_counter()
-                    if figures := run.evaluate(state):
-                        log.write({"step": step} | figures)
-                    log.pause(time.perf_counter() - paused)
-            if figures := run.evaluate(state):
-                log.write({"step": int(state.step)} | figures)
-            told = "".join(f", {name} {value:.4g}" for name, value in figures.items())
-            log.say(f"Done{told}. {workdir / 'export'} holds the averaged weights.")
+                    evaluate(log)
+            told = "".join(f", {name} {value:.4g}" for name, value in evaluate(log).items())
+            skipped = f"; {log.skipped} updates were skipped" if log.skipped else ""
+            log.say(f"Done{told}{skipped}. {workdir / 'export'} holds the averaged weights.")
             for name, reason in source.bad.items():
                 log.say(f"Skipped: {name} ({reason})")
     return 0
 
 
-def check_finite(metrics: dict[str, Any], step: int, checkpoints: Checkpoints) -> None:
-    """Stops the run before a spoilt state can be saved."""
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        steps = checkpoints.steps()
-        kept = f"the last good checkpoint, of step {steps[-1]}, stays" if steps else "no checkpoint had been written"
-        raise ValueError(f"At step {step} the loss is {loss:g} and the gradient's norm {norm:g}: training stops; "
-                         f"{kept}. A lower --optim.lr or --optim.clip_norm may help.")  # fmt: skip
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[signal.Signals]]:
-    """A list that SIGTERM and SIGINT join, for the loop to end at a whole step; the second one ends it at once."""
-    received: list[signal.Signals] = []
-
-    def receive(number: int, _: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number))
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def process_batches(data: DataConfig, source: Source, tokenize: Any, seed: int, start: int) -> Batches:
-    """The training batches of this process from step `start` on."""
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return batches(data, source, tokenize, seed=seed, start_step=start, **processes)
+def in_vain(step: int, in_a_row: int, saved: list[int]) -> str:
+    """Why a run stops whose updates are all skipped."""
+    kept = f"the last good checkpoint, of step {saved[-1]}, stays" if saved else "no checkpoint had been written"
+    return (f"The last {in_a_row} updates, up to step {step}, were skipped, as their loss or gradient was not finite: "
+            f"training stops; {kept}. A lower --optim.lr or --optim.clip_norm may help.")  # fmt: skip
 
 
 def check_size(data: DataConfig, vae: VAEConfig) -> None:
-    """Pictures must be whole numbers of latent pixels wide."""
-    if data.size % vae.factor:
-        raise ValueError(f"DataConfig.size {data.size} is not a multiple of the VAE's factor {vae.factor}.")
+    """Pictures must be whole numbers of latent pixels wide and high."""
+    for side in (side for shape in data.shapes for side in shape):
+        if side % vae.factor:
+            name = "side_multiple" if data.aspects else "size"
+            raise ValueError(f"DataConfig.{name} {getattr(data, name)} is not a multiple of the VAE's factor "
+                             f"{vae.factor}: pictures have {side} pixels along a side.")  # fmt: skip
 
 
-def vae_run(config: TrainConfig, workdir: Path) -> Run:
+def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
     """Trains the autoencoder; evaluation measures the reconstruction of held-out pictures."""
     assert isinstance(config.task, VAETask)
     task, data, dtype = config.task, config.data, jnp.dtype(config.dtype)
@@ -166,7 +156,7 @@ def vae_run(config: TrainConfig, workdir: Path) -> Run:
         raise ValueError("An autoencoder is trained on pictures, and DataConfig.source is 'latents'.")
     check_size(data, task.vae)
     source = open_source(data)
-    heldout = replace(data, crop=1.0, flip=False, split=data.heldout or data.split, workers=0)
+    heldout = replace(data, aspects=(), crop=1.0, flip=False, split=data.heldout or data.split, workers=0)
     try:
         heldout_source = open_source(heldout)
     except ValueError as error:
@@ -178,25 +168,30 @@ def vae_run(config: TrainConfig, workdir: Path) -> Run:
     started, start = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, None)
     trained = freeze(vae_task(task, start, dtype, config.remat), config.optim.factors)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        params = merge(trained.frozen, jax.device_get(state.average))
+    def evaluate(step: int, params: Params) -> dict[str, float]:
         images = [b["image"] for b in itertools.islice(batches(heldout, heldout_source, seed=0), n)]
         copies = [np.asarray(run(params, image)[0]) for image in images]
         figure = np.concatenate([psnr(a, b) for a, b in zip(images, copies, strict=True)])[: len(heldout_source)].mean()
         pairs = [to_uint8(picture) for pair in zip(images[0][:16], copies[0][:16], strict=True) for picture in pair]
-        write_png(workdir / "samples", f"{int(state.step):07}", contact_sheet(pairs, columns=8, cell=64))
+        with staged(workdir / "samples") as folder:
+            write_png(folder, f"{step:07}", contact_sheet(pairs, columns=8, cell=64))
         if started and not task.train_encoder:
             scale = started.scaling_factor  # what was trained on these latents knows them by it
         else:
             training = itertools.islice(batches(data, source, seed=config.seed), SCALE_BATCHES)
             scale = latent_scale([np.asarray(run(params, b["image"])[1]) for b in training])
-        write_network(workdir / "export", "vae", replace(task.vae, scaling_factor=scale), params)
+        with staged(workdir / "export") as folder:
+            write_network(folder, "vae", replace(task.vae, scaling_factor=scale), params)
         return {"heldout_psnr": float(figure), "scaling_factor": scale}
 
-    return Run(trained, lambda step: process_batches(data, source, None, config.seed, step), evaluate)
+    return Run(
+        trained,
+        lambda step, rows: batches(data, source, seed=config.seed, start_step=step, rows=rows),
+        evaluate,
+    )
 
 
-def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
+def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
     """Trains the UNet and the text encoder on a frozen VAE's latents; evaluation draws pictures with fixed seeds."""
     assert isinstance(config.task, DiffusionTask)
     task, dtype = config.task, jnp.dtype(config.dtype)
@@ -210,73 +205,69 @@ def diffusion_run(config: TrainConfig, workdir: Path) -> Run:
         raise ValueError(f"The tokenizer in {task.tokenizer} has {len(tokenizer)} tokens, more than "
                          f"CLIPTextConfig.vocab_size {task.text_encoder.vocab_size}.")  # fmt: skip
 
-    # Latents are encoded once, or at every step by the frozen VAE.
-    data, frozen = config.data, {"empty_tokens": tokenizer([""])[0]}
+    start, frozen = {}, {"empty_tokens": tokenizer([""])[0]}
+    for name in ("unet", "text_encoder"):
+        if task.init and name not in task.scratch:
+            start[name] = read_part(task.init, name, getattr(task, name), "DiffusionTask.init")[1]
+    if not task.train_text_encoder:
+        frozen["text_encoder"] = start.pop("text_encoder")
+
+    # Latents are encoded once, or at every step by the frozen VAE; so are captions.
+    kept: Params = {"vae": vae_params}  # what evaluations need, and training may not
+    data, text_fn = config.data, None
     captions = source = open_source(data)
     if task.latent_variants:
         # Named after what made them, so that others are never taken for these.
         made = {name: value for name, value in to_dict(data).items() if not FREE.fullmatch(f"data.{name}")}
         made |= {"variants": task.latent_variants, "seed": config.seed}
-        made_by = digest({name: vae_params[name] for name in ENCODER}, made)
-        path = workdir / f"latents-{made_by}.array_record"
-        if not path.exists():
-            encode = encoder(vae, vae_params, dtype)
-            cache_latents(encode, data, captions, path, variants=task.latent_variants, seed=config.seed)
+        makers = {name: vae_params[name] for name in ENCODER}
+        if task.text_variants:
+            kept["text_encoder"] = makers["text_encoder"] = frozen.pop("text_encoder")
+            made |= {"text_variants": task.text_variants, "text_encoder": to_dict(task.text_encoder)}
+            text_fn = text_encoder(task.text_encoder, kept["text_encoder"], tokenizer, dtype)
+            frozen["empty_context"] = text_fn([""])[0]
+        made_by = digest(makers, made)
+        path = (place_of(config.cache) if config.cache else workdir) / f"latents-{made_by}"
+        if is_remote(path):
+            raise ValueError(f"Latents cannot be read from a bucket ({path}): name a folder by --cache.")
+        cache_latents(
+            encoder(vae, vae_params, dtype),
+            data,
+            captions,
+            Path(path),
+            variants=task.latent_variants,
+            seed=config.seed,
+            text_fn=text_fn,
+            text_variants=task.text_variants,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        wait_for_all("latents")
         data = replace(data, source="latents", root=str(path))
         source = open_source(data)
     elif data.source != "latents":
         frozen["vae"] = vae_params
-
-    start = None
-    if task.init:
-        networks = {"unet": task.unet, "text_encoder": task.text_encoder}
-        start = {name: read_part(task.init, name, config, "DiffusionTask.init")[1] for name, config in networks.items()}
-        if not task.train_text_encoder:
-            frozen["text_encoder"] = start.pop("text_encoder")
 
     trained = freeze(diffusion_task(task, vae, frozen, start, dtype, config.remat), config.optim.factors)
     picked = np.linspace(0, len(captions) - 1, 16).astype(int)
     prompts = list(task.prompts) or [captions.record(int(i)).caption.full() for i in picked]
     size = config.data.size
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        params = {"vae": vae_params} | merge(trained.frozen, jax.device_get(state.average))
-        params = {name: params[name] for name in ("unet", "vae", "text_encoder")}
-        folder = Folder(task.unet, vae, task.text_encoder, task.scheduler, params, tokenizer)
-        write_folder(workdir / "export", folder)
-        pictures = Pipeline(folder, config.dtype)(prompts, seed=0, steps=EVAL_STEPS, size=(size, size))
-        write_png(workdir / "samples", f"{int(state.step):07}", contact_sheet(list(pictures), prompts))
+    def evaluate(step: int, params: Params) -> dict[str, float]:
+        networks = {name: (kept | params)[name] for name in ("unet", "vae", "text_encoder")}
+        model = Folder(task.unet, vae, task.text_encoder, task.scheduler, networks, tokenizer)
+        with staged(workdir / "export") as folder:
+            write_folder(folder, model)
+        pictures = Pipeline(model, config.dtype)(prompts, seed=0, steps=EVAL_STEPS, size=(size, size))
+        with staged(workdir / "samples") as folder:
+            write_png(folder, f"{step:07}", contact_sheet(list(pictures), prompts))
         return {}
 
     return Run(
         trained,
-        lambda step: process_batches(data, source, tokenizer, config.seed, step),
+        lambda step, rows: batches(data, source, tokenizer, seed=config.seed, start_step=step, rows=rows),
         evaluate,
     )
-
-
-def encoder(config: VAEConfig, params: Params, dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Images to moments, on the default device."""
-    module, params = build.vae(config, dtype), jax.device_put(params)
-    encode = jax.jit(lambda params, image: module.apply({"params": params}, image, method="encode"))
-    return lambda image: np.asarray(encode(params, image))
-
-
-def digest(params: Params, settings: dict[str, Any]) -> str:
-    """Twelve letters that tell parameters and settings apart."""
-    parts = [leaf.tobytes() for leaf in jax.tree.leaves(params)] + [json.dumps(settings, sort_keys=True).encode()]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
-
-
-def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) -> tuple[Any, Params]:
-    """The config and float32 params, shaped as `wanted`, of a network in a diffusers folder or a run directory."""
-    if not path:
-        raise ValueError(f"{field} is empty: name a diffusers folder or a run directory that holds a trained {name}.")
-    folder = Path(path) / "export" if (Path(path) / "config.json").exists() else Path(path)
-    config, params = read_network(folder, name)
-    make = {"unet": build.unet, "vae": build.vae, "text_encoder": build.text_encoder}[name]
-    check_params(params, build.param_shapes(make(wanted or config), wanted or config), folder / name)
-    return config, jax.tree.map(lambda p: np.asarray(p, np.float32), params)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -293,10 +284,16 @@ def main(argv: list[str]) -> int:
 
     def run() -> int:
         config = read_config(argv[0], argv[1:])
+        distributed.initialize(config.distributed)
+        config = resolve(config)
+        distributed.check_equal(
+            {name: value for name, value in flat(config).items() if not name.startswith("distributed.")}, "config"
+        )
         with claim_workdir(config) as workdir:
             return train(config, workdir)
 
-    return exit_code(run, "a smaller --data.batch_size, or --remat blocks")
+    code = exit_code(run, "a smaller --data.batch_size, or --remat blocks")
+    return distributed.leave(code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from jaxdiff.config import (
     CLIPTextConfig,
@@ -189,8 +190,8 @@ def test_a_run_with_checkpoints_goes_on_with_its_own_config_alone(
 ) -> None:
     workdir = tmp_path / "run"
     config = vae_config(workdir)
-    with claim_workdir(config):
-        write_config(config, workdir)
+    with claim_workdir(config) as claimed:
+        write_config(config, claimed)
     (workdir / "checkpoints" / "2").mkdir(parents=True)
     with claim_workdir(vae_config(workdir, "--steps", "70", "--optim.lr", "0.5")):
         assert "optim.lr was 0.001 and is now 0.5, steps was 60 and is now 70." in capsys.readouterr().out
@@ -257,6 +258,6 @@ def test_a_size_that_the_autoencoder_does_not_divide_is_told(
 def test_metrics_of_a_run_that_goes_on_are_kept_and_all_of_them_json(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1}\n5\n\xff\n{"step": "x"}\n{"step": 3}\n{"step"')
-    with Log(tmp_path, 2, 9, 1) as log:
+    with Log(epath.Path(tmp_path), 2, 9, 1) as log:
         log.write({"step": 3, "loss": float("nan"), "kl": 0.5})
     assert file.read_text() == '{"step": 1}\n{"step": 3, "loss": null, "kl": 0.5}\n'

@@ -8,11 +8,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxdiff"
 
-BASE = {"types", "config", "sharding"}
+BASE = {"types", "config", "sharding", "distributed"}
 ALLOWED = {
     "types": set(),
     "config": set(),
     "sharding": {"types"},
+    "distributed": {"config"},
     "cli": set(),
     "nn": {"types"},
     "diffusion": {"types", "config"},
@@ -20,7 +21,7 @@ ALLOWED = {
     "sampling": {"diffusion", "types", "config"},
     "data": BASE,
     "io": BASE,
-    "build": {"models", *BASE},
+    "build": {"models", "nn", *BASE},
     "training": {"diffusion", "models", "build", "io", *BASE},
     "generate": {"build", "models", "diffusion", "sampling", "io", "data", *BASE},
     "pipeline": {"generate", "build", "models", "diffusion", "sampling", "io", "data", *BASE},

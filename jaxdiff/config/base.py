@@ -86,7 +86,7 @@ def nearest(name: str, names: list[str] | tuple[str, ...]) -> str:
 def load_json(path: Any) -> dict[str, Any]:
     """A JSON file that holds an object; anything else is a ValueError that names the file."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with path.open(encoding="utf-8") if hasattr(path, "open") else open(path, encoding="utf-8") as file:
             values = json.load(file)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error

@@ -69,6 +69,8 @@ class TrainConfig(Checked):
     workdir: str
     """A folder, or a place in a bucket (`gs://bucket/run`); all processes must see it."""
     task: VAETask | DiffusionTask
+    cache: str = ""
+    """A folder on disks that all processes see, for latents that are encoded once; empty: the run directory."""
     model: str = ""
     """A diffusers folder or a run directory: it gives the networks' sizes, and all that the task does not name itself:
     starting weights (`init`), VAE, tokenizer, and the noise schedule if that of the task is the default."""

@@ -1,35 +1,61 @@
-"""What a run tells: a progress bar, `metrics.jsonl`, and TensorBoard if wanted."""
+"""What a run tells: a progress bar, `metrics.jsonl`, TensorBoard if wanted, and a profile of some of its steps."""
 
 import json
 import math
-import os
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
+from jaxdiff.distributed import leads
+from jaxdiff.io.storage import copy_into, is_remote, write_text
 from jaxdiff.training.state import Metrics
+
+WARM_UP = 3  # steps before a profile: the first compiles
 
 
 class Log:
     """Gathers the metrics of each step and writes their means, with images/s and the share of time spent on data.
 
-    Metrics stay on the devices until `flush`, so that no step waits for a number. Lines of `metrics.jsonl` after
-    `start`, which a killed run may have left, are dropped. Use it as a context manager.
+    Metrics stay on the devices until the next step has begun, so that no step waits for a number. Lines of
+    `metrics.jsonl` after `start`, which a killed run may have left, are dropped. Only process 0 writes and talks; all
+    of them count. Use it as a context manager.
+
+    Attributes:
+        skipped: updates skipped so far, because their loss or gradient was not finite.
+        in_a_row: how many of them since the last that was not.
     """
 
-    def __init__(self, workdir: Path, start: int, steps: int, batch_size: int, tensorboard: bool = False) -> None:
-        path = workdir / "metrics.jsonl"
-        partial = path.with_name("metrics.jsonl.partial")
-        partial.write_bytes(b"".join(_lines_until(path, start)))
-        os.replace(partial, path)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _summary_writer(workdir / "tensorboard") if tensorboard else None
-        self._bar = tqdm(initial=start, total=steps, unit="step", dynamic_ncols=True, mininterval=1.0)
+    def __init__(
+        self,
+        workdir: epath.Path,
+        start: int,
+        steps: int,
+        batch_size: int,
+        tensorboard: bool = False,
+        skipped: Any = (0, 0),
+    ) -> None:
+        self.in_a_row, self.skipped = map(int, np.asarray(skipped))
         self._batch_size = batch_size
+        self._bar = tqdm(
+            initial=start, total=steps, unit="step", dynamic_ncols=True, mininterval=1.0, disable=not leads()
+        )
+        self._path = workdir / "metrics.jsonl"
+        self._lines: list[str] = []
+        self._file = self._board = None
+        if leads():
+            self._lines = _lines_until(self._path, start)
+            write_text(self._path, "".join(self._lines))
+            if not is_remote(self._path):
+                self._file = self._path.open("a", encoding="utf-8")
+            self._board = _summary_writer(workdir / "tensorboard") if tensorboard else None
         self._restart()
 
     def _restart(self) -> None:
@@ -43,31 +69,42 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
 
     def step(self, metrics: Metrics, waited: float) -> None:
         """Takes the metrics of a step and the seconds that its batch kept the loop waiting."""
         if self._window:
-            jax.block_until_ready(self._window[-1]["loss"])  # at most two steps in flight: honest times, little memory
+            self._count(
+                self._window[-1]
+            )  # which waits for it: at most two steps in flight, honest times, little memory
         self._window.append(metrics)
         self._waited += waited
         self._bar.update()
+
+    def _count(self, metrics: Metrics) -> None:
+        skipped = int(metrics["skipped"])
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        self.skipped += skipped
 
     def pause(self, seconds: float) -> None:
         """Leaves time spent on evaluation and saving out of images/s."""
         self._paused += seconds
 
     def flush(self, step: int, **values: float) -> dict[str, Any]:
-        """Writes the means since the last flush, and `values`; returns them."""
+        """Writes the means over the updates made since the last flush, and `values`; returns them."""
+        if self._window:
+            self._count(self._window[-1])
         window = jax.device_get(self._window)
         seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
-        means = {name: float(np.mean([m[name] for m in window])) for name in (window[0] if window else ())}
+        made = [m for m in window if not m["skipped"]]
+        means = {name: float(np.mean([m[name] for m in made])) if made else math.nan for name in (window or [{}])[0]}
         line = {
             "step": step,
             **means,
             **values,
+            "skipped": self.skipped,
             "images_per_s": len(window) * self._batch_size / seconds,
             "data_wait_share": self._waited / seconds,
         }
@@ -78,31 +115,70 @@ class Log:
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of `metrics.jsonl`; `step` is among its values. JSON has no NaN: null takes its place."""
-        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        if not leads():
+            return
+        text = json.dumps({name: value if math.isfinite(value) else None for name, value in line.items()}) + "\n"
+        if self._file is not None:
+            self._file.write(text)
+            self._file.flush()
+        else:  # nothing can be appended to a file in a bucket
+            self._lines.append(text)
+            write_text(self._path, "".join(self._lines))
         if self._board is not None:
             for name, value in line.items():
                 self._board.add_scalar(name, value, line["step"])
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.write(text)
+        if leads():
+            self._bar.write(text)
 
 
-def _lines_until(path: Path, step: int) -> list[bytes]:
+class Profile:
+    """Traces `steps` steps of process 0, from a few after `start` on, into `folder`. Use it as a context manager."""
+
+    def __init__(self, folder: epath.Path, start: int, steps: int) -> None:
+        self._folder = folder
+        self._first, self._last = start + WARM_UP + 1, start + WARM_UP + steps
+        self._on = steps > 0 and leads()
+        self._trace = ExitStack()
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._trace.close()
+
+    def before(self, step: int) -> None:
+        """To be called before each step is taken."""
+        if self._on and step == self._first:
+            local = Path(self._folder)
+            if is_remote(self._folder):
+                local = Path(self._trace.enter_context(tempfile.TemporaryDirectory()))
+                self._trace.callback(copy_into, local, self._folder)
+            self._trace.enter_context(jax.profiler.trace(str(local)))
+
+    def after(self, step: int, metrics: Metrics, say: Callable[[str], None]) -> None:
+        """To be called after each step; says where the trace lies once it is there."""
+        if self._on and step == self._last:
+            jax.block_until_ready(metrics)
+            self._trace.close()
+            say(f"Steps {self._first} to {self._last} are traced: pip install xprof; xprof --port 8791 {self._folder}")
+
+
+def _lines_until(path: epath.Path, step: int) -> list[str]:
     """The whole lines of a metrics file up to and with `step`; what is no line of metrics is left out."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
             if line.endswith(b"\n") and json.loads(line.decode())["step"] <= step:
-                kept.append(line)
+                kept.append(line.decode())
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer(folder: epath.Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:

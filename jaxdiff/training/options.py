@@ -2,23 +2,28 @@
 
 import fcntl
 import json
-import os
 import re
 import runpy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
+from etils import epath
 
 import jaxdiff.config
-from jaxdiff.config import TrainConfig, from_dict, load_json, nearest, to_dict
+from jaxdiff.config import SchedulerConfig, TrainConfig, VAETask, from_dict, load_json, nearest, to_dict
+from jaxdiff.distributed import leads
+from jaxdiff.io.folder import read_config as read_network_config
+from jaxdiff.io.folder import read_scheduler
+from jaxdiff.io.storage import is_remote, place_of, write_text
+from jaxdiff.training.parts import model_folder
 
 FREE = re.compile(
-    r"workdir|steps|log_every|eval_every|checkpoint_every|keep_checkpoints|tensorboard|remat|mesh\..*"
+    r"workdir|steps|log_every|eval_every|checkpoint_every|keep_checkpoints|keep_every|max_skipped|profile|tensorboard"
+    r"|remat|mesh\..*|distributed\..*|cache"
     r"|data\.(root|workers|max_bad_share|heldout)|task\.prompts|optim\..*"
 )
 """Fields that may change when a run goes on: how long, where and how it is optimised, and what it shows; not the
@@ -86,34 +91,64 @@ def flat(config: Any) -> dict[str, Any]:
     return walk(to_dict(config), "")
 
 
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with what `model` gives: sizes, and folders and schedule where the task names none of its own.
+
+    Raises:
+        ValueError: where the folder is not one, or lacks a part that is needed.
+    """
+    if not config.model:
+        return config
+    folder, task = model_folder(config.model), config.task
+    if not folder.is_dir():
+        raise ValueError(f"{config.model} is not a folder; --model names a diffusers folder, or a run that has one.")
+    vae = str(folder)
+    if isinstance(task, VAETask):
+        return replace(config, task=replace(task, vae=read_network_config(folder, "vae"), init=task.init or vae))
+    scheduler = read_scheduler(folder) if task.scheduler == SchedulerConfig() else task.scheduler
+    task = replace(
+        task,
+        unet=read_network_config(folder, "unet"),
+        text_encoder=read_network_config(folder, "text_encoder"),
+        scheduler=scheduler,
+        vae=task.vae or vae,
+        tokenizer=task.tokenizer or str(folder / "tokenizer"),
+        init=task.init or str(folder),
+    )
+    return replace(config, task=task)
+
+
 @contextmanager
-def claim_workdir(config: TrainConfig) -> Iterator[Path]:
-    """Makes the run directory and holds it: no other process claims it meanwhile.
+def claim_workdir(config: TrainConfig) -> Iterator[epath.Path]:
+    """Makes the run directory and holds it: no other run claims it meanwhile. In a bucket nothing can be held.
 
     Raises:
         ValueError: where it cannot be made, another process holds it, or it has checkpoints of another config.
     """
-    workdir = Path(config.workdir)
-    try:
-        (workdir / "samples").mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise ValueError(f"{workdir} cannot be written: {error.strerror}.") from error
-    with lock:
-        try:
-            if jax.process_index() == 0:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"Another process trains in {workdir}; wait for it, or choose another --workdir."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+    workdir = place_of(config.workdir)
+    with ExitStack() as held:
+        if is_remote(workdir):
+            pass  # folders are but names there
+        else:
+            try:
+                (workdir / "samples").mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context((workdir / ".lock").open("w"))
+            except OSError as error:
+                raise ValueError(f"{workdir} cannot be written: {error.strerror}.") from error
+            try:
+                if leads():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"Another process trains in {workdir}; wait for it, or choose another --workdir."
+                ) from error
+            except OSError:  # a file system without locks
+                pass
         _check_same_run(config, workdir)
         yield workdir
 
 
-def _check_same_run(config: TrainConfig, workdir: Path) -> None:
+def _check_same_run(config: TrainConfig, workdir: epath.Path) -> None:
     """Refuses what would make another run of the checkpoints that are there; prints what may change and does."""
     file, checkpoints = workdir / "config.json", workdir / "checkpoints"
     if not (file.exists() and checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())):
@@ -122,7 +157,7 @@ def _check_same_run(config: TrainConfig, workdir: Path) -> None:
     changed = {
         name: f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         for name in sorted(before | now)
-        if before.get(name) != now.get(name) and name != "workdir"
+        if before.get(name) != now.get(name) and name != "workdir" and not name.startswith("distributed.")
     }
     refused = [text for name, text in changed.items() if not FREE.fullmatch(name)]
     if refused:
@@ -130,12 +165,11 @@ def _check_same_run(config: TrainConfig, workdir: Path) -> None:
             f"{workdir} holds a run of another config: {', '.join(refused)}. "
             "Take that back, or choose another --workdir."
         )
-    if changed:
+    if changed and leads():
         print(f"{workdir}: {', '.join(changed.values())}.")
 
 
-def write_config(config: TrainConfig, workdir: Path) -> None:
-    """Writes `config.json`, whole or not at all."""
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, workdir / "config.json")
+def write_config(config: TrainConfig, workdir: epath.Path) -> None:
+    """Writes `config.json`, whole or not at all; process 0 does."""
+    if leads():
+        write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")

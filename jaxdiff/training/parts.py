@@ -1,0 +1,57 @@
+"""Networks that a run starts from: read, checked, named."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxdiff import build
+from jaxdiff.build import NetworkConfig
+from jaxdiff.config import CLIPTextConfig, VAEConfig
+from jaxdiff.io.folder import read_network
+from jaxdiff.io.weights import check_params
+from jaxdiff.types import Params
+
+
+def model_folder(path: str) -> Path:
+    """The diffusers folder that `path` is, or that the run directory `path` has exported."""
+    folder = Path(path)
+    return folder / "export" if (folder / "config.json").exists() else folder
+
+
+def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) -> tuple[Any, Params]:
+    """The config and float32 params, shaped as `wanted`, of a network in a diffusers folder or a run directory."""
+    if not path:
+        raise ValueError(f"{field} is empty: name a diffusers folder or a run directory that holds a trained {name}.")
+    folder = model_folder(path)
+    config, params = read_network(folder, name)
+    make = {"unet": build.unet, "vae": build.vae, "text_encoder": build.text_encoder}[name]
+    check_params(params, build.param_shapes(make(wanted or config), wanted or config), folder / name)
+    return config, jax.tree.map(lambda p: np.asarray(p, np.float32), params)
+
+
+def encoder(config: VAEConfig, params: Params, dtype: DTypeLike) -> Callable[[np.ndarray], np.ndarray]:
+    """Images to moments, on the default device."""
+    module, params = build.vae(config, dtype), jax.device_put(params)
+    encode = jax.jit(lambda params, image: module.apply({"params": params}, image, method="encode"))
+    return lambda image: np.asarray(encode(params, image))
+
+
+def text_encoder(
+    config: CLIPTextConfig, params: Params, tokenize: Callable[[list[str]], np.ndarray], dtype: DTypeLike
+) -> Callable[[list[str]], np.ndarray]:
+    """Captions to their context [b, t, d], on the default device."""
+    module, params = build.text_encoder(config, dtype), jax.device_put(params)
+    encode = jax.jit(lambda params, tokens: module.apply({"params": params}, tokens))
+    return lambda texts: np.asarray(encode(params, tokenize(texts)))
+
+
+def digest(params: Params, settings: dict[str, Any]) -> str:
+    """Twelve letters that tell parameters and settings apart."""
+    parts = [leaf.tobytes() for leaf in jax.tree.leaves(params)] + [json.dumps(settings, sort_keys=True).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
