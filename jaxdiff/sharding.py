@@ -14,6 +14,7 @@ BATCH = P(("data", "fsdp"))
 
 # The first pattern that matches the whole path counts. The optimiser's moments and the EMA end in the parameter's path.
 RULES: tuple[tuple[str, P], ...] = (
+    (r".*/v_(row|col)/.*", P()),  # adafactor's sums over rows and columns: small, and of other axes than the parameter
     (r".*/(to_[qkv]|[qkv]_proj|fc1|net_0/proj)/kernel", P("fsdp", "tensor")),
     (r".*/(to_out_0|out_proj|fc2|net_2)/kernel", P("tensor", "fsdp")),
     (r".*/(conv\w*|proj_in|proj_out|quant_conv|post_quant_conv)/kernel", P(None, None, "fsdp", "tensor")),

@@ -97,5 +97,5 @@ def test_a_flows_levels_are_shifted_times_over_what_is_left(shift):
 def test_settings_that_flow_matching_does_not_have_are_refused():
     with pytest.raises(ValueError, match="clip_sample is True; flow_prediction has no clipping"):
         SchedulerConfig(prediction_type="flow_prediction")
-    with pytest.raises(ValueError, match=r"shift is 3(\.0)?; it is for prediction_type 'flow_prediction'"):
-        SchedulerConfig(shift=3)
+    with pytest.raises(ValueError, match=r"shift is 3.0; it is for prediction_type 'flow_prediction'"):
+        SchedulerConfig(shift=3.0)

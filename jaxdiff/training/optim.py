@@ -28,7 +28,12 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 def _rsqrt(config: OptimConfig, warmup: int, steps: int) -> optax.Schedule:
     """lr sqrt(warm-up / step) (Vaswani et al. 2017, eq. 3), no lower than the final share."""
     start = max(warmup, 1)
-    return lambda step: config.lr * jnp.maximum(config.final_lr_share, jnp.sqrt(start / (start + step)))
+
+    def rate(step: Any) -> Any:
+        share = jnp.sqrt(start / (start + jnp.maximum(step, 0)))  # optax asks for steps of the warm-up, too
+        return config.lr * jnp.maximum(config.final_lr_share, share)
+
+    return rate
 
 
 def _wsd(config: OptimConfig, warmup: int, steps: int) -> optax.Schedule:
@@ -72,7 +77,7 @@ def _adafactor(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimConfig) -> optax.GradientTransformation:
-    """Momentum made orthogonal (Jordan et al. 2024), scaled so that AdamW's rates fit (Liu et al. 2025, eq. 4).
+    """Momentum made orthogonal (Jordan et al. 2024), scaled so that AdamW's rates fit (Liu et al. 2025, section 2.2).
 
     A convolution's kernel [h, w, in, out] counts as the matrix [h w in, out]. What is no matrix between hidden
     features (embeddings, the first and last convolution, biases and norms) takes Adam's steps.
