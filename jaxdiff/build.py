@@ -11,13 +11,14 @@ from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
+from jaxdiff.nn.layers import Remat
 from jaxdiff.types import Key, Params
 
 NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
 
 
-def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) -> UNet2DConditionModel:
-    """The denoising network; `remat` recomputes each block in the backward pass."""
+def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> UNet2DConditionModel:
+    """The denoising network; `remat` says what the backward pass computes again (`jaxdiff.nn.layers.remat`)."""
     depths = config.per_level("transformer_layers_per_block")
 
     def masked(blocks: tuple[str, ...]) -> tuple[int, ...]:
@@ -41,7 +42,7 @@ def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: bool = False
     )
 
 
-def vae(config: VAEConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) -> AutoencoderKL:
+def vae(config: VAEConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> AutoencoderKL:
     """The autoencoder."""
     return AutoencoderKL(
         out_channels=config.out_channels,
@@ -55,7 +56,7 @@ def vae(config: VAEConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) 
 
 
 def text_encoder(
-    config: CLIPTextConfig, dtype: DTypeLike = jnp.float32, remat: bool = False, skip_layers: int = 0
+    config: CLIPTextConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none", skip_layers: int = 0
 ) -> CLIPTextModel:
     """The prompt's reader; `skip_layers` 1 takes the penultimate layer of a full-depth folder."""
     return CLIPTextModel(

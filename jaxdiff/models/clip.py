@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdiff.nn.attention import attend
-from jaxdiff.nn.layers import LayerNorm
+from jaxdiff.nn.layers import LayerNorm, Remat, remat
 
 
 def quick_gelu(x: Array) -> Array:
@@ -102,11 +102,11 @@ class CLIPEncoder(nn.Module):
     activation: str
     eps: float
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        layer = nn.remat(CLIPEncoderLayer) if self.remat else CLIPEncoderLayer
+        layer = remat(CLIPEncoderLayer, self.remat)
         for i in range(self.layers - self.skip_layers):
             x = layer(self.heads, self.intermediate_size, self.activation, self.eps, self.dtype, name=f"layers_{i}")(x)
         return x
@@ -125,7 +125,7 @@ class CLIPTextTransformer(nn.Module):
     eps: float = 1e-5
     skip_layers: int = 0
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:

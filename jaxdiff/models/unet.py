@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.nn.blocks import CrossAttentionMiddle, DownStage, UpStage
-from jaxdiff.nn.layers import Conv3x3, GroupNorm, TimestepMLP, timestep_embedding
+from jaxdiff.nn.layers import Conv3x3, GroupNorm, Remat, TimestepMLP, timestep_embedding
 from jaxdiff.types import Context
 
 
@@ -31,7 +31,7 @@ class UNet2DConditionModel(nn.Module):
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

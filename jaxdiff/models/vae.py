@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.nn.blocks import AttentionMiddle, DownStage, UpStage
-from jaxdiff.nn.layers import Conv1x1, Conv3x3, GroupNorm
+from jaxdiff.nn.layers import Conv1x1, Conv3x3, GroupNorm, Remat
 
 EPS = 1e-6
 
@@ -19,7 +19,7 @@ class Encoder(nn.Module):
     layers: int
     groups: int
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
@@ -48,7 +48,7 @@ class Decoder(nn.Module):
     layers: int
     groups: int
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
@@ -74,7 +74,7 @@ class AutoencoderKL(nn.Module):
     layers: int
     groups: int = 32
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         sizes = (self.channels, self.layers, self.groups, self.dtype, self.remat)

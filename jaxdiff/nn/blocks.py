@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.nn.attention import Attention, Transformer2D
-from jaxdiff.nn.layers import Conv1x1, Conv3x3, GroupNorm, upsample_nearest
+from jaxdiff.nn.layers import Conv1x1, Conv3x3, GroupNorm, Remat, remat, upsample_nearest
 from jaxdiff.types import Context
 
 Features = Float[Array, "b h w c"]
@@ -61,8 +61,8 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """What the stages of one resolution share: their width, their norms and how they make their children.
 
-    `depth` is the number of transformer blocks after each residual block; 0 means no attention. `remat` recomputes each
-    child in the backward pass instead of keeping its activations.
+    `depth` is the number of transformer blocks after each residual block; 0 means no attention. `remat` is what
+    the backward pass computes again in each child: see `jaxdiff.nn.layers.remat`.
     """
 
     channels: int
@@ -73,16 +73,16 @@ class Stage(nn.Module):
     heads: int = 1
     linear_projection: bool = False
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     def resnet(self, i: int) -> ResnetBlock:
         """Residual block number `i`."""
-        cls = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        cls = remat(ResnetBlock, self.remat)
         return cls(self.channels, self.groups, self.eps, self.dtype, name=f"resnets_{i}")
 
     def transformer(self, i: int) -> Transformer2D:
         """The transformer after residual block number `i`."""
-        cls = nn.remat(Transformer2D) if self.remat else Transformer2D
+        cls = remat(Transformer2D, self.remat)
         return cls(self.depth, self.heads, self.groups, self.linear_projection, self.dtype, name=f"attentions_{i}")
 
 

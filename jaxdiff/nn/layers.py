@@ -1,10 +1,37 @@
 """Convolutions, normalisations and embeddings: NHWC, compute in `dtype`, statistics in float32."""
 
+from typing import Any, Literal, TypeVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+M = TypeVar("M", bound=type[nn.Module])
+
+Remat = Literal["none", "norms", "blocks"]
+"""What a backward pass computes again instead of keeping it; see `remat`."""
+
+KEPT = "attention"
+"""The name (`jax.ad_checkpoint.checkpoint_name`) of what attention keeps for its backward pass."""
+
+
+def remat(cls: M, policy: Remat) -> M:
+    """The module class `cls`, with a backward pass that keeps less (Chen et al. 2016).
+
+    "blocks" keeps the inputs alone and computes all else again. "norms" keeps the outputs of convolutions, matrix
+    products and attention, too: what is left (norms, activations, sums) costs hardly any work. "none" is `cls` itself.
+    """
+    if policy == "none":
+        return cls
+    return nn.remat(cls, policy=_costly if policy == "norms" else None)  # pyright: ignore[reportReturnType]
+
+
+def _costly(primitive: Any, *args: Any, **params: Any) -> bool:
+    products = (jax.lax.dot_general_p, jax.lax.conv_general_dilated_p)
+    named = jax.checkpoint_policies.save_only_these_names(KEPT)
+    return primitive in products or bool(named(primitive, *args, **params))
 
 
 def Conv3x3(
