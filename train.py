@@ -66,6 +66,9 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
     if config.data.batch_size % spread:
         raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} devices "
                          "that the mesh's data and fsdp axes spread it over.")  # fmt: skip
+    if config.data.batch_size % (spread * config.optim.accumulate):
+        raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of OptimConfig.accumulate "
+                         f"{config.optim.accumulate} times the {spread} devices that it is spread over.")  # fmt: skip
     run = (vae_run if isinstance(config.task, VAETask) else diffusion_run)(config, workdir)
     frozen = place(run.task.frozen, tree_shardings(mesh, run.task.frozen))
     schedule = learning_rate(config.optim, config.steps)

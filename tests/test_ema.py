@@ -1,11 +1,18 @@
 """Averages of the parameters against integrals and sums over toy trajectories."""
 
+import json
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.config import EMAConfig
+from jaxdiff import build
+from jaxdiff.config import EMAConfig, TrainConfig, VAEConfig, VAETask, to_dict
+from jaxdiff.io.checkpoint import Checkpoints
+from jaxdiff.io.folder import read_network, write_network
+from jaxdiff.tools.ema import Args, main
 from jaxdiff.training.ema import Snapshot, combine, exponent, posthoc, profiles
 
 STEPS = 2000
@@ -91,3 +98,43 @@ def test_widths_that_cannot_be_named_are_refused():
         EMAConfig(widths=(0.10, 0.05))
     with pytest.raises(ValueError, match=r"each must lie between 0 and 0\.28"):
         EMAConfig(widths=(0.5,))
+
+
+def test_the_tool_makes_a_width_out_of_a_runs_checkpoints(tmp_path):
+    task = VAETask(
+        vae=VAEConfig(
+            sample_size=8,
+            down_block_types=("DownEncoderBlock2D",),
+            up_block_types=("UpDecoderBlock2D",),
+            block_out_channels=(4,),
+            layers_per_block=1,
+            norm_num_groups=2,
+        )
+    )
+    widths = (0.05, 0.10)
+    config = TrainConfig(workdir=str(tmp_path), task=task, ema=EMAConfig(profile="power", widths=widths))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    shapes = build.param_shapes(build.vae(task.vae), task.vae)
+    tracks = tracked(config.ema)
+
+    def like(value):
+        return jax.tree.map(lambda s: jnp.full(s.shape, value, jnp.float32), shapes)
+
+    steps = range(400, STEPS + 1, 400)
+    with Checkpoints(tmp_path / "checkpoints", keep=10) as checkpoints:
+        for step in steps:
+            ema = {name: like(track[step - 1]) for name, track in tracks.items()}
+            checkpoints.save(step, {"step": jnp.int32(step), "params": like(0.0), "ema": ema})
+    write_network(tmp_path / "export", "vae", task.vae, jax.device_get(like(9.0)))
+
+    main(Args(tmp_path, width=0.07, out=tmp_path / "made"))
+    _, params = read_network(tmp_path / "made", "vae")
+    snapshots = [Snapshot(step, width) for step in steps for width in widths]
+    shares = posthoc(snapshots, 0.07, STEPS)
+    expected = sum(share * tracks[f"{s.width:.3f}"][s.step - 1] for s, share in zip(snapshots, shares, strict=True))
+    for leaf in jax.tree.leaves(params):
+        np.testing.assert_allclose(leaf, expected, rtol=1e-5)
+
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(replace(config, ema=EMAConfig()))))
+    with pytest.raises(ValueError, match=r"tracked no power profiles; train with --ema\.profile power"):
+        main(Args(tmp_path, width=0.07, out=tmp_path / "made"))

@@ -24,7 +24,7 @@ from jaxdiff.training.parts import model_folder
 FREE = re.compile(
     r"workdir|steps|log_every|eval_every|checkpoint_every|keep_checkpoints|keep_every|max_skipped|profile|tensorboard"
     r"|remat|mesh\..*|distributed\..*|cache"
-    r"|data\.(root|workers|max_bad_share|heldout)|task\.prompts|optim\..*"
+    r"|data\.(root|workers|max_bad_share|heldout)|task\.prompts|optim\.(?!(name|state_dtype|rates)$).*"
 )
 """Fields that may change when a run goes on: how long, where and how it is optimised, and what it shows; not the
 networks, the data and the draws."""
