@@ -16,6 +16,8 @@ def new_records(path: Path) -> Iterator[Any]:
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
+    for leftover in path.parent.glob(f"{path.name}.*.partial"):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         writer = ArrayRecordWriter(str(partial), "group_size:1")

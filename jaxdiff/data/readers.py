@@ -1,0 +1,371 @@
+"""Collections of captioned pictures as others publish them: folders, WebDataset tars, parquet files, TFDS sets.
+
+A collection is read in units, each by one worker from its beginning to its end. What a unit holds depends on the
+collection alone. Nothing in a collection is trusted: a record that is broken, or made to do harm, is told with its
+reason, and reading goes on after it.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+from tarfile import EmptyHeaderError, EOFHeaderError, HeaderError, ReadError, TruncatedHeaderError  # pyright: ignore
+from typing import Any, Literal
+
+from jaxdiff.config import DataConfig, nearest
+from jaxdiff.data.captions import Caption
+from jaxdiff.data.prepared import Picture
+from jaxdiff.data.record import BadRecord
+from jaxdiff.data.sources import PICTURES, TFDSSource
+
+MAX_BYTES = 64 * 2**20
+"""Larger files in a collection are no pictures or captions to train on."""
+MAX_RATIO = 100
+"""A compressed archive that unpacks to more than so many times its size, and to `MAX_BYTES`, is a trap."""
+TARS, PARQUETS = (".tar", ".tar.gz", ".tgz"), (".parquet",)
+TEXT_FIELDS = ("caption", "text", "txt", "prompt", "title")
+IMAGE_FIELDS = ("image", "jpg", "png", "webp", "img", "bytes", "image_bytes", "data")
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A record that cannot be used, why in general, and what exactly."""
+
+    name: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a collection: a tar, or items [first, last) of a folder, a parquet file (row groups) or a TFDS set."""
+
+    kind: Literal["folder", "tar", "parquet", "tfds"]
+    path: str
+    first: int = 0
+    last: int = 0
+    check: str = ""
+    """Tells whether the collection is still what it was when it was listed."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Where a collection is, and where in its records the pictures and captions are; see `jaxdiff.tools.prepare`."""
+
+    source: str
+    split: str = "train"
+    image_field: str = ""
+    text_field: str = ""
+    tfds_dir: str = "data"
+    unit_records: int = 5000
+
+    def units(self) -> list[Unit]:
+        """All of the collection, in an order that is always the same.
+
+        Raises:
+            ValueError: where there is nothing of a kind that can be read.
+
+        """
+        if self.source.startswith("tfds:"):
+            return self._ranges("tfds", self.source, len(self._tfds()), "")
+        path = Path(self.source)
+        files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else _glob(path)
+        if not files:
+            raise ValueError(f"{self.source} does not exist, or is empty: name a folder, a .tar or .parquet file, "
+                             "a pattern such as 'shards/*.tar', or tfds:NAME.")  # fmt: skip
+        tars = [file for file in files if file.name.lower().endswith(TARS)]
+        parquets = [file for file in files if file.suffix.lower() in PARQUETS]
+        if (path / "metadata.jsonl").is_file() or (path.is_dir() and not tars and not parquets):
+            rows = _folder(path, self.text_field)
+            if not rows:
+                raise ValueError(f"{path} holds no pictures ({', '.join(sorted(PICTURES))}), tars or parquet files.")
+            check = hashlib.sha256(repr(rows).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+            return self._ranges("folder", str(path), len(rows), check)
+        if bool(tars) == bool(parquets):
+            what = "both tars and parquet files; name those of one kind by a pattern" if tars else "none of these kinds"
+            raise ValueError(f"{self.source} is {what}, such as 'shards/*.tar'.")
+        if tars:
+            return [Unit("tar", str(file), check=str(file.stat().st_size)) for file in tars]
+        return [unit for file in parquets for unit in self._row_groups(file)]
+
+    def read(self, unit: Unit) -> Iterator[Picture | Bad]:
+        """The records of a unit."""
+        if unit.kind == "tar":
+            return _read_tar(Path(unit.path), self.text_field)
+        return {"folder": self._read_folder, "parquet": self._read_parquet, "tfds": self._read_tfds}[unit.kind](unit)
+
+    def _ranges(self, kind: Any, path: str, n: int, check: str) -> list[Unit]:
+        starts = range(0, n, self.unit_records)
+        return [Unit(kind, path, start, min(start + self.unit_records, n), check) for start in starts]
+
+    def _read_folder(self, unit: Unit) -> Iterator[Picture | Bad]:
+        root = Path(unit.path)
+        within = root.resolve()
+        for name, caption in _folder(root, self.text_field)[unit.first : unit.last]:
+            if isinstance(caption, Bad):
+                yield caption
+                continue
+            path = root / name
+            try:
+                if not path.resolve().is_relative_to(within):
+                    yield Bad(name, "its name leads out of the collection")
+                    continue
+                data = _read_file(path)
+                if caption is None:
+                    text = path.with_suffix(".txt")
+                    caption = Caption(" ".join(_read_file(text).decode().split()) if text.is_file() else "")
+                yield Picture(name, caption, data)
+            except UnicodeDecodeError:
+                yield Bad(name, "its caption is not UTF-8")
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or a file that is too large
+                yield Bad(name, "its file cannot be read", str(error))
+
+    # Parquet
+
+    def _row_groups(self, file: Path) -> Iterator[Unit]:
+        """Units of whole row groups, of at least `unit_records` rows but for the last of each file."""
+        check = str(file.stat().st_size)
+        try:
+            metadata = _parquet(file).metadata
+        except Exception:  # pyarrow raises several kinds; reading the unit tells
+            yield Unit("parquet", str(file), check=check)
+            return
+        first, rows = 0, 0
+        for group in range(metadata.num_row_groups):
+            rows += metadata.row_group(group).num_rows
+            if rows >= self.unit_records or group == metadata.num_row_groups - 1:
+                yield Unit("parquet", str(file), first, group + 1, check)
+                first, rows = group + 1, 0
+
+    def _read_parquet(self, unit: Unit) -> Iterator[Picture | Bad]:
+        import pyarrow as pa
+
+        path = Path(unit.path)
+        try:
+            file = _parquet(path)
+            names = file.schema_arrow.names
+            image = _field(self.image_field, names, IMAGE_FIELDS, f"{path}: --image-field")
+            text = _field(self.text_field, names, TEXT_FIELDS, f"{path}: --text-field")
+        except Exception as error:  # pyarrow raises several kinds
+            yield Bad(path.name, "its parquet file is broken", str(error))
+            return
+        for group in range(unit.first, unit.last):
+            row, name = 0, f"{path.name}/{group}"
+            try:
+                for batch in file.iter_batches(64, row_groups=[group], columns=[image, text], use_threads=False):
+                    pictures, captions = batch.column(image), batch.column(text)
+                    if pa.types.is_struct(pictures.type):  # Hugging Face's Image: bytes and path
+                        pictures = pictures.field("bytes")
+                    # As bytes: text that is not UTF-8 concerns its own row alone.
+                    captions = captions.cast(pa.large_binary() if pa.types.is_large_string(captions.type)
+                                             else pa.binary())  # fmt: skip
+                    for data, words in zip(pictures, captions, strict=True):
+                        yield _picture(f"{name}/{row}", data.as_py(), words.as_py() or b"")
+                        row += 1
+            except Exception as error:  # pyarrow raises several kinds
+                yield Bad(f"{name}/{row}", "its parquet file is broken", f"this row group from here on: {error}")
+
+    # TFDS
+
+    def _tfds(self) -> TFDSSource:
+        config = DataConfig(source=self.source.removeprefix("tfds:"), root=self.tfds_dir, split=self.split)
+        fields = {"image_field": self.image_field, "text_field": self.text_field}
+        return TFDSSource(replace(config, **{name: value for name, value in fields.items() if value}))
+
+    def _read_tfds(self, unit: Unit) -> Iterator[Picture | Bad]:
+        source = self._tfds()
+        for i in range(unit.first, unit.last):
+            try:
+                record = source.record(i)
+                yield Picture(source.name(i), record.caption, record.image)
+            except BadRecord as error:
+                yield Bad(source.name(i), "its file is damaged", str(error))
+            except UnicodeDecodeError:
+                yield Bad(source.name(i), "its caption is not UTF-8")
+
+
+def _glob(pattern: Path) -> list[Path]:
+    anchor = Path(pattern.anchor)
+    return sorted(anchor.glob(str(pattern.relative_to(anchor))))
+
+
+def _field(wanted: str, names: list[str], usual: tuple[str, ...], option: str) -> str:
+    """The field that was asked for, or the first usual one that is there."""
+    if found := [name for name in ((wanted,) if wanted else usual) if name in names]:
+        return found[0]
+    raise ValueError(f"{option} is {wanted!r}, and there is no such field{nearest(wanted, names)}" if wanted
+                     else f"{option} is not given, and the fields are {', '.join(names)}.")  # fmt: skip
+
+
+def _picture(name: str, data: Any, text: bytes, style: str = "", keywords: tuple[str, ...] = ()) -> Picture | Bad:
+    """A picture, if its parts are what they should be."""
+    if not isinstance(data, bytes):
+        return Bad(name, "it has no picture")
+    if max(len(data), len(text)) > MAX_BYTES:
+        return Bad(name, "its file is too large", f"{max(len(data), len(text))} bytes")
+    try:
+        return Picture(name, Caption(" ".join(text.decode().split()), style, keywords), data)
+    except UnicodeDecodeError:
+        return Bad(name, "its caption is not UTF-8")
+
+
+def _read_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"it has {size} bytes, more than {MAX_BYTES}")
+        return file.read(MAX_BYTES)
+
+
+# Folders
+
+
+@cache  # a worker reads several units of a folder
+def _folder(root: Path, text_field: str) -> list[tuple[str, Caption | Bad | None]]:
+    """The names of a folder's pictures with their captions; None where a .txt beside the picture may hold it."""
+    metadata = root / "metadata.jsonl"
+    if not metadata.is_file():
+        files = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURES)
+        return [(path.relative_to(root).as_posix(), None) for path in files]
+    lines = metadata.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return [_row(line, number, text_field) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _row(line: bytes, number: int, text_field: str) -> tuple[str, Caption | Bad | None]:
+    name = f"metadata.jsonl line {number}"
+    try:
+        row = json.loads(line.decode())
+        name = row["file_name"]
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            return name, Bad(name, "its name leads out of the collection")
+        text = row.get(text_field or next((field for field in TEXT_FIELDS if field in row), "")) or ""
+        return name, Caption(" ".join(text.split()), *_style(row))
+    except UnicodeDecodeError:
+        return name, Bad(name, "its caption is not UTF-8")
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        return str(name), Bad(str(name), "its line of metadata makes no sense", f"{type(error).__name__}: {error}")
+
+
+def _style(row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The caption's parts that drawings have; TypeError where they are of another kind."""
+    style, keywords = row.get("style") or "", row.get("keywords") or []
+    if not isinstance(style, str) or not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords):
+        raise TypeError('"style" is a string, "keywords" is a list of strings')
+    return style.strip(), tuple(keywords)
+
+
+# WebDataset
+
+
+class _Unpacked(io.RawIOBase):
+    """What is read of an archive, up to a limit."""
+
+    def __init__(self, stream: Any, limit: int) -> None:
+        self._stream, self._left, self._limit = stream, limit, limit
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(min(size, 2**20) if size >= 0 else 2**20)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"it unpacks to more than {self._limit} bytes, {MAX_RATIO} times its size")
+        return data
+
+
+class _Member(tarfile.TarInfo):
+    """A member's head; unlike with a plain TarInfo, a damaged one, or none, does not pass for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        whole, tarfile.whole = getattr(tarfile, "whole", False), False
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:  # a block of zeros; another archive may follow
+            tarfile.whole = True
+            raise
+        except HeaderError as error:
+            if whole and isinstance(error, EmptyHeaderError | TruncatedHeaderError):  # no block more
+                raise EmptyHeaderError(str(error)) from error
+            raise ReadError("it is cut off, or damaged") from error
+
+
+def _read_tar(path: Path, text_field: str) -> Iterator[Picture | Bad]:
+    """Members that share their name up to its first dot are one record: a picture, and .txt, .caption or .json."""
+    key, files, n, broken = "", {}, 0, None
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            limit = max(MAX_BYTES, MAX_RATIO * os.fstat(file.fileno()).st_size)
+            stream: Any = _Unpacked(gzip.GzipFile(fileobj=file), limit) if packed else file
+            # As a stream: members come in their order, and nothing of them is written anywhere.
+            with tarfile.open(
+                fileobj=stream, mode="r|", errors="backslashreplace", tarinfo=_Member, ignore_zeros=True
+            ) as archive:
+                for member in archive:
+                    archive.members = []  # pyright: ignore[reportAttributeAccessIssue]: it would keep them all
+                    name = PurePosixPath(member.name)
+                    if member.isdir() or name.name.startswith("."):
+                        continue
+                    stem, _, kind = name.name.partition(".")
+                    if (this := str(name.parent / stem)) != key and files:
+                        yield _sample(f"{path.name}/{key}", files, text_field)
+                        n, files = n + 1, {}
+                    key, kind = this, kind.lower()
+                    files.setdefault(kind, _member(archive, member, name))
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError) as error:
+        broken = error
+    if files:
+        yield _sample(f"{path.name}/{key}", files, text_field)
+        n += 1
+    if broken:
+        yield Bad(path.name, "its archive is broken", f"after {n} records: {broken}")
+
+
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, name: PurePosixPath) -> bytes | str:
+    """The member's bytes, or why they are not read."""
+    if name.is_absolute() or ".." in name.parts:
+        return "its name leads out of the collection"
+    if not member.isreg() or member.issparse():
+        return "it is a link or another special file"
+    if member.size > MAX_BYTES:
+        return "its file is too large"
+    file = archive.extractfile(member)
+    assert file is not None  # it is a regular file
+    return file.read()
+
+
+def _sample(name: str, files: dict[str, bytes | str], text_field: str) -> Picture | Bad:
+    for value in files.values():
+        if isinstance(value, str):
+            return Bad(name, value)
+    image = next((data for kind, data in files.items() if f".{kind.rpartition('.')[2]}" in PICTURES), None)
+    if text := files.get("txt") or files.get("caption"):
+        assert isinstance(text, bytes)
+        return _picture(name, image, text)
+    if (row := files.get("json")) is None:
+        return _picture(name, image, b"")
+    try:
+        values = json.loads(row)
+        field = text_field or next((field for field in TEXT_FIELDS if field in values), "")
+        return _picture(name, image, (values.get(field) or "").encode(), *_style(values))
+    except UnicodeDecodeError:
+        return Bad(name, "its caption is not UTF-8")
+    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+        return Bad(name, "its line of metadata makes no sense", f"{type(error).__name__}: {error}")
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path)
