@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -509,6 +510,25 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path, arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_disk_that_is_full_is_told_and_nothing_half_written_stays(tmp_path, workers):
+    for i in range(2):
+        write_tar(tmp_path / f"{i}.tar", [(f"{j}", encoded(noise(j, 90, 90)), b"x") for j in range(1 + 99 * i)])
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    arguments = command(tmp_path, "--name", "x", "--data-dir", tmp_path / "data", "--workers", workers)
+    done = subprocess.run(arguments, capture_output=True, text=True, preexec_fn=full)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: write() failed: File too large")
+    work = tmp_path / "data" / "x" / "work"
+    assert {path.name for path in work.glob("part*")} <= {"part-00000.array_record", "part-00000.json"}
+    subprocess.run(arguments, check=True, capture_output=True)
+    assert len(PreparedSource(tmp_path / "data" / "x")) == 100
 
 
 @pytest.mark.slow

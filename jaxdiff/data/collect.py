@@ -9,16 +9,20 @@ killed, the next one goes on, and the end is the same. All workers must see the 
 import io
 import json
 import os
+import re
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import apache_beam as beam
 import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
 from PIL import Image
+from tqdm import tqdm
 
 from jaxdiff.config import load_json
 from jaxdiff.data.duplicates import bands, first_alike, look, pixel_digest
@@ -143,7 +147,7 @@ def collect(
     plan = Plan(collection, filters, tuple(collection.units()), str(folder))
     _begin(plan, settings | {"units": [asdict(unit) for unit in plan.units]})
 
-    with _pipeline(options) as pipeline:
+    with _pipeline(options, plan, "part") as pipeline:
         _ = (
             pipeline
             | "Units" >> beam.Create(range(len(plan.units)))
@@ -162,7 +166,7 @@ def collect(
     if not read.kept:
         raise ValueError(f"Nothing of {collection.source} passes the filters:\n{read.table()}")
 
-    with _pipeline(options) as pipeline:
+    with _pipeline(options, plan, "shard") as pipeline:
         units = pipeline | "Parts" >> beam.Create(range(len(plan.units))) | "Spread" >> beam.Reshuffle()
         looks = units | "Looks" >> beam.FlatMap(_looks, plan)
         exact = (
@@ -190,9 +194,62 @@ def collect(
     return _finish(plan, settings, read)
 
 
-def _pipeline(options: list[str]) -> beam.Pipeline:
-    ours = ["--runner=FnApiRunner", "--default_sdk_harness_log_level=ERROR"]  # the first of a kind gives way to others
-    return beam.Pipeline(options=PipelineOptions([*ours, *options]))
+@contextmanager
+def _pipeline(options: list[str], plan: Plan, stage: str) -> Iterator[beam.Pipeline]:
+    """Runs what the block adds to it, and shows how many units have passed the stage.
+
+    Raises:
+        ValueError, OSError: that a worker raised.
+
+    """
+    try:
+        with (
+            _quiet("--direct_running_mode=multi_processing" in options) as screen,
+            _progress(plan, stage, screen),
+            beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", *options])) as pipeline,
+        ):
+            yield pipeline
+    except (ValueError, OSError) as error:
+        raise type(error)(str(error).split(" [while running")[0]) from error
+    except RuntimeError as error:  # the traceback of another process, as a text
+        told = re.findall(r"^(ValueError|OSError): (.*?)(?: \[while running .*)?$", str(error), re.MULTILINE)
+        if not told:
+            raise
+        raise {"ValueError": ValueError, "OSError": OSError}[told[-1][0]](told[-1][1]) from error
+
+
+@contextmanager
+def _quiet(worker_processes: bool) -> Iterator[TextIO]:
+    """Beam's own worker processes write a dozen lines each to stderr; the way there stays open to what this gives."""
+    with os.fdopen(os.dup(2), "w") as screen, open(os.devnull, "w") as nowhere:
+        if worker_processes:
+            os.dup2(nowhere.fileno(), 2)
+        try:
+            yield screen
+        finally:
+            os.dup2(screen.fileno(), 2)
+
+
+@contextmanager
+def _progress(plan: Plan, stage: str, screen: TextIO) -> Iterator[None]:
+    """Counts what is there, since the workers may be on other machines."""
+    ended = threading.Event()
+    texts = {"part": "Reading", "shard": "Writing"}
+
+    def watch() -> None:
+        with tqdm(total=len(plan.units), desc=texts[stage], unit=" shards", file=screen) as bar:
+            over = False
+            while not over:
+                over = ended.wait(0.5)
+                bar.update(len(list(Path(plan.folder).glob(f"{WORK}/{stage}-*.json"))) - bar.n)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _begin(plan: Plan, settings: dict[str, Any]) -> None:

@@ -8,19 +8,46 @@ from pathlib import Path
 from typing import Any
 
 
+class Writer:
+    """Writes an ArrayRecord file of which each record can be read by itself."""
+
+    def __init__(self, path: Path) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._writer = ArrayRecordWriter(str(path), "group_size:1")
+
+    def write(self, record: bytes) -> None:
+        """Adds a record.
+
+        Raises:
+            OSError: where the disk is full, for one.
+
+        """
+        with _disk_errors():
+            self._writer.write(record)
+
+    def close(self) -> None:
+        """Ends the file; raises as `write` does."""
+        with _disk_errors():
+            self._writer.close()
+
+
 @contextmanager
-def new_records(path: Path) -> Iterator[Any]:
-    """A writer with `write(bytes)`, each record to be read by itself; what it wrote moves to `path` at the end.
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).split("; at byte")[0]) from error
 
-    Nothing stays where the block raises.
-    """
-    from array_record.python.array_record_module import ArrayRecordWriter
 
+@contextmanager
+def new_records(path: Path) -> Iterator[Writer]:
+    """A writer whose file moves to `path` at the end; nothing stays where the block raises."""
     for leftover in path.parent.glob(f"{path.name}.*.partial"):  # of a process that was killed
         leftover.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        writer = Writer(partial)
         yield writer
         writer.close()
         os.replace(partial, path)

@@ -107,7 +107,7 @@ def main(args: Args) -> None:
 
 def collect(args: CollectArgs, options: list[str]) -> None:
     """Prepares a collection and says what was left out and why; `options` are Apache Beam's."""
-    logging.disable(logging.WARNING)  # Beam's, about the clouds that it does not find
+    logging.disable(logging.ERROR)  # Beam's, about the clouds that it does not find, and what is raised anyway
     try:
         from jaxdiff.data.collect import Filters, collect
     except ImportError as error:
