@@ -4,11 +4,14 @@ A step is a folder that Orbax writes as a whole: `state`, and `manifest` with dt
 Orbax itself casts another dtype silently and does not notice a flipped bit; the manifest is there to notice both.
 """
 
+import gc
 import hashlib
 import json
 import logging
 import os
 import re
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,6 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxdiff.io.fingerprint import fingerprints
+from jaxdiff.io.storage import is_remote
 from jaxdiff.sharding import path_name
 
 logger = logging.getLogger(__name__)
@@ -39,7 +43,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3, keep_every: int = 0) -> None:
         absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax tells of every file, and of an error many times
         path = epath.Path(folder)
-        self.folder = path if "://" in str(path) else path.absolute()
+        self.folder = path if is_remote(path) else path.absolute()
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -76,7 +80,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that were saved whole, oldest first."""
-        return sorted(self._manager.all_steps())
+        return sorted(int(step) for step in self._manager.all_steps())  # NumPy's, where they come from process 0
 
     def save(self, step: int, state: Any) -> None:
         """Starts to save, and returns once the arrays may be reused. A step that is there already is left.
@@ -146,14 +150,18 @@ class Checkpoints:
         """The state of a step, or what is damaged in it, on which all processes agree."""
         folder = self.folder / str(step)
         state, leaves, damage, difference = None, {}, "", ""
-        try:
-            leaves = _read_manifest(folder)
-            difference = _difference(leaves, like)
-            if not difference:
-                # Not by way of the manager, where those that can read would wait for one that cannot.
-                state = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(like))
-        except Exception as error:  # Orbax raises many kinds
-            damage = _first_line(error)
+        with _quiet():
+            try:
+                leaves = _read_manifest(folder)
+                difference = _difference(leaves, like)
+                if not difference:
+                    # Not by way of the manager, where those that can read would wait for one that cannot.
+                    handler = ocp.StandardCheckpointHandler()
+                    state = handler.restore(folder / "state", args=ocp.args.StandardRestore(like))
+            except Exception as error:  # Orbax raises many kinds
+                damage = _first_line(error)
+            if damage:
+                gc.collect()  # what is to be kept quiet
         damage = _first_of_all(damage)
         if damage:
             return None, damage
@@ -193,8 +201,7 @@ class Checkpoints:
             if not frozen.steps():
                 frozen.save(0, tree)
             elif problem := _first_of_all(_change(frozen.folder / "0", tree)):
-                raise ValueError(f"{frozen.folder} holds what is not trained in this run, and {problem}. "
-                                 "Take the change back, or choose another folder.")  # fmt: skip
+                raise ValueError(f"{frozen.folder} holds what is not trained in this run, but {problem}.")
 
     def restore_frozen(self, like: Any) -> Any:
         """What `save_frozen` stored, verified, with the shardings of `like`; None where nothing was.
@@ -206,6 +213,29 @@ class Checkpoints:
             return like
         with Checkpoints(self.folder / "frozen") as frozen:
             return frozen.restore(like)
+
+
+def read_part(folder: str | os.PathLike[str], step: int, name: str) -> Any:
+    """One field of a stored state, such as "ema", as NumPy arrays, without the rest being read; verified.
+
+    Raises:
+        ValueError: where it is damaged or not there.
+    """
+    path = epath.Path(folder) / str(step)
+    handler = ocp.PyTreeCheckpointHandler()
+    with _quiet():
+        try:
+            leaves = _read_manifest(path)
+            part = {name: handler.metadata(path / "state").tree[name]}
+            numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+            args = ocp.args.PyTreeRestore(item=part, restore_args=numpy, partial_restore=True)
+            part = handler.restore(path / "state", args=args)
+        except Exception as error:  # Orbax raises many kinds
+            raise ValueError(f"{path} cannot be read ({_first_line(error)}).") from error
+    sums, _ = fingerprints(part)
+    if wrong := [name for name in sums if sums[name] != leaves[name]["sum"]]:
+        raise ValueError(f"{path} has other bits than were saved in {_listed(wrong)}.")
+    return part[name]
 
 
 def _manifest(tree: Any, sums: dict[str, str]) -> dict[str, Any]:
@@ -248,18 +278,30 @@ def _difference(leaves: dict[str, Any], like: Any) -> str:
 
 
 def _change(folder: epath.Path, tree: Any) -> str:
-    """What is different in `tree` from what was saved in `folder`; "" if nothing is."""
+    """What is different in `tree` from what was saved in `folder`, and what to do; "" if nothing is."""
     sums, _ = fingerprints(tree)
     try:
         leaves = _read_manifest(folder)
     except Exception as error:
-        return _first_line(error)
+        return f"{_first_line(error)}: move it away, and it will be stored anew"
     changed = [name for name in sums if name not in leaves or sums[name] != leaves[name]["sum"]]
-    return _difference(leaves, tree) or (f"{_listed(changed)} had other values there" if changed else "")
+    difference = _difference(leaves, tree) or (f"{_listed(changed)} had other values there" if changed else "")
+    return f"{difference}: take the change back, or choose another folder" if difference else ""
 
 
 def _sharding(leaf: Any) -> Any:
     return getattr(leaf, "sharding", None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps to itself what Python tells of the coroutines that Orbax leaves behind where a read fails."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _first_of_all(problem: str) -> str:
