@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -69,6 +72,26 @@ def gathered(sharding: NamedSharding) -> NamedSharding:
     2020, section 5.3.
     """
     return NamedSharding(sharding.mesh, P(*(None if axis == "fsdp" else axis for axis in sharding.spec)))
+
+
+def gather_params(params: Any, shardings: Any, dtype: DTypeLike) -> Any:
+    """`params` as they are computed with: matrices in `dtype`, nothing split over `fsdp`.
+
+    The cast comes first, so that bfloat16 is what travels, each matrix by itself; of the gradients, too. Vectors
+    (norms, biases) and numbers that are no floats keep their type.
+
+    Args:
+        params: arrays stored as `shardings` say, inside jit.
+        shardings: a `NamedSharding` for each leaf.
+        dtype: what the networks compute in.
+    """
+
+    def gather(p: Array, stored: NamedSharding) -> Array:
+        if p.ndim > 1 and jnp.issubdtype(p.dtype, jnp.floating):
+            p = jax.lax.with_sharding_constraint(p.astype(dtype), stored)
+        return jax.lax.with_sharding_constraint(p, gathered(stored))
+
+    return jax.tree.map(gather, params, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxdiff.nn.attention import _blockwise, _dense, attend
+from jaxdiff.sharding import make_mesh
+from jaxdiff.tools import hlo
 
 # batch, queries, keys, heads, features: whole blocks; blocks that do not fill; few keys (one block); fewer than a block
 SHAPES = ((2, 512, 512, 2, 8), (1, 517, 389, 3, 5), (2, 300, 77, 2, 8), (1, 33, 600, 1, 16))
@@ -53,6 +57,21 @@ def test_the_backward_pass_keeps_no_scores() -> None:
 
     assert kept(1024) / kept(512) == pytest.approx(2, abs=0.05)
     assert kept(128) / kept(64) > 2.5  # where there are few, they are kept
+
+
+def test_a_mesh_splits_batch_and_heads_and_nothing_travels() -> None:
+    arrays = inputs((4, 300, 300, 2, 8))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    spread = jax.device_put(arrays, NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")))
+
+    def f(q, k, v, d_out):
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(d_out)
+
+    program = jax.jit(f).lower(*spread).compile()
+    assert hlo.parse(program.as_text()).collectives() == {}
+    for found, wanted in zip(program(*spread), f(*arrays), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_can_be_mapped_over_images() -> None:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.config import EMAConfig
-from jaxdiff.sharding import BATCH, gathered, path_name, tree_shardings
+from jaxdiff.sharding import BATCH, gather_params, path_name, tree_shardings
 from jaxdiff.training.ema import profiles
 from jaxdiff.training.optim import check_rates, evaluated, rate_of
 from jaxdiff.types import Key, Params
@@ -119,9 +120,17 @@ def _paths(tree: Params) -> list[str]:
 
 
 def create_state(
-    task: Task, tx: optax.GradientTransformation, key: Key, mesh: Mesh, ema: EMAConfig | None = None
+    task: Task,
+    tx: optax.GradientTransformation,
+    key: Key,
+    mesh: Mesh,
+    ema: EMAConfig | None = None,
+    abstract: bool = False,
 ) -> TrainState:
-    """The first state, each leaf made where it will stay; `ema` None is the config's default."""
+    """The first state, each leaf made where it will stay, or with `abstract` the shapes of it, with their shardings.
+
+    `ema` None is the config's default.
+    """
     names = profiles(ema or EMAConfig())
 
     def init(key: Key, start: Params, memory: Any) -> TrainState:
@@ -136,7 +145,10 @@ def create_state(
         )
 
     start = task.start or {}
-    shardings = tree_shardings(mesh, jax.eval_shape(init, key, start, task.memory))
+    shapes = jax.eval_shape(init, key, start, task.memory)
+    shardings = tree_shardings(mesh, shapes)
+    if abstract:
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return jax.jit(init, out_shardings=shardings)(key, start, task.memory)
 
 
@@ -146,6 +158,7 @@ def make_step(
     state: TrainState,
     ema: EMAConfig | None = None,
     accumulate: int = 1,
+    dtype: DTypeLike = jnp.float32,
 ) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Metrics]]:
     """The compiled step for the shardings of `state`, whose buffers each call reuses.
 
@@ -159,17 +172,18 @@ def make_step(
         state: the first one, or shapes with shardings in its place.
         ema: the averages; None is the config's default.
         accumulate: micro-batches, taken one after another.
+        dtype: what the networks compute in, and matrices are gathered in.
     """
     decays = profiles(ema or EMAConfig())
     stored = jax.tree.map(lambda p: p.sharding, state.params)
-    whole = jax.tree.map(gathered, stored)
     mesh = state.step.sharding.mesh
 
     def step(state: TrainState, frozen: Params, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
+        frozen = gather_params(frozen, tree_shardings(mesh, frozen), dtype)
 
         def loss_fn(params: Params, part: Batch) -> tuple[Float[Array, ""], tuple[Metrics, Notes]]:
-            params = jax.lax.with_sharding_constraint(params, whole)
+            params = gather_params(params, stored, dtype)
             loss, metrics, notes = task.loss(params, frozen, part, step_key, state.memory)
             return loss, (metrics | {"loss": loss}, notes)
 

@@ -1,0 +1,376 @@
+"""Plans a run before it is paid for: compiles its training step, without weights or data, and says what it costs.
+
+`python -m jaxdiff.tools.plan configs/sd15_scratch.py --topology v5e:16x16 [--field value ...]` asks the TPU compiler,
+on a machine without a TPU; `--devices 8` asks the CPU's. Fields are overridden as `train.py` does it.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxdiff import build
+from jaxdiff.cli import exit_code
+from jaxdiff.config import TrainConfig, VAEConfig, VAETask
+from jaxdiff.io.folder import read_config as read_network_config
+from jaxdiff.sharding import batch_sharding, make_mesh, tree_shardings
+from jaxdiff.tools import hlo
+from jaxdiff.training.optim import learning_rate, optimiser
+from jaxdiff.training.options import read_config, resolve
+from jaxdiff.training.parts import model_folder
+from jaxdiff.training.state import Task, create_state, freeze, make_step
+from jaxdiff.training.tasks.diffusion import diffusion_task
+from jaxdiff.training.tasks.vae import vae_task
+from jaxdiff.types import Params
+
+USAGE = "python -m jaxdiff.tools.plan CONFIG (--topology v5e:4x4 | --devices 8) [--fit] [--json] [--field value ...]"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip can do, a second where it is a rate."""
+
+    flops: float
+    """bfloat16."""
+    hbm: float
+    """Bytes that a program can have: a little less than the chip has."""
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    """Bytes over all links to other chips."""
+
+
+# cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "System architecture", peak figures per chip (November 2026).
+CHIPS = {
+    "v4": Chip(275e12, 30.75 * 2**30, 1228e9, 300e9),
+    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 200e9),
+    "v5p": Chip(459e12, 94.75 * 2**30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 448e9),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step costs each chip: bytes, operations, and seconds that it takes at the least."""
+
+    devices: int
+    mesh: dict[str, int]
+    batch: int
+    """Pictures a chip."""
+    parameters: int
+    optimiser: int
+    ema: int
+    frozen: int
+    inputs: int
+    """The batch."""
+    temporaries: int
+    total: int
+    """All of these, as the compiler counts them; tiles are padded."""
+    memory: int | None
+    """What the chip has; None where it is not known."""
+    fits: bool
+    flops: float
+    """Of matrix products and convolutions, what is computed again included."""
+    bytes_moved: float
+    collectives: dict[str, int]
+    """Bytes sent to other chips by each kind of collective."""
+    bounds: dict[str, float]
+    """Seconds that compute, memory and network need at their peak rates: a step takes the largest, or more."""
+    seconds: float | None
+    images_per_second: float | None
+    """Of all chips, if the step took no longer than that bound."""
+    compile_seconds: float
+
+
+# The step, from shapes alone ------------------------------------------------------------------------------------------
+
+
+def abstract_task(config: TrainConfig) -> tuple[Task, dict[str, jax.ShapeDtypeStruct]]:
+    """The task that `train.py` would train, with shapes in place of weights, and the shapes of a batch."""
+    b, (height, width), dtype = config.data.batch_size, config.data.shapes[0], jnp.dtype(config.dtype)
+    shape = jax.ShapeDtypeStruct
+    batch = {"index": shape((b,), jnp.int32)}
+    if isinstance(task := config.task, VAETask):
+        batch["image"] = shape((b, height, width, 3), jnp.float32)
+        start = None if task.train_encoder else build.param_shapes(build.vae(task.vae), task.vae)
+        trained = vae_task(task, start, dtype, config.remat)
+        return freeze(replace(trained, start=trained.start or {}), config.optim.factors), batch
+
+    folder = model_folder(task.vae)
+    vae = read_network_config(folder, "vae") if task.vae and folder.is_dir() else VAEConfig()
+    tokens, width_of_text = task.text_encoder.max_position_embeddings, task.text_encoder.hidden_size
+    frozen: Params = {"empty_tokens": shape((tokens,), jnp.int32)}
+    if task.latent_variants or config.data.source == "latents":
+        side = vae.factor
+        batch["moments"] = shape((b, height // side, width // side, 2 * vae.latent_channels), jnp.float32)
+    else:
+        batch["image"] = shape((b, height, width, 3), jnp.float32)
+        frozen["vae"] = build.param_shapes(build.vae(vae), vae)
+    if task.text_variants:
+        batch["context"] = shape((b, tokens, width_of_text), jnp.float32)
+        frozen["empty_context"] = shape((tokens, width_of_text), jnp.float32)
+    else:
+        batch["tokens"] = shape((b, tokens), jnp.int32)
+        if not task.train_text_encoder:
+            frozen["text_encoder"] = build.param_shapes(build.text_encoder(task.text_encoder), task.text_encoder)
+    trained = diffusion_task(task, vae, frozen, None, dtype, config.remat)
+    start = jax.eval_shape(trained.init, jax.random.key(0))  # what rates of 0 freeze must have a start
+    return freeze(replace(trained, start=start), config.optim.factors), batch
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Shapes with the shardings that they have."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def bytes_a_chip(tree: Any) -> int:
+    """What the leaves of a tree of shapes with shardings take on one chip, without padding."""
+    return sum(
+        int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape), jnp.float32))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.size
+    )
+
+
+def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path | None = None) -> Plan:
+    """Compiles the step of `config` for `mesh`; its global batch is `config.data.batch_size`.
+
+    Raises:
+        ValueError: where the batch does not divide among the devices.
+    """
+    spread = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
+    if config.data.batch_size % spread:
+        raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} parts that "
+                         "the mesh's data and fsdp axes and OptimConfig.accumulate split it into.")  # fmt: skip
+    task, batch = abstract_task(config)
+    tx = optimiser(config.optim, learning_rate(config.optim, config.steps))
+    key = jax.random.key(0)
+    state = create_state(task, tx, key, mesh, config.ema, abstract=True)
+    frozen = placed(task.frozen, tree_shardings(mesh, task.frozen))
+    batch = placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
+    step = make_step(task, tx, state, config.ema, config.optim.accumulate, jnp.dtype(config.dtype))
+
+    began = time.perf_counter()
+    traced = step.trace(state, frozen, batch, jax.eval_shape(lambda: key))
+    work = hlo.flops(traced.jaxpr) / mesh.size
+    sizes = {
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "batch": config.data.batch_size // mesh.size,
+        "parameters": bytes_a_chip(state.params),
+        "optimiser": bytes_a_chip(state.opt),
+        "ema": bytes_a_chip(state.ema),
+        "frozen": bytes_a_chip(frozen),
+        "inputs": bytes_a_chip(batch),
+        "flops": work,
+        "memory": int(chip.hbm) if chip else None,
+    }
+    kept = sum(sizes[name] for name in ("parameters", "optimiser", "ema", "frozen", "inputs"))
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+        total = int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)) if used else 0
+        return Plan(**sizes, temporaries=max(0, total - kept), total=total, fits=False, bytes_moved=0.0, collectives={},
+                    bounds={}, seconds=None, images_per_second=None,
+                    compile_seconds=time.perf_counter() - began)  # fmt: skip
+
+    text = compiled.as_text()
+    if dump:
+        dump.write_text(text)
+    program, memory, cost = hlo.parse(text), compiled.memory_analysis(), compiled.cost_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    collectives = program.collectives()
+    moved = cost.get("bytes accessed", 0.0) + program.repeated_bytes()
+    bounds = {}
+    if chip:
+        bounds = {
+            "compute": work / chip.flops,
+            "memory": moved / chip.hbm_bandwidth,
+            "network": sum(collectives.values()) / chip.ici_bandwidth,
+        }
+    seconds = max(bounds.values(), default=None)
+    return Plan(
+        **sizes,
+        temporaries=memory.temp_size_in_bytes,
+        total=total,
+        fits=not chip or total <= chip.hbm,
+        bytes_moved=moved,
+        collectives=collectives,
+        bounds=bounds,
+        seconds=seconds,
+        images_per_second=config.data.batch_size / seconds if seconds else None,
+        compile_seconds=time.perf_counter() - began,
+    )
+
+
+def largest(fits: Callable[[int], bool], first: int) -> int:
+    """The largest batch that fits, to within a quarter of it; 0 if 1 does not. Few trials: each is a compilation."""
+    low, high = 0, None
+    n = first
+    while high is None or high - low > max(1, low // 4):
+        if fits(n):
+            low = n
+        else:
+            high = n
+        n = 2 * n if high is None else (low + high) // 2 if low else n // 2
+        if n == 0:
+            break
+    return low
+
+
+# The machine ----------------------------------------------------------------------------------------------------------
+
+
+def tpu_devices(topology: str) -> Sequence[Any]:
+    """The chips of a slice, such as v5e:4x4, that is not there.
+
+    Raises:
+        ValueError: where libtpu is missing or knows no such slice.
+    """
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # whatever libtpu says
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--topology {topology} is no slice that libtpu knows ({reason}); names are such as v5e:4x4, "
+                         "v5p:2x2x4, v4:2x2x4 and v6e:8x8.") from error  # fmt: skip
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip that a topology's name begins with."""
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS:
+        raise ValueError(f"--topology {topology!r}: it begins with one of {', '.join(CHIPS)}, such as v5e:4x4.")
+    return CHIPS[kind]
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Waits until no other plan is being made on this machine: each takes all of its processors and gigabytes."""
+    with (Path(tempfile.gettempdir()) / f"jaxdiff-plan-{os.getuid()}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Another process plans with libtpu, which one does at a time: waiting for it.", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def report(plan: Plan, name: str) -> str:
+    """The plan in words."""
+
+    def gib(size: float) -> str:
+        unit, scale = ("GiB", 30) if size >= 2**26 or not size else ("MiB", 20) if size >= 2**16 else ("KiB", 10)
+        return f"{size / 2**scale:8.2f} {unit}"
+
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
+    lines = [f"{name}: {plan.devices} devices ({mesh}), {plan.batch} pictures a chip", "", "Memory of each chip"]
+    for part in ("parameters", "optimiser", "ema", "frozen", "inputs", "temporaries"):
+        lines.append(f"  {part:<22}{gib(getattr(plan, part))}")
+    limit = f" of {plan.memory / 2**30:.2f} GiB: {'it fits' if plan.fits else 'TOO MUCH'}" if plan.memory else ""
+    lines += [f"  {'together':<22}{gib(plan.total)}{limit}", "", "Work of each chip, a step"]
+    lines.append(f"  {'operations':<22}{plan.flops / 1e12:8.3g} TFLOP")
+    if plan.bytes_moved:
+        lines.append(f"  {'memory traffic':<22}{gib(plan.bytes_moved)}")
+        for kind, size in sorted(plan.collectives.items()):
+            lines.append(f"  {kind:<22}{gib(size)}")
+    if plan.seconds:
+        lines += ["", "At the least"]
+        lines += [f"  {bound:<22}{1e3 * seconds:8.1f} ms" for bound, seconds in plan.bounds.items()]
+        assert plan.images_per_second
+        lines.append(f"  {'a step':<22}{1e3 * plan.seconds:8.1f} ms: at most {plan.images_per_second:,.0f} pictures/s")
+    return "\n".join([*lines, "", f"Compiled in {plan.compile_seconds:.0f} s."])
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="plan", usage=USAGE, description=__doc__, allow_abbrev=False)
+    parser.add_argument("config", help="a config file of train.py")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", help="a TPU slice, such as v5e:16x16 (needs the tpu extra)")
+    where.add_argument("--devices", type=int, help="so many devices of the CPU")
+    parser.add_argument("--batch", type=int, help="pictures a chip, in place of the config's batch")
+    parser.add_argument("--fit", action="store_true", help="find the largest batch that fits")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--dump", type=Path, help="write the compiled program's text to this file")
+    options, overrides = parser.parse_known_args(argv)
+    return exit_code(lambda: _run(options, overrides))
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> None:
+    config = read_config(options.config, overrides)
+    if not config.model or model_folder(config.model).is_dir():
+        config = resolve(config)
+    else:
+        print(f"{config.model} is not here: sizes are those of {options.config}.", file=sys.stderr)
+    if options.topology:
+        chip = chip_of(options.topology)
+        if find_spec("libtpu") is None:
+            raise ValueError("--topology needs the TPU compiler: pip install 'jaxdiff[tpu]'.")
+        # Nothing here is a TPU: libtpu must not look for one, nor mind who else has loaded it (any JAX process has).
+        os.environ |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+        jax.config.update("jax_platforms", "cpu")
+        with one_at_a_time():
+            _plan_on(options, config, tpu_devices(options.topology), chip)
+    else:
+        if options.fit:
+            raise ValueError("--fit needs --topology: the CPU's memory is no limit to plan with.")
+        if options.devices < 1:
+            raise ValueError(f"--devices {options.devices}: it must be above 0.")
+        if not jax._src.xla_bridge.backends_are_initialized():  # pyright: ignore
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", options.devices)
+        if len(jax.devices()) < options.devices:
+            raise ValueError(f"--devices {options.devices}: JAX has started with {len(jax.devices())}.")
+        _plan_on(options, config, jax.devices()[: options.devices], None)
+
+
+def _plan_on(options: argparse.Namespace, config: TrainConfig, devices: Sequence[Any], chip: Chip | None) -> None:
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
+    found: dict[int, Plan] = {}
+
+    def planned(batch: int) -> Plan:
+        sized = replace(config, data=replace(config.data, batch_size=batch * mesh.size))
+        if batch not in found:
+            found[batch] = plan(sized, mesh, chip, options.dump)
+            if options.fit:
+                fits = "fits" if found[batch].fits else "does not fit"
+                print(f"{batch} pictures a chip: {found[batch].total / 2**30:.2f} GiB, {fits}", file=sys.stderr)
+        return found[batch]
+
+    batch = options.batch or max(1, config.data.batch_size // mesh.size)
+    if options.fit:
+        batch = largest(lambda n: planned(n).fits, batch) or 1
+    result = planned(batch) if options.batch or options.fit else plan(config, mesh, chip, options.dump)
+    name = options.topology or "CPU"
+    print(json.dumps({"device": name} | asdict(result), indent=2) if options.json else report(result, name))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

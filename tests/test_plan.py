@@ -1,0 +1,132 @@
+"""The planner counts what programs of known cost do, and plans the step that `train.py` takes."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxdiff.sharding import AXES, make_mesh
+from jaxdiff.tools import hlo
+from jaxdiff.tools.plan import abstract_task, chip_of, largest, main, plan
+from jaxdiff.training.options import read_config
+
+# One level: half the time to compile.
+SMALL = ["--task.unet.block_out_channels", "8", "--task.unet.down_block_types", "CrossAttnDownBlock2D"]
+SMALL += ["--task.unet.up_block_types", "CrossAttnUpBlock2D", "--data.size", "8"]
+TINY = "tests/configs/tiny.py"
+KIB = 1024
+
+
+def compiled(f, *args):
+    return hlo.parse(jax.jit(f).lower(*args).compile().as_text())
+
+
+# A quarter KiB of floats on each of eight devices; rings send n - 1 parts of what they gather.
+@pytest.mark.parametrize(
+    ("kind", "f", "sent"),
+    [
+        ("all-gather", lambda x: jax.lax.all_gather(x, AXES), 7 * KIB),
+        ("all-reduce", lambda x: jax.lax.psum(x, AXES), 2 * 7 / 8 * KIB),
+        ("reduce-scatter", lambda x: jax.lax.psum_scatter(x, AXES), 7 / 8 * KIB),
+        ("all-to-all", lambda x: jax.lax.all_to_all(x, AXES, 0, 0), 7 / 8 * KIB),
+        ("collective-permute", lambda x: jax.lax.ppermute(x, "data", [(i, i ^ 1) for i in range(8)]), KIB),
+    ],
+)
+def test_collectives_are_counted_in_bytes(kind, f, sent) -> None:
+    spread = partial(jax.shard_map, mesh=make_mesh(), in_specs=P(AXES), out_specs=P(AXES), check_vma=False)
+    x = jnp.zeros((64, 32))
+    assert compiled(spread(f), x).collectives() == {kind: sent}
+
+    def five_times(x):
+        return jax.lax.scan(lambda sums, _: (sums + jnp.sum(f(x + sums.mean())), None), jnp.zeros(()), length=5)[0][
+            None
+        ]
+
+    assert compiled(spread(five_times), x).collectives()[kind] == 5 * sent
+
+
+def test_what_loops_move_is_counted_in_every_turn() -> None:
+    x, n = jnp.zeros((256, 256)), 10
+    program = compiled(lambda x: jax.lax.scan(lambda y, _: (y @ x, None), x, length=n)[0], x)
+    each = 3 * x.nbytes  # both factors and the product
+    assert 1 <= program.repeated_bytes() / ((n - 1) * each) < 2  # the CPU's compiler copies now and then
+
+
+def test_operations_have_their_closed_form() -> None:
+    def flops(f, *args) -> int:
+        return hlo.flops(jax.make_jaxpr(f)(*args))
+
+    a, b = jnp.zeros((3, 5)), jnp.zeros((5, 7))
+    assert flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
+    assert flops(jax.grad(lambda a, b: jnp.square(a @ b).sum(), (0, 1)), a, b) == 3 * 2 * 3 * 5 * 7
+    assert flops(lambda a, b: jax.lax.map(lambda _: a @ b, jnp.arange(4)), a, b) == 4 * 2 * 3 * 5 * 7
+    x, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 16))
+    conv = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(2, 2),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    assert flops(conv, x, kernel) == 2 * (2 * 4 * 4 * 16) * (3 * 3 * 3)
+
+
+def test_the_largest_batch_is_found_in_few_trials() -> None:
+    for limit in (0, 1, 2, 7, 8, 40, 100):
+        tried = []
+
+        def fits(n: int, limit: int = limit, tried: list[int] = tried) -> bool:
+            tried.append(n)
+            return n <= limit
+
+        found = largest(fits, 8)
+        assert found <= limit <= found + max(1, found // 4)
+        assert len(tried) <= 7
+
+
+def test_a_plan_has_the_bytes_of_the_state_that_each_device_holds() -> None:
+    config = read_config(TINY, [*SMALL, "--mesh.fsdp", "4"])
+    task, batch = abstract_task(config)
+    assert set(batch) == {"index", "moments", "tokens"}
+    size = sum(p.size for p in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
+    alone = plan(config, make_mesh(devices=jax.devices()[:1]))
+    assert alone.parameters == alone.ema == 4 * size
+    assert alone.optimiser == pytest.approx(2 * alone.parameters, rel=0.01)
+    assert alone.collectives == {}
+    spread = plan(config, make_mesh(data=2, fsdp=4))
+    assert alone.parameters / 4 < spread.parameters < alone.parameters / 2
+    assert spread.collectives["all-gather"] > 0
+    assert spread.flops == alone.flops / 8
+    assert spread.batch == 1
+
+
+def test_the_command_prints_json_and_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs/emoji.py", "--devices", "3", "--data.batch_size", "8"]) == 2
+    assert "not a multiple of the 3" in capsys.readouterr().err
+    assert main([TINY, "--topology", "v9:2x2"]) == 2
+    assert "begins with one of v4, v5e" in capsys.readouterr().err
+    assert main([TINY, "--devices", "1", "--fit"]) == 2
+    assert "--fit needs --topology" in capsys.readouterr().err
+    assert main([TINY, "--devices", "1", "--json", *SMALL]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["devices"] == 1
+    assert found["fits"]
+
+
+@pytest.mark.tpu_compile
+def test_the_tpu_compiler_plans_a_slice() -> None:
+    command = [sys.executable, "-m", "jaxdiff.tools.plan", TINY, "--topology", "v5e:2x4", "--mesh.fsdp", "8", "--json"]
+    command += SMALL
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"]
+    assert found["memory"] == int(chip_of("v5e").hbm)
+    assert set(found["bounds"]) == {"compute", "memory", "network"}
+    assert 0 < found["seconds"] == max(found["bounds"].values())
+    assert found["collectives"]["all-gather"] > 0
