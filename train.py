@@ -21,7 +21,7 @@ from etils import epath
 from jaxdiff import distributed
 from jaxdiff.cli import exit_code
 from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask, to_dict
-from jaxdiff.data.latents import cache_latents
+from jaxdiff.data.latents import cache_latents, identity
 from jaxdiff.data.loader import Batches, batches, open_source
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.distributed import leads, wait_for_all, whole
@@ -75,7 +75,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
     tx = optimiser(config.optim, schedule)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     state = create_state(run.task, tx, init_key, mesh, config.ema)
-    step_fn = make_step(run.task, tx, state, config.ema, config.optim.accumulate)
+    step_fn = make_step(run.task, tx, state, config.ema, config.optim.accumulate, jnp.dtype(config.dtype))
     count = sum(p.size for p in jax.tree.leaves(state.params))
 
     def evaluate(log: Log) -> dict[str, float]:
@@ -222,7 +222,7 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
     if task.latent_variants:
         # Named after what made them, so that others are never taken for these.
         made = {name: value for name, value in to_dict(data).items() if not FREE.fullmatch(f"data.{name}")}
-        made |= {"variants": task.latent_variants, "seed": config.seed}
+        made |= {"variants": task.latent_variants, "seed": config.seed, "records": identity(captions)}
         makers = {name: vae_params[name] for name in ENCODER}
         if task.text_variants:
             kept["text_encoder"] = makers["text_encoder"] = frozen.pop("text_encoder")

@@ -5,7 +5,10 @@ Everything here is a no-op, or next to it, where there is one process.
 
 import json
 import os
+import re
+import socket
 import sys
+import time
 from typing import Any
 
 import jax
@@ -26,6 +29,10 @@ def initialize(config: DistributedConfig) -> None:
     Raises:
         ValueError: in one sentence, where the others cannot be found.
     """
+    # XLA's CPU devices share a pool of as many threads. Two collectives over different axes of a mesh can then wait for
+    # each other for ever, each on a thread that the other needs; more threads than devices let both go on.
+    if devices := re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
+        os.environ.setdefault("NPROC", str(4 * int(devices[1])))
     flags: dict[str, Any] = {}
     if config.coordinator:
         flags = {
@@ -36,6 +43,8 @@ def initialize(config: DistributedConfig) -> None:
         }
     elif not _in_cluster(os.environ):
         return
+    if config.index:
+        _wait_for(config.coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # so that CPUs form a cluster, too
     try:
         jax.distributed.initialize(**flags, shutdown_timeout_seconds=60)
@@ -48,6 +57,22 @@ def initialize(config: DistributedConfig) -> None:
             f"The run's other processes cannot be found {where} ({reason}): give --distributed.coordinator HOST:PORT, "
             "--distributed.count and --distributed.index, the first two alike for all."
         ) from error
+
+
+def _wait_for(coordinator: str, seconds: float = 300) -> None:
+    """Until something listens there; JAX would abort the process where nothing does in time."""
+    host, port = coordinator.rsplit(":", 1)
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"Nothing answers at {coordinator} ({error}): is process 0 running, and can it be reached?"
+                ) from error
+            time.sleep(0.5)
 
 
 def _in_cluster(env: Any) -> bool:

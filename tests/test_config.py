@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from etils import epath
 from jaxdiff.config import (
     CLIPTextConfig,
     DataConfig,
+    DiffusionTask,
     OptimConfig,
     SchedulerConfig,
     TrainConfig,
@@ -24,7 +26,7 @@ from jaxdiff.config import (
     to_dict,
 )
 from jaxdiff.training.log import Log
-from jaxdiff.training.options import claim_workdir, read_config, write_config
+from jaxdiff.training.options import claim_workdir, read_config, resolve, write_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "tests/configs").glob("*.py")])
@@ -261,3 +263,44 @@ def test_metrics_of_a_run_that_goes_on_are_kept_and_all_of_them_json(tmp_path: P
     with Log(epath.Path(tmp_path), 2, 9, 1) as log:
         log.write({"step": 3, "loss": float("nan"), "kl": 0.5})
     assert file.read_text() == '{"step": 1}\n{"step": 3, "loss": null, "kl": 0.5}\n'
+
+
+EMBEDDED = ROOT / "jaxdiff" / "assets" / "emoji"
+
+
+def diffusion_config(*overrides: str) -> TrainConfig:
+    return resolve(read_config(str(ROOT / "tests/configs/topology.py"), ["--workdir", "runs/x", *overrides]))
+
+
+def test_a_model_gives_sizes_weights_and_what_the_task_does_not_name() -> None:
+    model = str(EMBEDDED)
+    own = diffusion_config("--model", model)
+    assert own.task.unet.block_out_channels == (64, 128, 160)
+    assert own.task.text_encoder.hidden_size == 160
+    assert own.task.init == model
+    assert own.task.scheduler.prediction_type == "v_prediction"  # the task's own, which is not the default
+    assert own.task.scheduler.beta_end == 0.02
+    assert own.task.vae == "jaxdiff/assets/emoji"
+    bare = resolve(replace(own, task=DiffusionTask(train_text_encoder=False)))
+    assert (bare.task.vae, bare.task.tokenizer, bare.task.init) == (model, f"{model}/tokenizer", model)
+    assert bare.task.scheduler.rescale_betas_zero_snr
+    assert from_dict(TrainConfig, to_dict(bare)) == bare
+
+
+def test_a_model_gives_the_autoencoder_that_is_trained_on() -> None:
+    config = resolve(read_config(VAE, ["--model", str(EMBEDDED)]))
+    assert config.task.vae.block_out_channels == (32, 48, 96)
+    assert config.task.init == str(EMBEDDED)
+
+
+def test_a_model_that_is_no_folder_is_told() -> None:
+    with pytest.raises(ValueError, match="nowhere is not a folder; --model names a diffusers folder"):
+        diffusion_config("--model", "nowhere")
+
+
+def test_a_frozen_text_encoder_needs_weights_and_networks_need_sizes() -> None:
+    frozen = DiffusionTask(train_text_encoder=False, scratch=("text_encoder",))
+    with pytest.raises(ValueError, match="a text encoder of random weights would stay so"):
+        TrainConfig("runs/x", frozen, model="models/sd15")
+    with pytest.raises(ValueError, match="DiffusionTask names no network's size: give --model FOLDER"):
+        TrainConfig("runs/x", DiffusionTask())

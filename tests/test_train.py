@@ -1,10 +1,7 @@
 """`train.py` from the shell: what a run leaves behind, and what it survives."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,33 +9,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from PIL import Image
+from shell import Shell, ended, lines, wait_for
 
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.io.folder import read_folder, read_network
+from jaxdiff.training.log import Log
 
-ROOT = Path(__file__).parents[1]
 STEPS = 60  # of tiny_vae.py
-
-
-class Shell:
-    """Starts `train.py` on one device, as a user would."""
-
-    def __init__(self) -> None:
-        self.env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        self.env |= {"JAX_PLATFORMS": "cpu"}
-
-    def start(self, config: str, workdir: Path, *overrides: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "train.py", f"tests/configs/{config}.py", "--workdir", str(workdir)]
-        command += map(str, overrides)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, cwd=ROOT, env=self.env, text=True, **pipes)
-
-    def run(self, config: str, workdir: Path, *overrides: object) -> tuple[int, str]:
-        with self.start(config, workdir, *overrides) as process:
-            out, _ = process.communicate(timeout=300)
-            return process.returncode, out
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +30,9 @@ def shell() -> Shell:
 def vae_run(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished, uninterrupted run of `tiny_vae.py`."""
     workdir = tmp_path_factory.mktemp("runs") / "vae"
-    code, out = shell.run("tiny_vae", workdir)
+    code, out = shell.run("tiny_vae", workdir, "--profile", 2)
     assert code == 0, out
+    assert "Steps 4 to 5 are traced" in out
     return workdir
 
 
@@ -66,25 +47,11 @@ def diffusion_run(shell: Shell, vae_run: Path) -> Path:
     return vae_run.parent / "tiny"
 
 
-def lines(workdir: Path) -> list[dict[str, float]]:
-    file = workdir / "metrics.jsonl"
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 def checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint by their paths."""
     folder = (workdir / "checkpoints" / str(step) / "state").absolute()
     tree = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore())
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_a_run_killed_twice_ends_with_the_parameters_of_an_uninterrupted_one(
@@ -114,6 +81,7 @@ def test_metrics_tell_what_a_user_watches(vae_run: Path) -> None:
     assert {"step", "loss", "lr", "grad_norm", "images_per_s", "data_wait_share"} <= line.keys()
     assert 0 <= line["data_wait_share"] <= 1
     assert lines(vae_run)[-1]["heldout_psnr"] > 5
+    assert list((vae_run / "profile").rglob("*.xplane.pb"))
 
 
 def test_the_loss_of_the_autoencoder_falls(vae_run: Path) -> None:
@@ -126,7 +94,9 @@ def test_an_autoencoder_run_exports_weights_whose_latents_have_unit_variance(vae
     assert config.scaling_factor == lines(vae_run)[-1]["scaling_factor"]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     ema = {path: leaf for path, leaf in checkpoint(vae_run, STEPS).items() if path.startswith("['ema']")}
-    assert np.array_equal(params["encoder"]["conv_in"]["kernel"], ema["['ema']['0.999']['encoder']['conv_in']['kernel']"])
+    assert np.array_equal(
+        params["encoder"]["conv_in"]["kernel"], ema["['ema']['0.999']['encoder']['conv_in']['kernel']"]
+    )
     with Image.open(vae_run / "samples" / f"{STEPS:07}.png") as sheet:
         assert min(sheet.size) > 16
 
@@ -149,8 +119,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(shell: Shell, tmp_path: Path
     process = shell.start("tiny_vae", workdir, "--checkpoint_every", 1000)
     wait_for(lambda: len(lines(workdir)) >= 3, process)
     process.terminate()
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, out
+    code, out = ended(process)
+    assert code == 128 + signal.SIGTERM, out
     assert "the same command goes on" in out
     assert "Traceback" not in out
     last = int(lines(workdir)[-1]["step"])
@@ -158,16 +128,51 @@ def test_sigterm_saves_and_the_same_command_goes_on(shell: Shell, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
-    shell: Shell, tmp_path: Path
-) -> None:
-    code, out = shell.run("tiny_vae", tmp_path / "nan", "--optim.lr", 1e30, "--checkpoint_every", 1)
+def test_updates_that_are_not_finite_are_skipped_and_too_many_stop_the_run(shell: Shell, tmp_path: Path) -> None:
+    workdir = tmp_path / "nan"
+    code, out = shell.run("tiny_vae", workdir, "--optim.lr", 1e30, "--checkpoint_every", 1, "--max_skipped", 4)
     assert code == 2
-    assert "training stops; the last good checkpoint, of step" in out
+    last = lines(workdir)[-1]
+    told = f"The last 4 updates, up to step {int(last['step'])}, were skipped, as their loss or gradient was not finite"
+    assert f"{told}: training stops; the last good checkpoint, of step" in out
     assert "Traceback" not in out
-    steps = [int(path.name) for path in (tmp_path / "nan" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert steps
-    assert all(np.isfinite(leaf).all() for leaf in checkpoint(tmp_path / "nan", max(steps)).values())
+    assert last["skipped"] == 4
+    steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert all(np.isfinite(leaf).all() for leaf in checkpoint(workdir, max(steps)).values())
+
+
+def test_means_are_those_of_the_updates_that_were_made(tmp_path: Path) -> None:
+    losses = [1.0, np.nan, 3.0, np.inf, np.nan]
+    with Log(epath.Path(tmp_path), 0, 9, 1, skipped=(2, 7)) as log:
+        for loss in losses:
+            log.step({"loss": np.float32(loss), "skipped": np.int32(not np.isfinite(loss))}, 0.0)
+        line = log.flush(5)
+        assert (line["loss"], line["skipped"], log.in_a_row) == (2.0, 10, 2)
+        log.step({"loss": np.float32(np.nan), "skipped": np.int32(1)}, 0.0)
+        log.flush(6)
+    assert (log.skipped, log.in_a_row) == (11, 3)
+    assert lines(tmp_path)[1]["loss"] is None
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one."""
+    below = [int(p) for file in Path(f"/proc/{pid}/task").glob("*/children") for p in file.read_text().split()]
+    return below + [grandchild for child in below for grandchild in children(child)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_do_not_outlive_the_trainer(shell: Shell, tmp_path: Path, number: signal.Signals) -> None:
+    process = shell.start("tiny_vae", tmp_path / "run", "--data.workers", 2)
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 2, process)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.send_signal(number)
+    ended(process)
+    end = time.monotonic() + 10
+    while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < end, alive
+        time.sleep(0.1)
 
 
 def test_a_changed_config_is_refused_by_name_and_a_longer_run_is_not(shell: Shell, vae_run: Path) -> None:

@@ -68,12 +68,22 @@ class DiffusionTask(Checked):
     prompts: tuple[str, ...] = ()
     """Drawn at every evaluation, with seeds 0, 1, ...; empty draws captions of the training data."""
 
-    def _check(self) -> None:
+    @property
+    def sized(self) -> bool:
+        """Whether any network's size is named; where none is, `TrainConfig.model` gives them."""
+        return self.unet != UNetConfig() or self.text_encoder != CLIPTextConfig()
+
+    def check_sizes(self) -> None:
+        """That the UNet takes what the text encoder gives."""
         require(
             self.unet.cross_attention_dim == self.text_encoder.hidden_size,
             f"UNetConfig.cross_attention_dim is {self.unet.cross_attention_dim} and CLIPTextConfig.hidden_size "
             f"{self.text_encoder.hidden_size}; they must be equal.",
         )
+
+    def _check(self) -> None:
+        if self.sized:
+            self.check_sizes()
         for name in self.scratch:
             one_of("DiffusionTask.scratch", name, ("unet", "text_encoder"))
         require(

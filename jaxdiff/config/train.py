@@ -104,6 +104,10 @@ class TrainConfig(Checked):
         for name in ("keep_every", "profile"):
             require(getattr(self, name) >= 0, f"TrainConfig.{name} is {getattr(self, name)}; it must not be negative.")
         if isinstance(self.task, DiffusionTask):
+            require(
+                self.task.sized or bool(self.model),
+                "DiffusionTask names no network's size: give --model FOLDER, or sizes in unet and text_encoder.",
+            )
             start = self.task.init or self.model
             require(
                 self.task.train_text_encoder or bool(start and "text_encoder" not in self.task.scratch),

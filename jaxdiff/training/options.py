@@ -115,6 +115,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         tokenizer=task.tokenizer or str(folder / "tokenizer"),
         init=task.init or str(folder),
     )
+    task.check_sizes()
     return replace(config, task=task)
 
 

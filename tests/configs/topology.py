@@ -44,6 +44,7 @@ def config() -> TrainConfig:
             vae="jaxdiff/assets/emoji",
             tokenizer="jaxdiff/assets/emoji/tokenizer",
             caption_dropout=0.3,
+            latent_variants=1,
             prompts=("a dog",),
         ),
         data=DataConfig(source="emoji", root="tests/data", size=16, batch_size=8, flip=True, crop=0.8),
