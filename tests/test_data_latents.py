@@ -3,20 +3,25 @@
 import dataclasses
 import hashlib
 import re
+import runpy
 import shutil
 from itertools import islice
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.config import DataConfig
+from jaxdiff import build
+from jaxdiff.config import DataConfig, VAEConfig
 from jaxdiff.data import latents
 from jaxdiff.data.captions import COLOURS
 from jaxdiff.data.latents import LatentSource, cache_latents
 from jaxdiff.data.loader import batches, open_source
 from jaxdiff.data.record import BadRecord
+from jaxdiff.training.tasks.diffusion import diffusion_task, drop_captions
 
 CONFIG = DataConfig(root=str(Path(__file__).parent / "data"), size=16, batch_size=10)
 
@@ -238,3 +243,44 @@ def test_latents_of_several_shapes_are_read_one_shape_a_batch(tmp_path):
     }
     with pytest.raises(ValueError, match=r"set DataConfig\.aspects, size and side_multiple as they were"):
         batches(dataclasses.replace(read_config, aspects=()), source, None, seed=0)
+
+
+def test_captions_are_dropped_alike_as_tokens_and_encoded():
+    tokens, empty, table = (
+        np.arange(1, 241).reshape(40, 6),
+        np.zeros(6, int),
+        np.random.default_rng(0).normal(size=(241, 3)),
+    )
+    key, index = jax.random.key(0), jnp.arange(40)
+    dropped = np.asarray(drop_captions(jnp.asarray(tokens), jnp.asarray(empty), 0.5, key, index))
+    assert 5 < (dropped == 0).all(1).sum() < 35
+    contexts = drop_captions(jnp.asarray(table[tokens]), jnp.asarray(table[empty]), 0.5, key, index)
+    np.testing.assert_allclose(np.asarray(contexts), table[dropped], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_step_on_encoded_captions_has_the_loss_of_one_on_their_tokens():
+    spec = runpy.run_path(str(Path(__file__).parent / "configs" / "tiny.py"))["config"]().task
+    spec = dataclasses.replace(spec, caption_dropout=0.5)
+    vae = VAEConfig()  # only its scale counts here
+    tokens = np.random.default_rng(0).integers(0, 598, (6, 12)).astype(np.int32)
+    empty = np.full(12, 599, np.int32)
+    batch = {"moments": np.random.default_rng(1).normal(size=(6, 8, 8, 8)).astype(np.float32), "index": np.arange(6)}
+
+    # Frozen weights are in `frozen` where a step encodes the captions, and nowhere where they are encoded already.
+    module = build.text_encoder(spec.text_encoder)
+    weights = build.init(module, spec.text_encoder, jax.random.key(0))
+    apply = jax.jit(lambda tokens: module.apply({"params": weights}, tokens))
+    contexts = np.asarray(apply(np.concatenate([tokens, empty[None]])))
+    spec = dataclasses.replace(spec, train_text_encoder=False)
+    losses = []
+    for frozen, caption in (
+        ({"empty_tokens": empty, "text_encoder": weights}, {"tokens": tokens}),
+        ({"empty_tokens": empty, "empty_context": contexts[-1]}, {"context": contexts[:-1].astype(np.float16)}),
+    ):
+        task = diffusion_task(spec, vae, frozen)
+        params = task.init(jax.random.key(1))
+        assert set(params) == {"unet"}
+        value, *_ = jax.jit(task.loss)(params, frozen, batch | caption, jax.random.key(2), task.memory)
+        losses.append(float(value))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -150,6 +150,7 @@ def test_any_tfds_set_is_read_by_its_fields_and_class_names_become_captions(tmp_
     source = open_source(config)
     seen = {source.record(i).caption.label: np.asarray(decode(source.record(i).image))[0, 0, 0] for i in range(2)}
     assert seen == {"zero": 0, "one": 100}
+    assert source.sizes().tolist() == [[28, 28]] * 2
     texts = open_source(DataConfig(source="digits", root=str(tmp_path), image_field="picture", text_field="words"))
     assert {texts.record(i).caption.full() for i in range(2)} == {"number 0", "number 1"}
     with pytest.raises(

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -267,7 +268,7 @@ def _begin(plan: Plan, settings: dict[str, Any]) -> None:
 
 def _write_json(path: Path, values: Any, indent: int | None = None) -> None:
     """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     partial.write_text(json.dumps(values, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
     os.replace(partial, path)
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,9 +44,7 @@ def _disk_errors() -> Iterator[None]:
 @contextmanager
 def new_records(path: Path) -> Iterator[Writer]:
     """A writer whose file moves to `path` at the end; nothing stays where the block raises."""
-    for leftover in path.parent.glob(f"{path.name}.*.partial"):  # of a process that was killed
-        leftover.unlink(missing_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         writer = Writer(partial)
         yield writer

@@ -172,6 +172,8 @@ def cache_latents(
                 bad.add(*_open([path])[1][0]["bad"].items())
                 progress.update(len(items))
             elif part % process_count == process_index:
+                for leftover in folder.glob(f"{path.name}.*"):  # of a process that was killed
+                    leftover.unlink()
                 make(path, items)
     return len(bad)
 

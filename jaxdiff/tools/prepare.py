@@ -61,7 +61,8 @@ class CollectArgs:
     """Characters; pictures with longer captions are left out."""
     near: int = -1
     """Pictures are left out whose perceptual hash differs in at most this many of 64 bits from an earlier one's, from
-    0 to 15; -1 leaves out only those of equal pixels."""
+    0 to 15; -1 leaves out only those of equal pixels. Above 3 it is slow where there are millions; small and plain
+    drawings are alike without being the same, so look at the report."""
     max_side: int = 0
     """Larger pictures are made smaller, to this many pixels along the longer side; 0 does not."""
     encode: Literal["keep", "webp", "jpeg", "png"] = "keep"
