@@ -90,7 +90,6 @@ def test_every_so_many_steps_one_stays_for_ever(tmp_path: Path) -> None:
         assert checkpoints.steps() == [2, 4, 5]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax, where a read fails
 def test_a_damaged_step_is_put_aside_and_the_one_before_it_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -133,7 +132,6 @@ def test_a_changed_manifest_is_damage_too(tmp_path: Path, caplog: pytest.LogCapt
     assert "other bits than were saved in its manifest" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax, where a read fails
 def test_a_run_whose_steps_are_all_damaged_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     folder = saved(tmp_path / "c", 1, 2)
     truncate(folder / "1")

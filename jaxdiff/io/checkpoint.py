@@ -4,16 +4,15 @@ A step is a folder that Orbax writes as a whole: `state`, and `manifest` with dt
 Orbax itself casts another dtype silently and does not notice a flipped bit; the manifest is there to notice both.
 """
 
-import gc
 import hashlib
 import json
 import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import jax
@@ -42,21 +41,46 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3, keep_every: int = 0) -> None:
         absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax tells of every file, and of an error many times
+        _hush_orbax()
         path = epath.Path(folder)
         self.folder = path if is_remote(path) else path.absolute()
         self._saving: int | None = None
+        self._make_folder()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
             lightweight_initialize=True,  # or a damaged time stamp would be an error
             single_host_load_and_broadcast=True,  # so that all processes see the same steps
         )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def _make_folder(self) -> None:
+        """Makes the folder, and removes half-written steps from it.
+
+        Raises:
+            ValueError: in all processes, where process 0 cannot make it, or another does not see it.
+        """
+        several, first = jax.process_count() > 1, jax.process_index() == 0
+        mark = self.folder / "shared-by-all-processes"
+        problem = ""
         try:
-            if jax.process_index() == 0:
+            if first:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 self._remove_half_written()
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+                if several:
+                    mark.touch()
         except OSError as error:
-            raise ValueError(f"{folder} cannot be made for checkpoints: {error.strerror}.") from error
+            problem = f"{self.folder} cannot be made for checkpoints: {error.strerror}."
+        problem = _first_of_all(problem)
+        if several and not problem:
+            missing = "" if mark.exists() else f"process {jax.process_index()} does not see what process 0 writes there"
+            missing = _first_of_all(missing)
+            if first:
+                mark.unlink()
+            if missing:
+                problem = f"{self.folder} is not shared: {missing}. Choose a folder on a shared disk, or a bucket."
+        if problem:
+            raise ValueError(problem)
 
     def _remove_half_written(self) -> None:
         for name in sorted(ocp.path.step.tmp_checkpoints(self.folder)):
@@ -150,18 +174,15 @@ class Checkpoints:
         """The state of a step, or what is damaged in it, on which all processes agree."""
         folder = self.folder / str(step)
         state, leaves, damage, difference = None, {}, "", ""
-        with _quiet():
-            try:
-                leaves = _read_manifest(folder)
-                difference = _difference(leaves, like)
-                if not difference:
-                    # Not by way of the manager, where those that can read would wait for one that cannot.
-                    handler = ocp.StandardCheckpointHandler()
-                    state = handler.restore(folder / "state", args=ocp.args.StandardRestore(like))
-            except Exception as error:  # Orbax raises many kinds
-                damage = _first_line(error)
-            if damage:
-                gc.collect()  # what is to be kept quiet
+        try:
+            leaves = _read_manifest(folder)
+            difference = _difference(leaves, like)
+            if not difference:
+                # Not by way of the manager, where those that can read would wait for one that cannot.
+                handler = ocp.StandardCheckpointHandler()
+                state = handler.restore(folder / "state", args=ocp.args.StandardRestore(like))
+        except Exception as error:  # Orbax raises many kinds
+            damage = _first_line(error)
         damage = _first_of_all(damage)
         if damage:
             return None, damage
@@ -223,15 +244,14 @@ def read_part(folder: str | os.PathLike[str], step: int, name: str) -> Any:
     """
     path = epath.Path(folder) / str(step)
     handler = ocp.PyTreeCheckpointHandler()
-    with _quiet():
-        try:
-            leaves = _read_manifest(path)
-            part = {name: handler.metadata(path / "state").tree[name]}
-            numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
-            args = ocp.args.PyTreeRestore(item=part, restore_args=numpy, partial_restore=True)
-            part = handler.restore(path / "state", args=args)
-        except Exception as error:  # Orbax raises many kinds
-            raise ValueError(f"{path} cannot be read ({_first_line(error)}).") from error
+    try:
+        leaves = _read_manifest(path)
+        part = {name: handler.metadata(path / "state").tree[name]}
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+        args = ocp.args.PyTreeRestore(item=part, restore_args=numpy, partial_restore=True)
+        part = handler.restore(path / "state", args=args)
+    except Exception as error:  # Orbax raises many kinds
+        raise ValueError(f"{path} cannot be read ({_first_line(error)}).") from error
     sums, _ = fingerprints(part)
     if wrong := [name for name in sums if sums[name] != leaves[name]["sum"]]:
         raise ValueError(f"{path} has other bits than were saved in {_listed(wrong)}.")
@@ -293,15 +313,17 @@ def _sharding(leaf: Any) -> Any:
     return getattr(leaf, "sharding", None)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps to itself what Python tells of the coroutines that Orbax leaves behind where a read fails."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-            yield
-    finally:
-        sys.unraisablehook = hook
+@cache
+def _hush_orbax() -> None:
+    """Keeps Python from telling of reads and writes that Orbax leaves behind after an error, which it raises itself."""
+    tell = sys.unraisablehook
+
+    def hook(left: Any) -> None:
+        code = getattr(left.object, "cr_code", None)
+        if str(left.exc_value) != "Event loop is closed" and not (code and "orbax" in code.co_filename):
+            tell(left)
+
+    sys.unraisablehook = hook
 
 
 def _first_of_all(problem: str) -> str:
