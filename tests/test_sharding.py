@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -99,6 +100,37 @@ def test_eight_devices_take_the_steps_of_a_whole_text_to_image_model_and_its_los
     _, spread = trained(task, make_mesh(data=2, fsdp=2, tensor=2), 3)
     np.testing.assert_allclose(spread, alone[:3], rtol=1e-4)
     assert np.mean(alone[-8:]) < 0.8 * np.mean(alone[:8])
+
+
+MESHES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_every_gradient_is_the_same_on_a_mesh_of_any_shape(
+    shape: tuple[int, int, int], gradients_alone: Params
+) -> None:
+    for (path, found), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(gradients(make_mesh(*shape))), jax.tree.leaves(gradients_alone), strict=True
+    ):
+        scale = np.abs(wanted).max() + 1e-4  # the gradient of a key's bias is zero but for rounding
+        np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-4, err_msg=path_name(path))
+
+
+@pytest.fixture(scope="session")
+def gradients_alone() -> Params:
+    return gradients(one_device())
+
+
+def gradients(mesh: Mesh) -> Params:
+    """Of a whole text-to-image model's loss at its first parameters: what one step of plain descent takes off them."""
+    task = diffusion_task(TASK, VAEConfig(), {"empty_tokens": np.zeros(6, np.int32)})
+    tx = optax.sgd(1.0)
+    state = create_state(task, tx, jax.random.key(0), mesh)
+    before = jax.device_get(state.params)
+    frozen = jax.device_put(task.frozen, tree_shardings(mesh, task.frozen))
+    state, _ = make_step(task, tx, state)(state, frozen, to_devices(batch(), mesh), jax.random.key(1))
+    return jax.tree.map(np.subtract, before, jax.device_get(state.params))
 
 
 def test_every_leaf_lies_where_the_table_says(spread: tuple[TrainState, list[float]]) -> None:

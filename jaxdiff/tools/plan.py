@@ -5,10 +5,13 @@ on a machine without a TPU; `--devices 8` asks the CPU's. Fields are overridden 
 """
 
 import argparse
+import ctypes
 import fcntl
+import gc
 import json
 import os
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -93,6 +96,10 @@ class Plan:
     images_per_second: float | None
     """Of all chips, if the step took no longer than that bound."""
     compile_seconds: float
+    run_seconds: float | None = None
+    """Median time of the steps that were run."""
+    peak: int | None = None
+    """Bytes of this process at most, until then."""
 
 
 # The step, from shapes alone ------------------------------------------------------------------------------------------
@@ -145,8 +152,15 @@ def bytes_a_chip(tree: Any) -> int:
     )
 
 
-def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path | None = None) -> Plan:
+def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path | None = None, runs: int = 0) -> Plan:
     """Compiles the step of `config` for `mesh`; its global batch is `config.data.batch_size`.
+
+    Args:
+        config: the run.
+        mesh: of devices that may be described only.
+        chip: what each can do, where that is known.
+        dump: a file for the compiled program's text.
+        runs: steps to take, on weights and data that are 0; the devices must be there.
 
     Raises:
         ValueError: where the batch does not divide among the devices.
@@ -206,6 +220,9 @@ def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path |
             "network": sum(collectives.values()) / chip.ici_bandwidth,
         }
     seconds = max(bounds.values(), default=None)
+    compile_seconds = time.perf_counter() - began
+    del text, program, traced
+    times = run(compiled, (state, frozen, batch), key, runs) if runs else []
     return Plan(
         **sizes,
         temporaries=memory.temp_size_in_bytes,
@@ -216,8 +233,26 @@ def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path |
         bounds=bounds,
         seconds=seconds,
         images_per_second=config.data.batch_size / seconds if seconds else None,
-        compile_seconds=time.perf_counter() - began,
+        compile_seconds=compile_seconds,
+        run_seconds=sorted(times)[len(times) // 2] if times else None,
+        peak=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if times else None,
     )
+
+
+def run(compiled: Any, shapes: Any, key: Any, times: int) -> list[float]:
+    """The seconds of so many steps; one that is not counted goes before."""
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":  # what compiling has left is no part of a run that finds its program in the cache
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    state, frozen, batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
+    seconds = []
+    for _ in range(times + 1):
+        began = time.perf_counter()
+        state, metrics = compiled(state, frozen, batch, key)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
 
 
 def largest(fits: Callable[[int], bool], first: int) -> int:
@@ -300,6 +335,8 @@ def report(plan: Plan, name: str) -> str:
         lines += [f"  {bound:<22}{1e3 * seconds:8.1f} ms" for bound, seconds in plan.bounds.items()]
         assert plan.images_per_second
         lines.append(f"  {'a step':<22}{1e3 * plan.seconds:8.1f} ms: at most {plan.images_per_second:,.0f} pictures/s")
+    if plan.run_seconds and plan.peak:
+        lines += ["", f"Run: {plan.run_seconds:.2f} s a step; this process took {plan.peak / 1e9:.2f} GB at most."]
     return "\n".join([*lines, "", f"Compiled in {plan.compile_seconds:.0f} s."])
 
 
@@ -312,6 +349,7 @@ def main(argv: list[str]) -> int:
     where.add_argument("--devices", type=int, help="so many devices of the CPU")
     parser.add_argument("--batch", type=int, help="pictures a chip, in place of the config's batch")
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits")
+    parser.add_argument("--run", type=int, default=0, help="steps to take on the CPU's devices, to be timed")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--dump", type=Path, help="write the compiled program's text to this file")
     options, overrides = parser.parse_known_args(argv)
@@ -325,6 +363,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     else:
         print(f"{config.model} is not here: sizes are those of {options.config}.", file=sys.stderr)
     if options.topology:
+        if options.run:
+            raise ValueError("--run needs --devices: a slice that is only planned takes no steps.")
         chip = chip_of(options.topology)
         if find_spec("libtpu") is None:
             raise ValueError("--topology needs the TPU compiler: pip install 'jaxdiff[tpu]'.")
@@ -358,7 +398,7 @@ def _plan_on(options: argparse.Namespace, config: TrainConfig, devices: Sequence
     def planned(batch: int) -> Plan:
         sized = replace(config, data=replace(config.data, batch_size=batch * mesh.size))
         if batch not in found:
-            found[batch] = plan(sized, mesh, chip, options.dump)
+            found[batch] = plan(sized, mesh, chip, options.dump, options.run)
             if options.fit:
                 fits = "fits" if found[batch].fits else "does not fit"
                 print(f"{batch} pictures a chip: {found[batch].total / 2**30:.2f} GiB, {fits}", file=sys.stderr)
@@ -367,7 +407,7 @@ def _plan_on(options: argparse.Namespace, config: TrainConfig, devices: Sequence
     batch = options.batch or max(1, config.data.batch_size // mesh.size)
     if options.fit:
         batch = largest(lambda n: planned(n).fits, batch) or 1
-    result = planned(batch) if options.batch or options.fit else plan(config, mesh, chip, options.dump)
+    result = planned(batch) if options.batch or options.fit else plan(config, mesh, chip, options.dump, options.run)
     name = options.topology or "CPU"
     print(json.dumps({"device": name} | asdict(result), indent=2) if options.json else report(result, name))
 

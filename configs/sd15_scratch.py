@@ -1,0 +1,50 @@
+"""Stable Diffusion 1.5's UNet from random weights at 512x512, on its own autoencoder and text encoder, both frozen.
+
+python train.py configs/sd15_scratch.py --model models/stable-diffusion-v1-5 --data.root prepared --workdir gs://BUCKET/sd15
+
+PLAN
+"""
+
+from jaxdiff.config import (
+    CLIPTextConfig,
+    DataConfig,
+    DiffusionTask,
+    EMAConfig,
+    MeshConfig,
+    OptimConfig,
+    SchedulerConfig,
+    TrainConfig,
+    UNetConfig,
+)
+
+
+def config() -> TrainConfig:
+    """The run `runs/sd15_scratch`; sizes and noise schedule are SD1.5's, unless `--model` has others."""
+    return TrainConfig(
+        workdir="runs/sd15_scratch",
+        model="models/stable-diffusion-v1-5",
+        task=DiffusionTask(
+            unet=UNetConfig(cross_attention_dim=768),
+            text_encoder=CLIPTextConfig(),
+            scheduler=SchedulerConfig(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
+                set_alpha_to_one=False,
+                clip_sample=False,
+            ),
+            scratch=("unet",),
+            train_text_encoder=False,
+            latent_variants=1,
+        ),
+        data=DataConfig(source="prepared", root="prepared", size=512, batch_size=2048, crop=0.9, workers=8),
+        optim=OptimConfig(lr=1e-4, schedule="constant", warmup_steps=10_000, b2=0.999),
+        ema=EMAConfig(decay=0.9999),
+        mesh=MeshConfig(fsdp=16),
+        steps=250_000,
+        dtype="bfloat16",
+        log_every=100,
+        eval_every=5000,
+        checkpoint_every=1000,
+    )

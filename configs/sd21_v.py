@@ -1,0 +1,61 @@
+"""Stable Diffusion 2.1 trained on at 768x768: v-prediction, OpenCLIP's text encoder (frozen), min-SNR weights.
+
+python train.py configs/sd21_v.py --model models/stable-diffusion-2-1 --data.source folder --data.root pictures
+
+PLAN
+"""
+
+from jaxdiff.config import (
+    CLIPTextConfig,
+    DataConfig,
+    DiffusionTask,
+    EMAConfig,
+    MeshConfig,
+    OptimConfig,
+    SchedulerConfig,
+    TrainConfig,
+    UNetConfig,
+)
+
+
+def config() -> TrainConfig:
+    """The run `runs/sd21_v`; sizes and noise schedule are SD2.1's, unless `--model` has others."""
+    return TrainConfig(
+        workdir="runs/sd21_v",
+        model="models/stable-diffusion-2-1",
+        task=DiffusionTask(
+            unet=UNetConfig(
+                sample_size=96,
+                cross_attention_dim=1024,
+                attention_head_dim=(5, 10, 20, 20),
+                use_linear_projection=True,
+            ),
+            text_encoder=CLIPTextConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=23,
+                num_attention_heads=16,
+                hidden_act="gelu",
+                projection_dim=512,
+            ),
+            scheduler=SchedulerConfig(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                prediction_type="v_prediction",
+                steps_offset=1,
+                set_alpha_to_one=False,
+                clip_sample=False,
+            ),
+            train_text_encoder=False,
+            weighting="min_snr",
+            latent_variants=4,
+        ),
+        data=DataConfig(source="prepared", root="prepared", size=768, batch_size=128, crop=0.9, flip=True),
+        optim=OptimConfig(lr=1e-5, schedule="constant", b2=0.999),
+        ema=EMAConfig(decay=0.9999),
+        mesh=MeshConfig(fsdp=16),
+        steps=20_000,
+        dtype="bfloat16",
+        remat="norms",
+    )
