@@ -288,7 +288,7 @@ def main(argv: list[str]) -> int:
     def run() -> int:
         config = read_config(argv[0], argv[1:])
         distributed.initialize(config.distributed)
-        config = resolve(config)
+        config = resolve(config, argv[1:])
         distributed.check_equal(
             {name: value for name, value in flat(config).items() if not name.startswith("distributed.")}, "config"
         )

@@ -148,7 +148,9 @@ def leave(code: int) -> int:
     try:
         distributed.global_state.client.wait_at_barrier("jaxdiff: leaving", _FAREWELL * 1000)  # pyright: ignore
     except Exception:
-        print("error: The other processes did not stop with this one; they will.", file=sys.stderr, flush=True)
+        print(
+            "error: The other processes cannot go on without this one, and will end, too.", file=sys.stderr, flush=True
+        )
         sys.stdout.flush()
         os._exit(code)
     return code

@@ -269,22 +269,33 @@ EMBEDDED = ROOT / "jaxdiff" / "assets" / "emoji"
 
 
 def diffusion_config(*overrides: str) -> TrainConfig:
-    return resolve(read_config(str(ROOT / "tests/configs/topology.py"), ["--workdir", "runs/x", *overrides]))
+    config = read_config(str(ROOT / "tests/configs/topology.py"), ["--workdir", "runs/x", *overrides])
+    return resolve(config, overrides)
 
 
-def test_a_model_gives_sizes_weights_and_what_the_task_does_not_name() -> None:
+def test_a_model_gives_sizes_schedule_and_what_the_task_does_not_name() -> None:
     model = str(EMBEDDED)
-    own = diffusion_config("--model", model)
-    assert own.task.unet.block_out_channels == (64, 128, 160)
-    assert own.task.text_encoder.hidden_size == 160
-    assert own.task.init == model
-    assert own.task.scheduler.prediction_type == "v_prediction"  # the task's own, which is not the default
-    assert own.task.scheduler.beta_end == 0.02
-    assert own.task.vae == "jaxdiff/assets/emoji"
-    bare = resolve(replace(own, task=DiffusionTask(train_text_encoder=False)))
-    assert (bare.task.vae, bare.task.tokenizer, bare.task.init) == (model, f"{model}/tokenizer", model)
-    assert bare.task.scheduler.rescale_betas_zero_snr
-    assert from_dict(TrainConfig, to_dict(bare)) == bare
+    config = diffusion_config("--model", model, "--task.tokenizer", "")
+    assert config.task.unet.block_out_channels == (64, 128, 160)
+    assert config.task.text_encoder.hidden_size == 160
+    assert config.task.scheduler.rescale_betas_zero_snr
+    assert (config.task.init, config.task.tokenizer) == (model, f"{model}/tokenizer")
+    assert config.task.vae == "jaxdiff/assets/emoji"  # the task's own
+    assert from_dict(TrainConfig, to_dict(config)) == config
+    bare = resolve(replace(config, task=DiffusionTask(train_text_encoder=False)))
+    assert (bare.task.vae, bare.task.scheduler) == (model, config.task.scheduler)
+
+
+def test_a_schedule_is_the_models_but_for_what_is_said_and_the_tasks_for_a_unet_from_scratch() -> None:
+    said = diffusion_config("--model", str(EMBEDDED), "--task.scheduler.prediction-type=sample").task.scheduler
+    assert (said.prediction_type, said.rescale_betas_zero_snr) == ("sample", True)
+    own = diffusion_config("--model", str(EMBEDDED), "--task.scratch", "unet").task.scheduler
+    assert not own.rescale_betas_zero_snr
+
+
+def test_a_size_beside_a_model_is_told() -> None:
+    with pytest.raises(ValueError, match=r"--task\.unet\.layers_per_block cannot be given beside --model"):
+        diffusion_config("--model", str(EMBEDDED), "--task.unet.layers_per_block", "1")
 
 
 def test_a_model_gives_the_autoencoder_that_is_trained_on() -> None:

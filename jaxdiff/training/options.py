@@ -4,7 +4,7 @@ import fcntl
 import json
 import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -91,27 +91,37 @@ def flat(config: Any) -> dict[str, Any]:
     return walk(to_dict(config), "")
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """The config with what `model` gives: sizes, and folders and schedule where the task names none of its own.
+def resolve(config: TrainConfig, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config with what `model` gives: all sizes, and folders where the task names none of its own.
+
+    The noise schedule goes with the UNet's weights, but for fields that are among the `overrides` of the command line;
+    for a UNet from scratch the task's own counts, unless that is the default.
 
     Raises:
-        ValueError: where the folder is not one, or lacks a part that is needed.
+        ValueError: where the folder is not one, or lacks a part that is needed; where a size is overridden, too.
     """
     if not config.model:
         return config
     folder, task = model_folder(config.model), config.task
     if not folder.is_dir():
         raise ValueError(f"{config.model} is not a folder; --model names a diffusers folder, or a run that has one.")
-    vae = str(folder)
+    given = [arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in overrides if arg.startswith("--")]
+    for name in given:
+        if re.match(r"task\.(unet|text_encoder|vae)\.", name):
+            raise ValueError(f"--{name} cannot be given beside --model, which says how large the networks are.")
     if isinstance(task, VAETask):
-        return replace(config, task=replace(task, vae=read_network_config(folder, "vae"), init=task.init or vae))
-    scheduler = read_scheduler(folder) if task.scheduler == SchedulerConfig() else task.scheduler
+        vae = read_network_config(folder, "vae")
+        return replace(config, task=replace(task, vae=vae, init=task.init or str(folder)))
+    scheduler = task.scheduler
+    if "unet" not in task.scratch or scheduler == SchedulerConfig():
+        named = [name.removeprefix("task.scheduler.") for name in given if name.startswith("task.scheduler.")]
+        scheduler = replace(read_scheduler(folder), **{name: getattr(scheduler, name) for name in named})
     task = replace(
         task,
         unet=read_network_config(folder, "unet"),
         text_encoder=read_network_config(folder, "text_encoder"),
         scheduler=scheduler,
-        vae=task.vae or vae,
+        vae=task.vae or str(folder),
         tokenizer=task.tokenizer or str(folder / "tokenizer"),
         init=task.init or str(folder),
     )

@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 class Stop:
     """While it is entered, SIGTERM and SIGINT end the run at a whole step; a second one ends this process at once.
 
-    Where there are several processes, JAX's preemption service hears the first SIGTERM, of any of them, and names a
-    step that all can still reach.
+    Where there are several processes, JAX's preemption service hears a SIGTERM to any of them and names a step that all
+    can still reach; SIGINT is handed to it as one.
     """
 
     def __init__(self) -> None:
