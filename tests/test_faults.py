@@ -405,7 +405,7 @@ def test_when_a_process_is_killed_the_other_ends_and_both_or_one_go_on(uninterru
     for victim in (0, 1):
         before = newest(workdir)
         processes = Shell().start_all("tiny_vae", workdir, "--checkpoint_every", 1, processes=2, devices=1)
-        wait_for(lambda before=before: newest(workdir) >= before + 3, processes[0])
+        wait_for(lambda before=before: newest(workdir) >= before + 3, processes[0], 300)
         out = {victim: kill(processes[victim])}
         began = time.monotonic()
         code, out[1 - victim] = ended(processes[1 - victim], 200)

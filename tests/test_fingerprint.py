@@ -49,7 +49,7 @@ def test_a_checksum_is_that_of_a_plain_numpy_computation(array: np.ndarray) -> N
     assert of(jnp.asarray(array)) == of(array) == by_numpy(array)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checksum_does_not_depend_on_where_an_array_is_split(dtype: str) -> None:
     array = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16, 24)) * 10, dtype)
     expected = of(array)

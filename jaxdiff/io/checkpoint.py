@@ -316,6 +316,7 @@ def _sharding(leaf: Any) -> Any:
 @cache
 def _hush_orbax() -> None:
     """Keeps Python from telling of reads and writes that Orbax leaves behind after an error, which it raises itself."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     tell = sys.unraisablehook
 
     def hook(left: Any) -> None:
