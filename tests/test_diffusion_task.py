@@ -1,0 +1,201 @@
+"""The text-to-image objective as a whole, on the smallest UNet: its settings, bfloat16, and device meshes."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from jaxdiff.config import (
+    CLIPTextConfig,
+    DiffusionTask,
+    EMAConfig,
+    OptimConfig,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from jaxdiff.diffusion import timesteps, weights
+from jaxdiff.diffusion.loss import diffusion_loss
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.sharding import make_mesh, tree_shardings
+from jaxdiff.training.feed import to_devices
+from jaxdiff.training.optim import learning_rate, optimiser
+from jaxdiff.training.state import Task, create_state, make_step
+from jaxdiff.training.tasks.diffusion import diffusion_task, draw_fn, weight_fn
+
+V = SchedulerConfig(prediction_type="v_prediction")
+FLOW = SchedulerConfig(prediction_type="flow_prediction", clip_sample=False, shift=2.0)
+TASK = DiffusionTask(
+    unet=UNetConfig(
+        sample_size=4,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    ),
+    text_encoder=CLIPTextConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=6,
+    ),
+    scheduler=V,
+)
+# The gradient of a key's bias is zero but for rounding, which a small eps would blow up to whole steps.
+OPTIM = OptimConfig(lr=3e-3, warmup_steps=0, eps=1e-4)
+B = 16
+FROZEN = {"empty_tokens": jnp.zeros(6, jnp.int32)}
+
+
+def batch(step: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    return {
+        "moments": rng.normal(size=(B, 4, 4, 8)).astype(np.float32),
+        "tokens": rng.integers(0, 32, (B, 6)).astype(np.int32),
+        "index": np.arange(step * B, (step + 1) * B),
+    }
+
+
+ON_DEVICE = {name: jnp.asarray(rows, jnp.float32 if name == "moments" else jnp.int32) for name, rows in batch().items()}
+
+
+def task_of(settings=None, dtype=jnp.float32):
+    return diffusion_task(replace(TASK, **settings or {}), VAEConfig(), FROZEN, dtype=dtype)
+
+
+def run(steps, settings=None, mesh=None, dtype=jnp.float32, accumulate=1):
+    """The last state and the losses of some steps on ever the same pictures, with noise of their own."""
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    task, tx = task_of(settings, dtype), optimiser(OPTIM, learning_rate(OPTIM, 100))
+    state = create_state(task, tx, jax.random.key(0), mesh, EMAConfig())
+    step_fn = make_step(task, tx, state, EMAConfig(), accumulate)
+    frozen = jax.device_put(task.frozen, tree_shardings(mesh, task.frozen))
+    metrics = []
+    for _ in range(steps):
+        state, found = step_fn(state, frozen, to_devices(batch(), mesh), jax.random.key(1))
+        metrics.append(float(found["loss"]))
+    return state, np.array(metrics)
+
+
+def jaxpr_of(task):
+    params = jax.eval_shape(task.init, jax.random.key(0))
+
+    def grads(params, frozen, batch, memory):
+        return jax.grad(lambda p: task.loss(p, frozen, batch, jax.random.key(0), memory)[0])(params)
+
+    return jax.make_jaxpr(grads)(params, task.frozen, ON_DEVICE, task.memory)
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def test_in_bfloat16_products_are_bfloat16_and_norms_softmax_and_loss_are_not():
+    dtypes = {}
+    for eqn in equations(jaxpr_of(task_of(dtype=jnp.bfloat16)).jaxpr):
+        dtypes.setdefault(eqn.primitive.name, set()).update(str(v.aval.dtype) for v in eqn.invars[:1])
+    assert dtypes["conv_general_dilated"] == {"bfloat16"}
+    assert "bfloat16" in dtypes["dot_general"]
+    for name in ("reduce_max", "rsqrt", "integer_pow"):  # of softmax, of norms, and the loss's square
+        assert dtypes[name] == {"float32"}, (name, dtypes[name])
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_in_bfloat16_are_those_of_float32_but_for_rounding():
+    params = task_of().init(jax.random.key(0))
+
+    def found(dtype):
+        task = task_of(dtype=dtype)
+        loss = jax.jit(jax.value_and_grad(lambda p: task.loss(p, FROZEN, ON_DEVICE, jax.random.key(0), {})[0]))
+        value, grads = loss(params)
+        return float(value), np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])
+
+    (value, grads), (half_value, half_grads) = found(jnp.float32), found(jnp.bfloat16)
+    assert half_grads.dtype == np.float32
+    assert half_value == pytest.approx(value, rel=5e-3)
+    assert np.linalg.norm(half_grads - grads) < 0.15 * np.linalg.norm(grads)
+
+
+@pytest.mark.slow
+def test_training_in_bfloat16_with_float32_masters_follows_float32():
+    (_, full), (state, half) = run(40), run(40, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema))} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(half, full, rtol=0.05)
+    assert half[-8:].mean() < 0.9 * half[:8].mean()
+
+
+@pytest.mark.slow
+def test_flow_matching_takes_the_same_steps_on_eight_devices_in_micro_batches():
+    settings = {"scheduler": FLOW, "timesteps": "logit_normal", "noise_offset": 0.1}
+    _, losses = run(3, settings)
+    _, found = run(3, settings, make_mesh(data=2, fsdp=2, tensor=2), accumulate=2)
+    np.testing.assert_allclose(found, losses, rtol=2e-3)
+
+
+def test_importance_sampling_draws_the_same_levels_on_eight_devices_and_in_micro_batches():
+    """With a network of 8 numbers, one for each level, which all want to be 0."""
+    schedule, steps = make_schedule(replace(V, num_train_timesteps=8)), 24
+
+    def init(key):
+        return {"scale": jnp.linspace(0.1, 3, 8)}
+
+    def loss(params, frozen, batch, key, memory):
+        def network_fn(x, t, context):
+            return params["scale"][t.astype(int)][:, None, None, None] * x
+
+        draw_fn = timesteps.importance(memory)
+        index, context = batch["index"], jnp.zeros((len(batch["index"]), 1, 1))
+        return diffusion_loss(network_fn, batch["x"], context, key, index, schedule=schedule,
+                              prediction_type="v_prediction", draw_fn=draw_fn)  # fmt: skip
+
+    task = Task(init, loss, memory=timesteps.history(8), remember=lambda past, seen: timesteps.remember(past, **seen))
+    tx = optimiser(OPTIM, learning_rate(OPTIM, 100))
+    found = []
+    for n, accumulate in ((1, 1), (8, 2)):
+        mesh = make_mesh(devices=jax.devices()[:n])
+        state = create_state(task, tx, jax.random.key(0), mesh)
+        step_fn = make_step(task, tx, state, accumulate=accumulate)
+        for step in range(steps):
+            pictures = {"x": batch(step)["moments"], "index": batch(step)["index"]}
+            state, _ = step_fn(state, {}, to_devices(pictures, mesh), jax.random.key(1))
+        found.append(jax.device_get(state))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.memory["seen"], found[0].memory["seen"])
+        np.testing.assert_allclose(other.params["scale"], found[0].params["scale"], rtol=1e-5)
+    seen = found[0].memory["seen"]
+    assert seen.sum() == steps * B
+    assert seen.min() >= timesteps.HISTORY  # after which the history counts: large losses come more often
+    assert seen[-2:].sum() > seen[:2].sum()
+
+
+def test_every_setting_of_the_config_reaches_its_function():
+    sigma = jnp.array([0.1, 1.0, 10.0])
+    for weighting, expected in (
+        ("none", weights.unweighted(sigma, "epsilon")),
+        ("min_snr", weights.min_snr(sigma, "epsilon", 3.0)),
+        ("debiased", weights.debiased(sigma, "epsilon")),
+        ("edm", weights.edm(sigma, "epsilon", 0.5)),
+    ):
+        config = replace(TASK, weighting=weighting, min_snr_gamma=3.0, sigma_data=0.5)
+        np.testing.assert_array_equal(weight_fn(config)(sigma, "epsilon"), expected)
+    past = timesteps.history(1000)
+    for name, expected in (
+        ("uniform", timesteps.uniform(1000)),
+        ("logit_normal", timesteps.logit_normal(1000, 0.3, 0.7)),
+        ("importance", timesteps.importance(past)),
+    ):
+        config = replace(TASK, timesteps=name, logit_mean=0.3, logit_std=0.7)
+        for key in jax.random.split(jax.random.key(0), 3):
+            assert draw_fn(config, past)(key) == expected(key)
+        assert bool(diffusion_task(config, VAEConfig(), FROZEN).memory) == (name == "importance")
