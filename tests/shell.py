@@ -45,7 +45,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def ended(process: Process, seconds: float = 300) -> tuple[int, str]:
+def ended(process: Process, seconds: float = 600) -> tuple[int, str]:
     """The exit code and all that was printed, of a process that ends by itself."""
     with process:
         try:
@@ -55,7 +55,7 @@ def ended(process: Process, seconds: float = 300) -> tuple[int, str]:
         return process.returncode, out
 
 
-def wait_for(condition: Callable[[], bool], process: Process, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: Process, seconds: float = 300) -> None:
     """Until the condition holds, while the process runs."""
     end = time.monotonic() + seconds
     while not condition():
