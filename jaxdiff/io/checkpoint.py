@@ -139,7 +139,8 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax raises many kinds, TensorStore's longer than a screen
             code = re.search(r"os_error_code='(\d+)'", str(error))
-            reason = os.strerror(int(code[1])) if code else _first_line(error)
+            number = int(code[1]) if code else getattr(error, "errno", None)
+            reason = os.strerror(number) if number else _first_line(error)
             stay = [step for step in self.steps() if step != self._saving]
             kept = f"step {stay[-1]} stays" if stay else "none had been saved"
             raise ValueError(f"Step {self._saving} could not be saved in {self.folder} ({reason}); {kept}.") from error
