@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff import build
+from jaxdiff.build import Remat
 from jaxdiff.config import VAETask
 from jaxdiff.training.noise import normal_like
 from jaxdiff.training.state import Batch, Metrics, Notes, Task, apply, merge
@@ -30,14 +31,16 @@ def sample_moments(moments: Float[Array, "b h w c2"], index: Array, key: Key) ->
     return mean + std * normal_like(key, index, mean)
 
 
-def vae_task(config: VAETask, start: Params | None = None, dtype: DTypeLike = jnp.float32, remat: bool = False) -> Task:
+def vae_task(
+    config: VAETask, start: Params | None = None, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
+) -> Task:
     """Params are the autoencoder's; those of `ENCODER` are frozen where the decoder is trained alone.
 
     Args:
         config: what is trained, and how.
         start: the first params in place of random ones.
         dtype: what the network computes in.
-        remat: recompute blocks in the backward pass.
+        remat: what the backward pass computes again.
     """
     module = build.vae(config.vae, dtype, remat)
     frozen = {}
