@@ -418,6 +418,7 @@ def test_when_a_process_is_killed_the_other_ends_and_both_or_one_go_on(uninterru
     assert f"from step {before} to" in said
     expected, found = state_of(uninterrupted), state_of(workdir)
     for name in expected:
-        if name.startswith(("['params']", "['ema']")):
+        # The gradient of a key's bias is zero but for rounding, which Adam makes whole steps of.
+        if name.startswith(("['params']", "['ema']")) and "['to_k']['bias']" not in name:
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5, err_msg=name)
     assert [line["step"] for line in lines(workdir) if "loss" in line] == list(range(1, STEPS + 1))
