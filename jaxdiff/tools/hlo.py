@@ -14,17 +14,23 @@ WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64":
 FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "call", "conditional",
         "after-all", "partition-id", "replica-id", "opt-barrier", "iota")  # fmt: skip
 
-_SHAPE = re.compile(r"\b(pred|bf16|c64|c128|[suf]\d+\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(pred|bf16|c64|c128|[suf]\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)')
 
 
-def shape_bytes(text: str) -> int:
-    """Bytes of all arrays that a type such as `(f32[2,3]{1,0}, s32[])` names."""
+def shape_bytes(text: str, main_memory: bool = False) -> int:
+    """Bytes of all arrays that a type such as `(f32[2,3]{1,0}, s32[])` names, or of those in main memory.
+
+    A TPU's compiler writes S(1) and so on at what it keeps on the chip.
+    """
     total = 0.0
-    for kind, sides in _SHAPE.findall(text):
+    for kind, sides, layout in _SHAPE.findall(text):
+        if main_memory and re.search(r"S\([1-9]", layout):
+            continue
         width = WIDTHS.get(kind) or int(re.sub(r"\D", "", kind[:3]) or 8) / 8
         total += width * math.prod(int(side) for side in sides.split(",") if side)
     return int(total)
@@ -55,52 +61,66 @@ class Program:
     def collectives(self) -> dict[str, int]:
         """Bytes that each chip sends for each kind of collective, by the ring algorithms (Thakur et al. 2005)."""
         sent: Counter[str] = Counter()
+        seen = set()
         for name, body in self.computations.items():
             for i in body:
-                kind = i.op.removesuffix("-start")
-                if kind in COLLECTIVES:
+                kind, channel = i.op.removesuffix("-start"), re.search(r"channel_id=(\d+)", i.rest)
+                if kind in COLLECTIVES and not (channel and channel[1] in seen):
+                    if channel:  # a TPU's asynchronous collective is written down in each of its fusions
+                        seen.add(channel[1])
                     size = sum(shape_bytes(self.types.get(operand, "")) for operand in i.operands)
                     n = group_size(i.rest)
                     share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
                     sent[kind] += round(self.runs[name] * size * share.get(kind, (n - 1) / n))
         return dict(sent)
 
-    def repeated_bytes(self) -> int:
-        """Bytes that loops read and write in all their turns but the first, which XLA's own count has."""
+    def bytes_moved(self) -> int:
+        """Bytes read from and written to main memory."""
         return sum(
-            (runs - 1) * sum(map(self.moved, self.computations[name]))
+            runs * sum(map(self._moved, self.computations[name]))
             for name, runs in self.runs.items()
-            if runs > 1 and name not in self.fused
+            if name not in self.fused
         )
 
-    def moved(self, i: Instruction) -> int:
-        """Bytes that an instruction reads and writes; of what is only sliced, the slices."""
-        if i.op in FREE or i.op.endswith("-done"):
+    def _size(self, name: str) -> int:
+        return shape_bytes(self.types.get(name, ""), main_memory=True)
+
+    def _moved(self, i: Instruction) -> int:
+        """What an instruction reads and writes; of what is only sliced, the slices."""
+        if i.op in FREE or i.op.endswith(("-done", "-update")):
             return 0
+        if i.op in ("copy-start", "slice-start"):  # (to, from, ...) and ((from), to, ...)
+            copies = [shape_bytes(found[0], True) for found in re.finditer(_SHAPE, i.type)]
+            part = min(shape_bytes(found[0]) for found in list(re.finditer(_SHAPE, i.type))[:2])
+            return part * sum(size > 0 for size in copies[:2])
+        written = shape_bytes(i.type, main_memory=True)
         if i.op == "dynamic-slice":
-            return 2 * shape_bytes(i.type)
+            return written + min(written or shape_bytes(i.type), self._size(i.operands[0]))
         if i.op == "dynamic-update-slice":
-            return 2 * shape_bytes(self.types.get(i.operands[1], ""))
-        read = [shape_bytes(self.types.get(operand, "")) for operand in i.operands]
-        written = shape_bytes(i.type)
-        called = _CALLED.search(i.rest)
-        if i.op == "fusion" and called:
+            return 2 * shape_bytes(self.types.get(i.operands[1], ""), main_memory=True)
+        read = list(map(self._size, i.operands))
+        if i.op == "fusion" and (called := _CALLED.search(i.rest)):
             body = self.computations[called[1]]
-            for inner in body:
-                if inner.op == "parameter":
-                    users = [user for user in body if inner.name in user.operands]
-                    if users and all(u.op == "dynamic-slice" and u.operands[0] == inner.name for u in users):
-                        read[int(inner.rest)] = sum(shape_bytes(u.type) for u in users)
-                    if any(u.op == "dynamic-update-slice" and u.operands[0] == inner.name for u in users):
-                        whole = shape_bytes(inner.type)
-                        part = sum(shape_bytes(self.types[u.operands[1]]) for u in users
-                                   if u.op == "dynamic-update-slice")  # fmt: skip
-                        read[int(inner.rest)], written = 0, max(written - whole, 0) + part
+            for inner in (inner for inner in body if inner.op == "parameter"):
+                users = [user for user in body if inner.name in user.operands]
+                at, updates = int(inner.rest), [u for u in users if u.op == "dynamic-update-slice"]
+                if updates and updates[0].operands[0] == inner.name:  # in place
+                    part = sum(shape_bytes(self.types[u.operands[1]]) for u in updates)
+                    written = min(written, part) if written == read[at] else max(0, written - read[at]) + part
+                    read[at] = 0
+                elif users and all(u.op == "dynamic-slice" and u.operands[0] == inner.name for u in users):
+                    read[at] = min(read[at], sum(shape_bytes(u.type) for u in users))
         return sum(read) + written
 
 
 def group_size(rest: str) -> int:
-    """Devices that take part in one group of a collective: from `{{0,1},{2,3}}` or `[2,4]<=[8]`."""
+    """Devices that take part in one group of a collective.
+
+    From `{{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'b'}`.
+    """
+    if found := re.search(r"replica_groups=\w*mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        axes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", found[1]))
+        return math.prod(int(axes[name]) for name in re.findall(r"[\w.]+", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
@@ -124,11 +144,11 @@ def parse(text: str) -> Program:
     fused: set[str] = set()
     for name, instructions in computations.items():
         for i in instructions:
-            trips = _TRIPS.search(i.rest) if i.op == "while" else None
+            trips = _trips(i, computations) if i.op == "while" else 1
             found = _CALLED.findall(i.rest)
             for group in _BRANCHES.findall(i.rest):
                 found += [branch.strip().lstrip("%") for branch in group.split(",")]
-            calls[name] += [(called, int(trips[1]) if trips else 1) for called in found if called in computations]
+            calls[name] += [(called, trips) for called in found if called in computations]
             if i.op in ("fusion", "reduce", "reduce-window", "scatter", "sort", "map", "all-reduce", "reduce-scatter"):
                 fused.update(found)
     runs: Counter[str] = Counter()
@@ -141,6 +161,16 @@ def parse(text: str) -> Program:
     if entry:
         visit(entry, 1)
     return Program(computations, runs, fused)
+
+
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """Turns of a while loop: as noted, or the number that its condition compares the counter with."""
+    if noted := _TRIPS.search(loop.rest):
+        return int(noted[1])
+    condition = _CONDITION.search(loop.rest)
+    body = computations.get(condition[1], []) if condition else []
+    limits = [int(i.operands[0]) for i in body if i.op == "constant" and i.type.startswith("s32[]")]
+    return max(limits, default=1)
 
 
 def _instruction(line: str) -> Instruction:

@@ -88,6 +88,7 @@ class Plan:
     flops: float
     """Of matrix products and convolutions, what is computed again included."""
     bytes_moved: float
+    """To and from the chip's memory."""
     collectives: dict[str, int]
     """Bytes sent to other chips by each kind of collective."""
     bounds: dict[str, float]
@@ -200,18 +201,18 @@ def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path |
             raise
         used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
         total = int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)) if used else 0
-        return Plan(**sizes, temporaries=max(0, total - kept), total=total, fits=False, bytes_moved=0.0, collectives={},
+        return Plan(**sizes, temporaries=max(0, total - kept), total=total, fits=False, bytes_moved=0, collectives={},
                     bounds={}, seconds=None, images_per_second=None,
                     compile_seconds=time.perf_counter() - began)  # fmt: skip
 
     text = compiled.as_text()
     if dump:
         dump.write_text(text)
-    program, memory, cost = hlo.parse(text), compiled.memory_analysis(), compiled.cost_analysis()
+    program, memory = hlo.parse(text), compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
     collectives = program.collectives()
-    moved = cost.get("bytes accessed", 0.0) + program.repeated_bytes()
+    moved = program.bytes_moved()
     bounds = {}
     if chip:
         bounds = {
