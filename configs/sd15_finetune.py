@@ -1,8 +1,10 @@
-"""Stable Diffusion 1.5 trained on at 512x512 on pictures of your own; its text encoder learns, too, at a tenth of the rate.
+"""Stable Diffusion 1.5 trained on at 512x512 on pictures of your own; its text encoder learns at a tenth of the rate.
 
 python train.py configs/sd15_finetune.py --model models/stable-diffusion-v1-5 --data.source folder --data.root pictures
 
-PLAN
+Mesh: everything in parts over 16 chips (fsdp) of v5e (v5e:4x4), 16 pictures a chip. `configs/sd15_scratch.py` has the
+figures of the UNet's step; what the text encoder adds, and any other slice or batch, is told by
+`python -m jaxdiff.tools.plan configs/sd15_finetune.py --topology v5e:4x4`. Latents are cached in `--cache`.
 """
 
 from jaxdiff.config import (

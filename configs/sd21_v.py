@@ -2,7 +2,9 @@
 
 python train.py configs/sd21_v.py --model models/stable-diffusion-2-1 --data.source folder --data.root pictures
 
-PLAN
+Mesh: everything in parts over 16 chips (fsdp) of v5e (v5e:4x4), 8 pictures a chip, norms and activations computed again
+in the backward pass. Memory and step bound: `python -m jaxdiff.tools.plan configs/sd21_v.py --topology v5e:4x4`.
+Latents are cached in `--cache`.
 """
 
 from jaxdiff.config import (

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: makes it, installs jaxdiff on every host, starts the same command on all of them.
 #
-#   PROJECT=my-project ZONE=us-west4-a BUCKET=gs://my-bucket scripts/tpu_vm.sh configs/sd15_scratch.py [--field value ...]
+#   PROJECT=my-project ZONE=us-west4-a BUCKET=gs://my-bucket SOURCE=https://... \
+#     scripts/tpu_vm.sh configs/sd15_scratch.py [--field value ...]
+#
+# What all hosts read (`--data.root`, `--model`) or share (`--cache`, for cached latents) lies in a folder that all
+# have: a Filestore share, or a bucket mounted with gcsfuse. Checkpoints, figures and compiled programs go to the bucket.
 #
 # The same command again goes on from the newest checkpoint: after a preemption, that is all there is to do.
 set -euo pipefail
@@ -9,9 +13,9 @@ set -euo pipefail
 : "${PROJECT:?your Google Cloud project}" "${ZONE:?a zone that has the slice, such as us-west4-a}"
 : "${BUCKET:?where checkpoints go, such as gs://my-bucket}"
 NAME=${NAME:-jaxdiff}
-TYPE=${TYPE:-v5litepod-16}              # 4x4 chips of v5e; plan it first: python -m jaxdiff.tools.plan CONFIG --topology v5e:4x4
+TYPE=${TYPE:-v5litepod-16}              # 4x4 chips of v5e; python -m jaxdiff.tools.plan CONFIG --topology v5e:4x4
 VERSION=${VERSION:-v2-alpha-tpuv5-lite} # the image that goes with TYPE
-SOURCE=${SOURCE:-git+https://github.com/OWNER/jaxdiff}
+SOURCE=${SOURCE:?where git finds jaxdiff, such as https://github.com/OWNER/jaxdiff}
 CONFIG=${1:?a config, such as configs/sd15_scratch.py}
 shift
 
@@ -26,7 +30,7 @@ if ! gcloud compute tpus tpu-vm describe "$NAME" --project="$PROJECT" --zone="$Z
 fi
 
 # 2. The code, on every host.
-on_all_hosts "test -d jaxdiff || git clone --quiet ${SOURCE#git+} jaxdiff
+on_all_hosts "test -d jaxdiff || git clone --quiet $SOURCE jaxdiff
     cd jaxdiff && python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
 
 # 3. The run. Processes find each other by themselves. The first one prints and logs; programs are compiled once and
