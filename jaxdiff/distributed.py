@@ -57,6 +57,9 @@ def initialize(config: DistributedConfig) -> None:
             f"The run's other processes cannot be found {where} ({reason}): give --distributed.coordinator HOST:PORT, "
             "--distributed.count and --distributed.index, the first two alike for all."
         ) from error
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # Only process 0 finds its programs there. It would be ready long before the others, for which Gloo waits 30 s.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _wait_for(coordinator: str, seconds: float = 300) -> None:
