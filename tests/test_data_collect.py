@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -517,11 +516,9 @@ def test_a_disk_that_is_full_is_told_and_nothing_half_written_stays(tmp_path, wo
     for i in range(2):
         write_tar(tmp_path / f"{i}.tar", [(f"{j}", encoded(noise(j, 90, 90)), b"x") for j in range(1 + 99 * i)])
 
-    def full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-
     arguments = command(tmp_path, "--name", "x", "--data-dir", tmp_path / "data", "--workers", workers)
-    done = subprocess.run(arguments, capture_output=True, text=True, preexec_fn=full)
+    full = ("bash", "-c", 'ulimit -S -f 98; exec "$@"', "bash")  # no file of more than 98 KiB
+    done = subprocess.run([*full, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: write() failed: File too large")

@@ -212,7 +212,7 @@ def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path |
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
     collectives = program.collectives()
-    moved = program.bytes_moved()
+    moved = float(program.bytes_moved())
     bounds = {}
     if chip:
         bounds = {
