@@ -1,5 +1,7 @@
 """DDIM against closed forms and against the published toy."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +104,7 @@ def test_on_a_flows_grid_it_takes_eulers_steps_along_the_flow(shift, steps):
     times = np.linspace(1, first, steps)
     times = np.append(shift * times / (1 + (shift - 1) * times), 0)
     x = x_T = jax.random.normal(KEY, (4, 4, 2))
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         x = x + (t_next - t) * network_fn(x, 1000 * t)
 
     denoise_fn = make_denoiser(network_fn, schedule, config.prediction_type)
