@@ -95,6 +95,9 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
         checkpoints.save_frozen(frozen)
         state = checkpoints.restore(state) or state
         start = int(state.step)
+        if start > config.steps:
+            raise ValueError(f"{workdir} is at step {start} already, past --steps {config.steps}: give more steps, or "
+                             "choose another --workdir.")  # fmt: skip
         with (
             closing(run.batches(start, local_rows(mesh, config.data.batch_size))) as source,
             Log(workdir, start, config.steps, config.data.batch_size, config.tensorboard, state.skipped) as log,

@@ -35,6 +35,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     """
     devices = jax.devices() if devices is None else devices
     if data == -1:
+        if len(devices) % (fsdp * tensor):
+            raise ValueError(f"A mesh of fsdp {fsdp} x tensor {tensor} takes a multiple of {fsdp * tensor} devices, "
+                             f"and there are {len(devices)}: make it one that divides {len(devices)}.")  # fmt: skip
         data = len(devices) // (fsdp * tensor)
     needed = data * fsdp * tensor
     if needed != len(devices):

@@ -5,7 +5,9 @@
 #     scripts/tpu_vm.sh configs/sd15_scratch.py [--field value ...]
 #
 # What all hosts read (`--data.root`, `--model`) or share (`--cache`, for cached latents) lies in a folder that all
-# have: a Filestore share, or a bucket mounted with gcsfuse. Checkpoints, figures and compiled programs go to the bucket.
+# have, such as a Filestore share mounted at /shared: name it by fields, as in
+#   ... configs/sd15_scratch.py --model /shared/stable-diffusion-v1-5 --data.root /shared/prepared --cache /shared/cache
+# Checkpoints, figures and compiled programs go to the bucket.
 #
 # The same command again goes on from the newest checkpoint: after a preemption, that is all there is to do.
 set -euo pipefail
@@ -31,13 +33,15 @@ fi
 
 # 2. The code, on every host.
 on_all_hosts "test -d jaxdiff || git clone --quiet $SOURCE jaxdiff
-    cd jaxdiff && python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
+    cd jaxdiff && git pull --quiet && python3 -m pip install --quiet --user uv
+    PATH=~/.local/bin:\$PATH; uv venv --quiet --allow-existing --python 3.12 .venv && uv pip install --quiet '.[tpu]'"
 
 # 3. The run. Processes find each other by themselves. The first one prints and logs; programs are compiled once and
 #    kept in the bucket for all hosts and later starts. tmux outlives the connection.
 RUN="$BUCKET/runs/$(basename "$CONFIG" .py)"
-printf -v FIELDS ' %q' "$@"
-on_all_hosts "cd jaxdiff && tmux kill-session -t train 2>/dev/null
+FIELDS=
+(($# == 0)) || printf -v FIELDS ' %q' "$@"
+on_all_hosts "cd jaxdiff && pkill -TERM -f '^.venv/bin/python train.py' && sleep 120 # a run that is there saves first
     tmux new-session -d -s train \"JAXDIFF_CACHE=$BUCKET/compiled .venv/bin/python train.py $CONFIG \
         --workdir $RUN$FIELDS 2>&1 | tee -a train.log\""
 
@@ -45,7 +49,7 @@ cat <<DONE
 Started. What it says (process 0 speaks for all):
   gcloud compute tpus tpu-vm ssh $NAME --project=$PROJECT --zone=$ZONE --worker=0 --command='tail -f jaxdiff/train.log'
 Figures: $RUN/metrics.jsonl. End it, saving first, with SIGTERM to any process:
-  gcloud compute tpus tpu-vm ssh $NAME --project=$PROJECT --zone=$ZONE --worker=0 --command='pkill -TERM -f train.py'
+  gcloud compute tpus tpu-vm ssh $NAME --project=$PROJECT --zone=$ZONE --worker=0 --command="pkill -TERM -f '^.venv/bin/python train.py'"
 Give the slice back, or it goes on costing:
   gcloud compute tpus tpu-vm delete $NAME --project=$PROJECT --zone=$ZONE
 DONE

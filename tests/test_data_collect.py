@@ -561,3 +561,13 @@ def test_a_command_that_is_killed_again_and_again_ends_with_the_same_files(tmp_p
     assert len(pictures) == len(source) == report["kept"] == 24 * 22 - 47 - report["dropped"].get(
         "duplicate: looks alike", {"count": 0}
     )["count"]  # fmt: skip
+
+
+def test_a_caption_that_no_file_can_hold_costs_its_picture_alone(tmp_path):
+    source = Path(write_metadata(tmp_path / "pictures", rows(3)))
+    (source / "odd.png").write_bytes(encoded(noise(99, 40, 40)))
+    with (source / "metadata.jsonl").open("a") as file:
+        file.write('\n{"file_name": "odd.png", "text": "hi \\ud800"}')
+    report = stages.collect(Collection(str(source)), stages.Filters(), tmp_path / "out", max_bad_share=0.5, options=[])
+    assert (report.kept, report.bad) == (3, 1)
+    assert "no Unicode text" in next(iter(report.dropped))

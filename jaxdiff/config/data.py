@@ -53,6 +53,10 @@ class DataConfig(Checked):
         return max(1, round(pixels / self.side_multiple)) * self.side_multiple
 
     def _check(self) -> None:
+        require(
+            self.batch_size <= 2**24,
+            f"DataConfig.batch_size is {self.batch_size}; more than {2**24} pictures a step are not planned for.",
+        )
         positive(self, "size", "batch_size", "side_multiple")
         for text, shape in zip(self.aspects, self.shapes, strict=False):
             first = self.aspects[self.shapes.index(shape)]

@@ -46,7 +46,10 @@ class OptimConfig(Checked):
         for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
             require(value >= 0, f"OptimConfig.{name} is {value}; it must not be negative.")
-        for name in ("b1", "b2", "final_lr_share", "decay_share"):
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"OptimConfig.{name} is {value}; it must lie in [0, 1).")
+        for name in ("final_lr_share", "decay_share"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"OptimConfig.{name} is {value}; it must lie in [0, 1].")
         require(

@@ -54,6 +54,8 @@ class DistributedConfig(Checked):
             re.fullmatch(r".+:[0-9]+", self.coordinator) is not None,
             f"DistributedConfig.coordinator is {self.coordinator!r}; it must be HOST:PORT of process 0.",
         )
+        port = int(self.coordinator.rpartition(":")[2])
+        require(0 < port < 2**16, f"DistributedConfig.coordinator has the port {port}; it must be from 1 to 65535.")
         positive(self, "count")
         require(
             0 <= self.index < self.count,
@@ -103,6 +105,8 @@ class TrainConfig(Checked):
         positive(self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
         for name in ("keep_every", "profile"):
             require(getattr(self, name) >= 0, f"TrainConfig.{name} is {getattr(self, name)}; it must not be negative.")
+        require(bool(self.workdir), "TrainConfig.workdir is empty; name a folder for the run.")
+        require(0 <= self.seed < 2**32, f"TrainConfig.seed is {self.seed}; it must lie from 0 to {2**32 - 1}.")
         if isinstance(self.task, DiffusionTask):
             require(
                 self.task.sized or bool(self.model),

@@ -211,7 +211,8 @@ def _pipeline(options: list[str], plan: Plan, stage: str) -> Iterator[beam.Pipel
         ):
             yield pipeline
     except (ValueError, OSError) as error:
-        raise type(error)(str(error).split(" [while running")[0]) from error
+        kind = OSError if isinstance(error, OSError) else ValueError  # some kinds cannot be made of a text alone
+        raise kind(str(error).split(" [while running")[0]) from error
     except RuntimeError as error:  # the traceback of another process, as a text
         told = re.findall(r"^(ValueError|OSError): (.*?)(?: \[while running .*)?$", str(error), re.MULTILINE)
         if not told:
@@ -307,6 +308,11 @@ def check(picture: Picture | Bad, filters: Filters) -> tuple[Picture, Image.Imag
     """The picture as it will be kept, and its pixels; or why it is left out."""
     if isinstance(picture, Bad):
         return replace(picture, reason=f"bad: {picture.reason}")
+    picture = replace(picture, name=_printable(picture.name))
+    try:
+        json.dumps(vars(picture.caption), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return Bad(picture.name, "bad: its caption is no Unicode text", str(error))
     try:
         image = decode(picture.data)
     except BadRecord as error:

@@ -382,6 +382,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     else:
         if options.fit:
             raise ValueError("--fit needs --topology: the CPU's memory is no limit to plan with.")
+        if options.run < 0:
+            raise ValueError(f"--run {options.run}: it must not be negative.")
         if options.devices < 1:
             raise ValueError(f"--devices {options.devices}: it must be above 0.")
         if not jax._src.xla_bridge.backends_are_initialized():  # pyright: ignore

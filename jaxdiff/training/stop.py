@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 
 class Stop:
-    """While it is entered, SIGTERM and SIGINT end the run at a whole step; a second one ends this process at once.
+    """While it is entered, SIGTERM, SIGINT and SIGHUP end the run at a whole step; a second one ends it at once.
 
     Where there are several processes, JAX's preemption service hears a SIGTERM to any of them and names a step that all
     can still reach; SIGINT is handed to it as one.
@@ -23,6 +23,8 @@ class Stop:
         self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._receive)}
         if not self._several:  # else SIGTERM is JAX's
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._receive)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a terminal that closes; nohup has it ignored
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
