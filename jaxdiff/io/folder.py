@@ -272,10 +272,8 @@ def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32
             _write_network(new / name, network, getattr(folder, name), folder.params[name], dtype)
         (new / "scheduler").mkdir()
         cls = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
-        values = to_dict(folder.scheduler)
-        names = ["num_train_timesteps", "shift"] if flow else [name for name in values if name != "shift"]
-        scheduler = {"_class_name": cls} | _VERSION | {name: values[name] for name in names}
-        _write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        values = scheduler_values(folder.scheduler)
+        _write_json(new / "scheduler" / "scheduler_config.json", {"_class_name": cls} | _VERSION | values)
         (new / "tokenizer").mkdir()
         if isinstance(folder.tokenizer, Path):
             for file in _TOKENIZER_FILES:
@@ -289,6 +287,13 @@ def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32
             "scheduler": ["diffusers", cls], "tokenizer": ["transformers", "CLIPTokenizer"],
             **{name: [network.library, network.cls] for name, network in NETWORKS.items()},
         })  # fmt: skip
+
+
+def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
+    """The arguments of the diffusers scheduler that draws as `config` says: its flow matching one, or DDIM."""
+    flow = config.prediction_type == "flow_prediction"
+    names = {"num_train_timesteps", "shift"}
+    return {name: value for name, value in to_dict(config).items() if (name in names if flow else name != "shift")}
 
 
 def write_network(

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from pairs import TEXTS, nchw
 
 import jaxdiff
-from jaxdiff.config import to_dict
+from jaxdiff.io.folder import scheduler_values
 
 PROMPTS, NEGATIVES = TEXTS[:2], ["", "a cat"]
 # steps, guidance, negative prompts
@@ -46,7 +46,7 @@ def test_pictures(model, scheduler, latents, request, figures):
     reference = StableDiffusionPipeline(**pair.torch.components, requires_safety_checker=False)
     reference.set_progress_bar_config(disable=True)
     # Set afterwards: the constructor would overrule `steps_offset` and `clip_sample`.
-    reference.scheduler = DDIMScheduler(**to_dict(config))
+    reference.scheduler = DDIMScheduler(**scheduler_values(config))
     worst = 0.0
     for steps, guidance, negatives in ASKED:
         got = ours(PROMPTS, negatives, steps=steps, guidance=guidance, latents=latents)

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, schedulers
 from jaxdiff.config import SchedulerConfig, to_dict
 from jaxdiff.diffusion.denoiser import to_x_0
 from jaxdiff.diffusion.schedule import TERMINAL_ALPHA_BAR, make_schedule
-from jaxdiff.io.folder import SCHEDULERS
+from jaxdiff.io.folder import SCHEDULERS, scheduler_values
 from jaxdiff.sampling.ddim import ddim_step
 from jaxdiff.sampling.grids import model_grid
 
@@ -19,7 +19,7 @@ SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def diffusers_scheduler(config):
-    return DDIMScheduler(**to_dict(config))
+    return DDIMScheduler(**scheduler_values(config))
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
