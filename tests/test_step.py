@@ -124,6 +124,34 @@ def test_micro_batches_need_less_memory_and_leave_rows_on_their_devices():
     assert memory[8] < memory[1] / 2, memory
 
 
+def test_what_is_computed_again_is_not_kept_on_a_cpu_either():
+    """XLA's CPU compiler would take the second computation for the first, and keep that."""
+    weights = {f"w{i}": 0.1 * jnp.eye(64) for i in range(12)}
+
+    def block(x, w):
+        return jnp.tanh(jnp.sin(x) @ w) + x
+
+    def deep(block):
+        def loss(params, frozen, batch, key, memory):
+            x = batch["x"]
+            for w in params.values():
+                x = block(x, w)
+            return jnp.square(x).mean(), {}, {}
+
+        return Task(lambda key: weights, loss)
+
+    tx = optimiser(OptimConfig(name="sgd"), learning_rate(OptimConfig(name="sgd"), 10))
+    x = to_devices({"x": np.random.default_rng(0).normal(size=(4096, 64)).astype(np.float32)}, alone())
+    memory, found = {}, {}
+    for name, task in {"kept": deep(block), "again": deep(jax.checkpoint(block))}.items():
+        state = create_state(task, tx, KEY, alone())
+        step_fn = make_step(task, tx, state)
+        memory[name] = step_fn.lower(state, {}, x, KEY).compile().memory_analysis().temp_size_in_bytes
+        found[name] = step_fn(state, {}, x, KEY)[0].params
+    assert memory["again"] < memory["kept"] / 2, memory
+    close(found["again"], found["kept"])
+
+
 # Updates left out -----------------------------------------------------------------------------------------------------
 
 

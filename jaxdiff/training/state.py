@@ -209,7 +209,15 @@ def make_step(
         metrics |= {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
         return replace(kept, step=state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda a: a.sharding, state), None))
+    # XLA's CPU compiler (that of jax 0.10) drops, before it looks for common subexpressions, the barriers that keep what remat computes again
+    # apart from the first time, and so remat from saving anything; left alone they reach the end.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda a: a.sharding, state), None),
+        compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else None,
+    )
 
 
 def in_parts(
