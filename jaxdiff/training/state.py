@@ -209,8 +209,8 @@ def make_step(
         metrics |= {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
         return replace(kept, step=state.step + 1), metrics
 
-    # XLA's CPU compiler (that of jax 0.10) drops, before it looks for common subexpressions, the barriers that keep what remat computes again
-    # apart from the first time, and so remat from saving anything; left alone they reach the end.
+    # XLA's CPU compiler (that of jax 0.10) drops barriers before it looks for common subexpressions, takes what remat
+    # computes again for the first computation, and keeps that. Left alone, barriers reach the end.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(
         step,
