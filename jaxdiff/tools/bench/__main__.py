@@ -194,8 +194,7 @@ def measured(args: Program, setting: Setting) -> Result:
 
     measure.forget_peak()
     run = _runner(made.compiled, work)
-    outputs: list[Any] = []
-    first = measure.seconds(lambda: outputs.append(run()))
+    first, first_out = measure.timed(run)
     feed = _feed(work, setting)
     with feed or nullcontext():
         times, waits = [], []
@@ -212,9 +211,7 @@ def measured(args: Program, setting: Setting) -> Result:
             for _ in range(3):
                 jax.block_until_ready(run())
     rivals = [compiled for compiled, wanted in ((False, args.vs), (True, args.vs_compile)) if wanted]
-    against = tuple(
-        versus.versus(args.name, setting, work, run, outputs[0], args.runs, compiled) for compiled in rivals
-    )
+    against = tuple(versus.versus(args.name, setting, work, run, first_out, args.runs, compiled) for compiled in rivals)
     seconds = Spread.of([a + b for a, b in zip(times, waits, strict=True)] if feed else times)
     return _result(args, setting, work, made, peak, first, seconds, memory, memory_of,
                    sum(waits) / sum(times + waits) if feed else None, against)  # fmt: skip
@@ -372,7 +369,9 @@ def _check(args: Shared, model: Model, size: int) -> None:
         if isinstance(args, Train) and args.data.source:
             raise ValueError("--vs compares training on the same latents: leave out --data.source.")
         if make_mesh(args.mesh.data, args.mesh.fsdp, args.mesh.tensor).size > 1:
-            raise ValueError("--vs compares on one device: show JAX only one, and leave out --mesh.")
+            raise ValueError(
+                "--vs compares on one device: show JAX only one (such as by CUDA_VISIBLE_DEVICES=0), without --mesh."
+            )
         versus.check_torch()
 
 

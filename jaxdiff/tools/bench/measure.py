@@ -39,11 +39,16 @@ class Spread:
         return cls(median, q1, q3, tuple(runs))
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """How long one call takes, to the end of what it started."""
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """How many seconds one call takes, to the end of what it started, and what it gave."""
     began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
+    out = jax.block_until_ready(run())
+    return time.perf_counter() - began, out
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    return timed(run)[0]
 
 
 # Making a program -----------------------------------------------------------------------------------------------------

@@ -214,6 +214,7 @@ def train(setting: Setting) -> Work:
         raw,
         {"task": task, "frozen": frozen, "batch": batch},
         advance=lambda args, out: (out[0], *args[1:]),
+        fetch=lambda out: out[1],  # the state is the next step's to use up
         config=config,
     )
 

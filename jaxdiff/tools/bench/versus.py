@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from jaxdiff.config import UNetConfig, to_dict
 from jaxdiff.io.convert import to_torch
 from jaxdiff.io.folder import scheduler_values
 from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.tools.bench.measure import Spread, cores, seconds
+from jaxdiff.tools.bench.measure import Spread, cores, seconds, timed
 from jaxdiff.tools.bench.targets import Setting, Work
 from jaxdiff.types import Params
 
@@ -59,17 +60,11 @@ class Rival:
 
 def check_torch() -> None:
     """Refuses in a sentence where torch or diffusers is missing, before anything is measured."""
-    try:
-        import diffusers  # noqa: F401
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f"--vs needs {error.name}, which is not installed: pip install 'jaxdiff[parity]' (torch and diffusers)."
-        ) from error
+    for name in ("torch", "diffusers"):  # not imported yet: our own memory is measured without them
+        if find_spec(name) is None:
+            raise ValueError(f"--vs needs {name}, which is not installed: pip install torch 'jaxdiff[parity]'.")
     if jax.default_backend() not in ("cpu", "gpu"):
         raise ValueError(f"--vs compares on CPUs and NVIDIA GPUs; torch has no backend for {jax.default_backend()}.")
-    if jax.default_backend() == "gpu" and not torch.cuda.is_available():
-        raise ValueError("--vs compares on the same device, and this torch sees no GPU; install one made for CUDA.")
 
 
 def versus(
@@ -89,6 +84,8 @@ def versus(
     import diffusers
     import torch
 
+    if jax.default_backend() == "gpu" and not torch.cuda.is_available():
+        raise ValueError("--vs compares on one device, and this torch sees no GPU: install one made for CUDA.")
     with _silence():
         if on_cpu := jax.default_backend() == "cpu":
             torch.set_num_threads(cores())
@@ -98,18 +95,16 @@ def versus(
             layout = _faster_layout(rival)
             if compiled:
                 rival.hot.compile()
-            outputs: list[Any] = []
-            first = seconds(lambda: outputs.append(rival.run()))
-            error, error_of = _error(target, our_first, outputs[0])
+            first, their_first = timed(rival.run)
+            error, error_of = _error(target, our_first, their_first)
             rival.run()
-            times, theirs, ratios = [], [], []
+            theirs, ratios = [], []
             for i in range(runs):
                 pair = {ours: 0.0, rival.run: 0.0}
                 for run in (
                     (ours, rival.run) if i % 2 == 0 else (rival.run, ours)
                 ):  # neither is always warmed by the other
                     pair[run] = seconds(run)
-                times.append(pair[ours])
                 theirs.append(pair[rival.run])
                 ratios.append(pair[ours] / pair[rival.run])
     how = "torch.compile" if compiled else "eager"
@@ -310,6 +305,7 @@ def _train(setting: Setting, work: Work) -> Rival:
     seen = {name: _tensor(x) for name, x in _example(setting, work).items()}
     adamw = torch.optim.AdamW(network.parameters(), optim.lr / (min(optim.warmup_steps, work.config.steps - 1) + 1),
                               (optim.b1, optim.b2), optim.eps, optim.weight_decay)  # fmt: skip
+    told: list[dict[str, float]] = []
     half = torch.autocast(_device(), torch.bfloat16) if setting.dtype == "bfloat16" else nullcontext()
 
     def step() -> dict[str, float]:
@@ -320,7 +316,8 @@ def _train(setting: Setting, work: Work) -> Rival:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
         adamw.step()
-        return {"loss": loss.item(), "grad_norm": norm.item()}
+        told.append({"loss": loss.item(), "grad_norm": norm.item()})
+        return told[0]  # what is compared: the steps after it go other ways
 
     return Rival(network, network, step, step)
 
