@@ -156,14 +156,14 @@ def test_the_sample_that_is_timed_is_the_picture_that_a_user_gets(folder, pipe):
 
 @pytest.mark.parametrize("target", ["unet", "vae", "text", "train"])
 def test_a_mesh_computes_what_one_device_does(folder, target):
-    options = {"encode": False, "remat": "none", "data": None}
+    options = {"encode": False, "remat": "none"}
     one, many = (TARGETS[target](setting(folder, devices, **options)) for devices in (1, ALL))
     got, expected = (work.fetch(work.f(*work.args)) for work in (many, one))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
 
 
 def test_training_goes_on_from_step_to_step(folder):
-    work = TARGETS["train"](setting(folder, remat="none", data=None))
+    work = TARGETS["train"](setting(folder, remat="none"))
     for step in range(1, 3):
         work.args = work.advance(work.args, work.f(*work.args))
         assert int(work.args[0].step) == step

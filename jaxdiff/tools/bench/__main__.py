@@ -2,9 +2,6 @@
 
 import os
 import sys
-import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -15,19 +12,11 @@ import tyro
 
 from jaxdiff.cli import exit_code
 from jaxdiff.config import DataConfig, MeshConfig
-from jaxdiff.data.loader import batches, open_source
-from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.sharding import make_mesh
-from jaxdiff.tools import hlo
-from jaxdiff.tools.bench import measure, result, versus
-from jaxdiff.tools.bench.measure import Spread
+from jaxdiff.tools.bench import measure, result, run
 from jaxdiff.tools.bench.models import Model, find_model
-from jaxdiff.tools.bench.result import Result
-from jaxdiff.tools.bench.targets import TARGETS, Setting, Work
-from jaxdiff.training.feed import Feed, local_rows
-
-READ_AHEAD = 8
-"""Batches of a loader that are not timed: it has read some before it is asked."""
+from jaxdiff.tools.bench.targets import Setting
+from jaxdiff.tools.bench.versus import check_torch
 
 
 @dataclass(frozen=True)
@@ -183,137 +172,6 @@ class Compare:
 COMMANDS = {"unet": UNet, "vae": VAE, "text": Text, "sample": Sample, "train": Train, "data": Data, "compare": Compare}
 
 
-# Measuring ------------------------------------------------------------------------------------------------------------
-
-
-def measured(args: Program, setting: Setting) -> Result:
-    """Compiles one target at one batch and times it."""
-    work = TARGETS[args.name](setting)
-    made = measure.make(work.f, work.args)
-    peak = measure.best(setting.mesh.size)
-
-    measure.forget_peak()
-    run = _runner(made.compiled, work)
-    first, first_out = measure.timed(run)
-    feed = _feed(work, setting)
-    with feed or nullcontext():
-        times, waits = [], []
-        for _ in range(args.warmup + args.runs):
-            began = time.perf_counter()
-            batch = next(feed) if feed else None
-            waits.append(time.perf_counter() - began)
-            times.append(measure.seconds(lambda batch=batch: run(batch)))
-    times, waits = times[args.warmup :], waits[args.warmup :]
-    memory, memory_of = measure.peak()
-
-    if args.trace:
-        with jax.profiler.trace(str(args.trace)):
-            for _ in range(3):
-                jax.block_until_ready(run())
-    rivals = [compiled for compiled, wanted in ((False, args.vs), (True, args.vs_compile)) if wanted]
-    against = tuple(versus.versus(args.name, setting, work, run, first_out, args.runs, compiled) for compiled in rivals)
-    seconds = Spread.of([a + b for a, b in zip(times, waits, strict=True)] if feed else times)
-    return _result(args, setting, work, made, peak, first, seconds, memory, memory_of,
-                   sum(waits) / sum(times + waits) if feed else None, against)  # fmt: skip
-
-
-def _runner(compiled: Any, work: Work) -> Callable[..., Any]:
-    """One run of the program, on its own arguments or, in training, with another batch; the state goes on."""
-    args = work.args
-
-    def run(batch: Any = None) -> Any:
-        nonlocal args
-        if batch is not None:
-            args = (*args[:2], batch, *args[3:])
-        out = compiled(*args)
-        args = work.advance(args, out)
-        return work.fetch(out)
-
-    return run
-
-
-def _feed(work: Work, setting: Setting) -> Feed | None:
-    """The batches of training on real pictures."""
-    config = work.config
-    if config is None or not setting.options.get("data"):
-        return None
-    tokenizer = Tokenizer.load(setting.model.tokenizer, setting.model.text_encoder.max_position_embeddings)
-    rows = local_rows(setting.mesh, setting.batch)
-    return Feed(batches(config.data, open_source(config.data), tokenizer, seed=0, rows=rows), setting.mesh)
-
-
-def _result(
-    args: Program,
-    setting: Setting,
-    work: Work,
-    made: measure.Made,
-    peak: measure.Peak | None,
-    first: float,
-    seconds: Spread,
-    memory: int,
-    memory_of: str,
-    wait_share: float | None,
-    against: tuple[versus.Versus, ...],
-) -> Result:
-    devices = setting.mesh.size
-    moved = devices * float(hlo.parse(made.compiled.as_text(), work.turns).bytes_moved())
-    counted = (made.compiled.cost_analysis() or {}).get("flops", 0) if work.turns == 1 else 0
-    analysis = made.compiled.memory_analysis()
-    rate, speed = setting.batch / seconds.median, work.flops / seconds.median
-    return Result(
-        target=args.name,
-        model=args.model,
-        batch=setting.batch,
-        size=setting.size,
-        dtype=setting.dtype,
-        devices=devices,
-        mesh=dict(setting.mesh.shape),
-        options=args.options(),
-        trace=made.trace,
-        lower=made.lower,
-        compile=made.compile,
-        first=first,
-        seconds=seconds,
-        images_per_second=rate,
-        images_per_second_per_device=rate / devices,
-        flops=work.flops,
-        xla_flops=devices * counted if counted > 0 else None,
-        flops_per_second=speed,
-        peak_share=speed / peak.flops if peak else None,
-        bytes_moved=moved,
-        bandwidth_share=moved / seconds.median / peak.bandwidth if peak else None,
-        peak_source=peak.source if peak else None,
-        temporaries=analysis.temp_size_in_bytes if analysis else None,
-        peak_memory=memory,
-        peak_memory_of=memory_of,
-        wait_share=wait_share,
-        versus=against,
-    )
-
-
-def loaded(args: Data, model: Model, batch: int, size: int) -> Result:
-    """Times the loader alone."""
-    config = args.data.config(batch, size)
-    assert config is not None
-    tokenizer = Tokenizer.load(model.tokenizer, model.text_encoder.max_position_embeddings)
-    measure.forget_peak()
-    with closing(batches(config, open_source(config), tokenizer, seed=0)) as source:
-        first = measure.seconds(lambda: next(source))
-        for _ in range(READ_AHEAD):
-            next(source)
-        began = time.perf_counter()
-        times = [measure.seconds(lambda: next(source)) for _ in range(args.steps)]
-        rate = batch * args.steps / (time.perf_counter() - began)
-    memory, memory_of = measure.peak()
-    return Result(
-        target=args.name, model=args.model, batch=batch, size=size, dtype="float32", devices=1, mesh={},
-        options={"source": config.source, "workers": config.workers}, trace=None, lower=None, compile=None, first=first,
-        seconds=Spread.of(times), images_per_second=rate, images_per_second_per_device=rate, flops=None, xla_flops=None,
-        flops_per_second=None, peak_share=None, bytes_moved=None, bandwidth_share=None, peak_source=None,
-        temporaries=None, peak_memory=memory, peak_memory_of=memory_of,
-    )  # fmt: skip
-
-
 # The command ----------------------------------------------------------------------------------------------------------
 
 
@@ -330,9 +188,13 @@ def main(args: Shared | Compare) -> None:
     results = []
     for batch in args.batch:
         if isinstance(args, Program):
-            results.append(measured(args, _setting(args, model, batch, size)))
+            rivals = [compiled for compiled, wanted in ((False, args.vs), (True, args.vs_compile)) if wanted]
+            setting = _setting(args, model, batch, size)
+            results.append(run.program(args.name, setting, args.runs, args.warmup, args.trace, rivals))
         elif isinstance(args, Data):
-            results.append(loaded(args, model, batch, size))
+            config = args.data.config(batch, size)
+            assert config is not None  # Data names a source
+            results.append(run.loader(config, model, args.steps))
         print("\n" + result.report(results[-1]), flush=True)
     if args.json:
         result.write(args.json, machine, date.today().isoformat(), results)
@@ -347,10 +209,8 @@ def _setting(args: Program, model: Model, batch: int, size: int) -> Setting:
         raise ValueError(f"--batch {batch} is not a multiple of the {spread} devices that the mesh's data and fsdp "
                          "axes spread it over.")  # fmt: skip
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    options = args.options()
-    if isinstance(args, Train):
-        options |= {"data": args.data.config(batch, size)}
-    return Setting(model, batch, size, dtype, mesh, options)
+    fed = args.data.config(batch, size) if isinstance(args, Train) else None
+    return Setting(model, batch, size, dtype, mesh, args.options(), fed)
 
 
 def _check(args: Shared, model: Model, size: int) -> None:
@@ -372,7 +232,7 @@ def _check(args: Shared, model: Model, size: int) -> None:
             raise ValueError(
                 "--vs compares on one device: show JAX only one (such as by CUDA_VISIBLE_DEVICES=0), without --mesh."
             )
-        versus.check_torch()
+        check_torch()
 
 
 def cli(argv: list[str] | None = None) -> int:

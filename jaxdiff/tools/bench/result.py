@@ -16,7 +16,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Result:
-    """One target at one batch. Rates are of all devices together, unless they are named otherwise."""
+    """One target at one batch. Rates are of all devices together, unless they are named otherwise.
+
+    What a loader does not have, which is no program, is None.
+    """
 
     target: str
     model: str
@@ -27,39 +30,34 @@ class Result:
     devices: int
     mesh: dict[str, int]
     options: dict[str, Any]
-    trace: float | None
-    """Seconds; None where nothing is compiled."""
-    lower: float | None
-    compile: float | None
     first: float
     """Seconds of the first call, of the compiled program."""
     seconds: Spread
     """Of the calls after it and those that warm up."""
     images_per_second: float
     images_per_second_per_device: float
-    flops: float | None
-    """Of the networks' mathematics: see `flops`."""
-    xla_flops: float | None
-    """Of the compiled program, as XLA counts; None where a loop has a number of turns that it does not know."""
-    flops_per_second: float | None
-    peak_share: float | None
-    """Of the operations that the machine could do, those of `flops` that it did."""
-    bytes_moved: float | None
-    """To and from main memory, by the compiled program's text."""
-    bandwidth_share: float | None
-    peak_source: str | None
-    temporaries: int | None
-    """Bytes of each device that the program needs besides its arguments and results, as the compiler says."""
     peak_memory: int
     peak_memory_of: str
+    trace: float | None = None
+    """Seconds, as are the next two."""
+    lower: float | None = None
+    compile: float | None = None
+    flops: float | None = None
+    """Of the networks' mathematics: see `flops`."""
+    xla_flops: float | None = None
+    """Of the compiled program, as XLA counts; None where a loop has a number of turns that it does not know."""
+    flops_per_second: float | None = None
+    peak_share: float | None = None
+    """Of the operations that the machine could do, those of `flops` that it did."""
+    bytes_moved: float | None = None
+    """To and from main memory, by the compiled program's text."""
+    bandwidth_share: float | None = None
+    peak_source: str | None = None
+    temporaries: int | None = None
+    """Bytes of each device that the program needs besides its arguments and results, as the compiler says."""
     wait_share: float | None = None
     """Of the time, that spent waiting for input; None where there is none to wait for."""
     versus: tuple[Versus, ...] = ()
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What two results must share to be compared."""
-        return self.target, self.model, self.batch, self.size
 
 
 def write(path: Path, machine: dict[str, Any], date: str, results: Sequence[Result]) -> None:

@@ -46,6 +46,8 @@ class Work:
     """Of a loop whose number of turns the compiler does not know."""
     advance: Callable[[tuple[Any, ...], Any], tuple[Any, ...]] = lambda args, out: args
     """(arguments, what they gave) -> the next arguments."""
+    fed: Callable[[tuple[Any, ...], Any], tuple[Any, ...]] = lambda args, batch: args
+    """(arguments, another batch) -> the arguments with it."""
     fetch: Callable[[Any], Any] = lambda out: out
     """What a user waits for, of what the program gives."""
     config: TrainConfig | None = None
@@ -64,6 +66,8 @@ class Setting:
     mesh: Mesh
     options: dict[str, Any] = field(default_factory=dict)
     """Of one target."""
+    fed: DataConfig | None = None
+    """What training reads, if anything."""
 
     @property
     def side(self) -> int:
@@ -171,7 +175,7 @@ def sample(setting: Setting) -> Work:
 
 def train(setting: Setting) -> Work:
     """A training step of the UNet by AdamW, with its average: on cached latents and captions, or on what is fed."""
-    model, fed, mesh = setting.model, setting.options["data"], setting.mesh
+    model, fed, mesh = setting.model, setting.fed, setting.mesh
     remat: Remat = setting.options["remat"]
     data = fed or DataConfig(size=setting.size)
     config = TrainConfig(
@@ -214,6 +218,7 @@ def train(setting: Setting) -> Work:
         raw,
         {"task": task, "frozen": frozen, "batch": batch},
         advance=lambda args, out: (out[0], *args[1:]),
+        fed=lambda args, batch: (*args[:2], batch, *args[3:]),
         fetch=lambda out: out[1],  # the state is the next step's to use up
         config=config,
     )
