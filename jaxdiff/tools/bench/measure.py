@@ -96,7 +96,8 @@ def peak() -> tuple[int, str]:
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(kilobytes), "process, during the runs"
+        beside = ", torch in it" if "torch" in sys.modules else ""
+        return 1024 * int(kilobytes), f"process, during the runs{beside}"
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "process, since it began"
 

@@ -58,7 +58,10 @@ def program(
         with jax.profiler.trace(str(trace)):
             for _ in range(TRACED):
                 jax.block_until_ready(run())
-    against = tuple(versus(target, setting, work, run, first_out, runs, compiled) for compiled in rivals)
+    against = tuple(
+        versus(target, setting, work, run, first_out, runs=runs, warmup=warmup, compiled=compiled)
+        for compiled in rivals
+    )
 
     devices, known = setting.mesh.size, work.turns == 1
     seconds = Spread.of([wait + step for wait, step in zip(waits, times, strict=True)] if feed else times)
