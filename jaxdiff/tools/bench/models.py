@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, nearest
+from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.io.folder import read_config, read_network, read_scheduler
 from jaxdiff.io.weights import check_params
 from jaxdiff.pipeline import EMBEDDED
@@ -93,7 +93,7 @@ def find_model(name: str) -> Model:
         return SIZES[name]
     folder = EMBEDDED if name == "emoji" else model_folder(name)
     if not folder.is_dir():
-        raise ValueError(f"--model {name!r} is neither a folder nor a known size{nearest(name, [*SIZES, 'emoji'])}")
+        raise ValueError(f"--model {name!r} is neither a folder nor one of emoji, {', '.join(SIZES)}.")
     configs = {part: read_config(folder, part) for part in ("unet", "vae", "text_encoder")}
     return Model(name, **configs, scheduler=read_scheduler(folder), folder=folder)
 

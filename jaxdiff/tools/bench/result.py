@@ -1,7 +1,10 @@
 """What a measurement gives, and how it is written, told, compared and drawn."""
 
+import errno
 import json
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +45,7 @@ class Result:
     """Seconds, as are the next two."""
     lower: float | None = None
     compile: float | None = None
-    flops: float | None = None
+    flops: int | None = None
     """Of the networks' mathematics: see `flops`."""
     xla_flops: float | None = None
     """Of the compiled program, as XLA counts; None where a loop has a number of turns that it does not know."""
@@ -63,11 +66,20 @@ class Result:
 def write(path: Path, machine: dict[str, Any], date: str, results: Sequence[Result]) -> None:
     """All results of one command, as JSON."""
     values = {"format": FORMAT, "date": date, "machine": machine, "results": [asdict(result) for result in results]}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
+    """Refuses in a sentence what cannot be written, before anything is measured; makes the folder that it lies in."""
+    folder = path if is_folder else path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if path.is_dir() != is_folder and path.exists():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
-        raise ValueError(f"--json {path} cannot be written: {error.strerror}.") from error
+        raise ValueError(f"--{option} {path} cannot be written: {error.strerror}.") from error
 
 
 def read(path: Path) -> dict[str, Any]:
