@@ -110,13 +110,10 @@ def versus(
                 rival.run()
             theirs, ratios = [], []
             for i in range(runs):
-                pair = {ours: 0.0, rival.run: 0.0}
-                for run in (
-                    (ours, rival.run) if i % 2 == 0 else (rival.run, ours)
-                ):  # neither is always warmed by the other
-                    pair[run] = seconds(run)
-                theirs.append(pair[rival.run])
-                ratios.append(pair[ours] / pair[rival.run])
+                order = (ours, rival.run) if i % 2 == 0 else (rival.run, ours)  # neither always comes second
+                times = {run: seconds(run) for run in order}
+                theirs.append(times[rival.run])
+                ratios.append(times[ours] / times[rival.run])
     how = "torch.compile" if compiled else "eager"
     name = f"diffusers {diffusers.__version__}, torch {torch.__version__}, {how}"
     return Versus(name, layout, torch.get_num_threads() if on_cpu else None, first, Spread.of(theirs),
