@@ -148,12 +148,12 @@ def best(devices: int) -> Peak | None:
 @cache
 def _cpu_peak() -> Peak:
     """Of the whole processor, whichever way JAX cuts it into devices: the best of some runs each."""
-    n = 2048
+    n = 2048 if cores() <= 8 else 4096
     square = jax.device_put(np.ones((n, n), np.float32))
     product = jax.jit(jnp.matmul).lower(square, square).compile()
     times = [seconds(lambda: product(square, square)) for _ in range(6)]
 
-    parts = np.ones((cores(), 2**25), np.float32)  # each far larger than a cache
+    parts = np.ones((cores(), 2**26 // cores()), np.float32)  # together larger than caches
     copies = np.empty_like(parts)
 
     def copy() -> None:

@@ -93,13 +93,9 @@ def read(path: Path) -> dict[str, Any]:
     if values.get("format") != FORMAT or not isinstance(results, list) or not results:
         raise ValueError(f"{path} holds no results of this benchmark; write one by --json {path}.")
     for result in results:
-        known = isinstance(result, dict) and isinstance(result.get("seconds"), dict)
-        median = result["seconds"].get("median") if known else None
-        if (
-            not isinstance(median, int | float)
-            or not median > 0
-            or not {"target", "model", "batch", "size"} <= result.keys()
-        ):
+        named = isinstance(result, dict) and {"target", "model", "batch", "size", "seconds"} <= result.keys()
+        times = result["seconds"] if named and isinstance(result["seconds"], dict) else {}
+        if not all(isinstance(times.get(name), int | float) and times[name] > 0 for name in ("q1", "median", "q3")):
             raise ValueError(f"{path} holds a result that is damaged: measure again by --json {path}.")
     return values
 
@@ -214,7 +210,7 @@ def _ratio(old: dict[str, Any], new: dict[str, Any], path: tuple[str, ...]) -> f
 
 def _apart(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether the middle halves of both have nothing in common."""
-    (a1, a3), (b1, b3) = ((times.get("q1", 0), times.get("q3", math.inf)) for times in (old["seconds"], new["seconds"]))
+    (a1, a3), (b1, b3) = ((times["q1"], times["q3"]) for times in (old["seconds"], new["seconds"]))
     return a3 < b1 or b3 < a1
 
 

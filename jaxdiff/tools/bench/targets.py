@@ -31,7 +31,7 @@ PROMPT = "a red apple"
 
 @dataclass
 class Work:
-    """A program and its arguments, one call of which makes `images`."""
+    """A program and its arguments, and what one call of it is."""
 
     f: Any
     """Jitted."""
