@@ -108,7 +108,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def scaled(value: float, unit: str) -> str:
+def scaled(value: int | float, unit: str) -> str:
     """With three digits that count and the prefix that suits it."""
     for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
