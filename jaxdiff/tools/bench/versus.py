@@ -62,7 +62,7 @@ def check_torch() -> None:
     """Refuses in a sentence where torch or diffusers is missing, before anything is measured."""
     for name in ("torch", "diffusers"):  # not imported yet: our own memory is measured without them
         if find_spec(name) is None:
-            raise ValueError(f"--vs needs {name}, which is not installed: pip install torch 'jaxdiff[parity]'.")
+            raise ValueError(f"--vs needs {name}, which is not installed: pip install 'jaxdiff[parity]'.")
     if jax.default_backend() not in ("cpu", "gpu"):
         raise ValueError(f"--vs compares on CPUs and NVIDIA GPUs; torch has no backend for {jax.default_backend()}.")
 
