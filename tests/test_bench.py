@@ -272,6 +272,7 @@ def test_files_that_are_no_results_are_refused(tmp_path, capsys, text):
         (("sample", "--steps", 0), "--steps is 0"),
         (("sample", "--batch", 8, "--steps", 2000), "from 1 to 1000"),
         (("unet", "--mesh.fsdp", 3), "there are 8"),
+        (("unet", "--plot", "build/picture.gif"), "must end in one of .png"),
         (("unet", "--vs", "diffusers"), "one device"),
         (("train", "--batch", 8, "--vs", "diffusers", "--data.source", "emoji"), "leave out --data.source"),
         (("data", "--data.root", "nowhere"), "jaxdiff.tools.prepare"),

@@ -227,7 +227,7 @@ def _check(args: Shared, model: Model, size: int) -> None:
         if place := getattr(args, option, None):
             result.check_writable(option, place, is_folder=option == "trace")
     if args.plot:
-        result.check_plot()
+        result.check_plot(args.plot)
     if isinstance(args, Program) and (args.vs or args.vs_compile):
         if isinstance(args, Train) and args.data.source:
             raise ValueError("--vs compares training on the same latents: leave out --data.source.")

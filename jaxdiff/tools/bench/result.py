@@ -15,6 +15,7 @@ from jaxdiff.tools.bench.measure import Spread
 from jaxdiff.tools.bench.versus import Versus
 
 FORMAT = 1
+PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,10 @@ def _apart(old: dict[str, Any], new: dict[str, Any]) -> bool:
 # Drawn ----------------------------------------------------------------------------------------------------------------
 
 
-def check_plot() -> None:
-    """Refuses in a sentence where matplotlib is missing, before anything is measured."""
+def check_plot(path: Path) -> None:
+    """Refuses in a sentence what `plot` cannot draw, before anything is measured."""
+    if path.suffix not in PICTURES:
+        raise ValueError(f"--plot {path} must end in one of {', '.join(PICTURES)}.")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -253,7 +256,4 @@ def plot(path: Path, machine: dict[str, Any], results: Sequence[Result]) -> None
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--plot {path} cannot be written: {error}.") from error
+    figure.savefig(path, dpi=150)
