@@ -128,8 +128,8 @@ def group_size(rest: str) -> int:
     return 2
 
 
-def parse(text: str) -> Program:
-    """Reads what `compiled.as_text()` gives."""
+def parse(text: str, turns: int = 1) -> Program:
+    """Reads what `compiled.as_text()` gives; a loop that does not say its number of turns takes `turns`."""
     computations: dict[str, list[Instruction]] = {}
     entry, body = "", []
     for line in text.splitlines():
@@ -144,7 +144,7 @@ def parse(text: str) -> Program:
     fused: set[str] = set()
     for name, instructions in computations.items():
         for i in instructions:
-            trips = _trips(i, computations) if i.op == "while" else 1
+            trips = _trips(i, computations, turns) if i.op == "while" else 1
             found = _CALLED.findall(i.rest)
             for group in _BRANCHES.findall(i.rest):
                 found += [branch.strip().lstrip("%") for branch in group.split(",")]
@@ -163,14 +163,14 @@ def parse(text: str) -> Program:
     return Program(computations, runs, fused)
 
 
-def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]], unknown: int) -> int:
     """Turns of a while loop: as noted, or the number that its condition compares the counter with."""
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
     condition = _CONDITION.search(loop.rest)
     body = computations.get(condition[1], []) if condition else []
     limits = [int(i.operands[0]) for i in body if i.op == "constant" and i.type.startswith("s32[]")]
-    return max(limits, default=1)
+    return max(limits, default=unknown)
 
 
 def _instruction(line: str) -> Instruction:

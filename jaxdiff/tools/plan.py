@@ -32,6 +32,7 @@ from jaxdiff.config import TrainConfig, VAEConfig, VAETask
 from jaxdiff.io.folder import read_config as read_network_config
 from jaxdiff.sharding import batch_sharding, make_mesh, tree_shardings
 from jaxdiff.tools import hlo
+from jaxdiff.tools.chips import TPUS, Chip
 from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.options import read_config, resolve
 from jaxdiff.training.parts import model_folder
@@ -41,28 +42,6 @@ from jaxdiff.training.tasks.vae import vae_task
 from jaxdiff.types import Params
 
 USAGE = "python -m jaxdiff.tools.plan CONFIG (--topology v5e:4x4 | --devices 8) [--fit] [--json] [--field value ...]"
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What one chip can do, a second where it is a rate."""
-
-    flops: float
-    """bfloat16."""
-    hbm: float
-    """Bytes that a program can have: a little less than the chip has."""
-    hbm_bandwidth: float
-    ici_bandwidth: float
-    """Bytes over all links to other chips."""
-
-
-# cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "System architecture", peak figures per chip (November 2026).
-CHIPS = {
-    "v4": Chip(275e12, 30.75 * 2**30, 1228e9, 300e9),
-    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 200e9),
-    "v5p": Chip(459e12, 94.75 * 2**30, 2765e9, 600e9),
-    "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 448e9),
-}
 
 
 @dataclass(frozen=True)
@@ -293,9 +272,9 @@ def tpu_devices(topology: str) -> Sequence[Any]:
 def chip_of(topology: str) -> Chip:
     """The chip that a topology's name begins with."""
     kind = topology.partition(":")[0]
-    if kind not in CHIPS:
-        raise ValueError(f"--topology {topology!r}: it begins with one of {', '.join(CHIPS)}, such as v5e:4x4.")
-    return CHIPS[kind]
+    if kind not in TPUS:
+        raise ValueError(f"--topology {topology!r}: it begins with one of {', '.join(TPUS)}, such as v5e:4x4.")
+    return TPUS[kind]
 
 
 @contextmanager

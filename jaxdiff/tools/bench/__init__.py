@@ -1,0 +1,1 @@
+"""How fast the networks run on the machine at hand: `python -m jaxdiff.tools.bench unet --model sd15`."""

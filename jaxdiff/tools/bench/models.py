@@ -1,0 +1,143 @@
+"""What is timed by its name: the sizes of the networks, and weights, random where none are at hand."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdiff import build
+from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.io.folder import read_config, read_network, read_scheduler
+from jaxdiff.io.weights import check_params
+from jaxdiff.pipeline import EMBEDDED
+from jaxdiff.sharding import tree_shardings
+from jaxdiff.training.feed import place
+from jaxdiff.training.parts import model_folder
+from jaxdiff.types import Params
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a text-to-image model, and where its weights are, if anywhere."""
+
+    name: str
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: CLIPTextConfig
+    scheduler: SchedulerConfig
+    folder: Path | None = None
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder's own, or the embedded model's, whose tokens every larger vocabulary has."""
+        return (self.folder or EMBEDDED) / "tokenizer"
+
+    @property
+    def size(self) -> int:
+        """Pixels along each side that the UNet was made for."""
+        return (self.unet.sample_size or 64) * self.vae.factor
+
+
+_BETAS = SchedulerConfig(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    set_alpha_to_one=False,
+    clip_sample=False,
+)
+SIZES = {
+    "sd15": Model("sd15", UNetConfig(cross_attention_dim=768), VAEConfig(), CLIPTextConfig(), _BETAS),
+    "sd21": Model(
+        "sd21",
+        UNetConfig(
+            sample_size=96,
+            cross_attention_dim=1024,
+            attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True,
+        ),
+        VAEConfig(sample_size=768),
+        CLIPTextConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=23,
+            num_attention_heads=16,
+            hidden_act="gelu",
+            projection_dim=512,
+        ),
+        _BETAS,
+    ),
+    # A UNet of 37 million parameters between SD1.5's autoencoder and text encoder.
+    "small": Model(
+        "small",
+        UNetConfig(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=768),
+        VAEConfig(sample_size=256),
+        CLIPTextConfig(),
+        _BETAS,
+    ),
+}
+
+
+def find_model(name: str) -> Model:
+    """A size by name, `emoji` (the embedded model), or a diffusers folder or run directory.
+
+    Raises:
+        ValueError: where it is neither, or the folder lacks a part or its config is not supported.
+    """
+    if name in SIZES:
+        return SIZES[name]
+    folder = EMBEDDED if name == "emoji" else model_folder(name)
+    if not folder.is_dir():
+        raise ValueError(f"--model {name!r} is neither a folder nor one of emoji, {', '.join(SIZES)}.")
+    configs = {part: read_config(folder, part) for part in ("unet", "vae", "text_encoder")}
+    return Model(name, **configs, scheduler=read_scheduler(folder), folder=folder)
+
+
+def weights(model: Model, *parts: str) -> dict[str, Params]:
+    """The params of "unet", "vae" or "text_encoder" on the host: the folder's, or random ones where it has none."""
+    return {part: _weights(model, part) for part in parts}
+
+
+def _weights(model: Model, part: str) -> Params:
+    config = getattr(model, part)
+    shapes = build.param_shapes(getattr(build, part)(config), config)
+    if model.folder is not None and any((model.folder / part).glob("*.safetensors*")):
+        params = read_network(model.folder, part)[1]
+        check_params(params, shapes, model.folder / part)
+        return params
+    return random_params(shapes)
+
+
+def random_params(shapes: Any) -> Any:
+    """Float32 arrays for a tree of shapes, each drawn by itself: nothing is compiled, and nothing is there twice.
+
+    Kernels keep the variance of what they multiply, so that deep networks stay finite; norms are 1 and biases 0.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        kind = path[-1].key
+        if kind in ("scale", "bias"):
+            return np.full(leaf.shape, kind == "scale", np.float32)
+        values = rng.standard_normal(leaf.shape, np.float32)
+        values *= 0.02 if kind == "embedding" else 1 / math.sqrt(math.prod(leaf.shape[:-1]))
+        return values
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def ready(params: dict[str, Params], mesh: Mesh) -> dict[str, Params]:
+    """The params as they are computed with, on the devices. What `jaxdiff.load` does to params, it does here, too."""
+    if mesh.size == 1:
+        return jax.device_put(params)
+    return place(params, tree_shardings(mesh, params))
+
+
+def random_inputs(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    """Unit normal."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
