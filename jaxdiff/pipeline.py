@@ -21,6 +21,7 @@ from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.generate import SAMPLERS, Program, keys_and_noise, text_to_image
 from jaxdiff.io.folder import Folder, read_folder, write_folder
 from jaxdiff.io.weights import check_params
+from jaxdiff.nn.conv import prepare
 from jaxdiff.sampling.grids import model_grid
 
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
@@ -78,6 +79,8 @@ class Pipeline:
                              f"{model.text_encoder.vocab_size}.")  # fmt: skip
         self.model = replace(model, tokenizer=self.tokenizer)  # so that `save` needs no file of the folder read
         self.params = jax.device_put({name: model.params[name] for name in ("text_encoder", "unet", "vae")})
+        if jax.default_backend() == "cpu" and self.dtype == "float32":
+            self.params = prepare(self.params)
 
     @property
     def size(self) -> tuple[int, int] | None:

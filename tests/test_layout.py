@@ -24,7 +24,7 @@ ALLOWED = {
     "build": {"models", "nn", *BASE},
     "training": {"diffusion", "models", "build", "io", *BASE},
     "generate": {"build", "models", "diffusion", "sampling", "io", "data", *BASE},
-    "pipeline": {"generate", "build", "models", "diffusion", "sampling", "io", "data", *BASE},
+    "pipeline": {"generate", "build", "models", "nn", "diffusion", "sampling", "io", "data", *BASE},
     "__init__": {"pipeline"},
 }
 

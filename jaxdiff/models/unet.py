@@ -6,7 +6,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.nn.blocks import CrossAttentionMiddle, DownStage, UpStage
-from jaxdiff.nn.layers import Conv3x3, GroupNorm, Remat, TimestepMLP, timestep_embedding
+from jaxdiff.nn.conv import Conv3x3
+from jaxdiff.nn.layers import GroupNorm, Remat, TimestepMLP, timestep_embedding
 from jaxdiff.types import Context
 
 

@@ -6,7 +6,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.nn.blocks import AttentionMiddle, DownStage, UpStage
-from jaxdiff.nn.layers import Conv1x1, Conv3x3, GroupNorm, Remat
+from jaxdiff.nn.conv import Conv3x3
+from jaxdiff.nn.layers import Conv1x1, GroupNorm, Remat
 
 EPS = 1e-6
 

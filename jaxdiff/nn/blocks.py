@@ -8,7 +8,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.nn.attention import Attention, Transformer2D
-from jaxdiff.nn.layers import Conv1x1, Conv3x3, GroupNorm, Remat, remat, upsample_nearest
+from jaxdiff.nn.conv import Conv3x3
+from jaxdiff.nn.layers import Conv1x1, GroupNorm, Remat, remat, upsample_nearest
 from jaxdiff.types import Context
 
 Features = Float[Array, "b h w c"]

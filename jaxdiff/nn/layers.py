@@ -13,8 +13,8 @@ M = TypeVar("M", bound=type[nn.Module])
 Remat = Literal["none", "norms", "blocks"]
 """What a backward pass computes again instead of keeping it; see `remat`."""
 
-KEPT = "attention"
-"""The name (`jax.ad_checkpoint.checkpoint_name`) of what attention keeps for its backward pass."""
+KEPT = "costly"
+"""The name (`jax.ad_checkpoint.checkpoint_name`) of what is costly to compute again, where no primitive tells."""
 
 
 def remat(cls: M, policy: Remat) -> M:
@@ -32,13 +32,6 @@ def _costly(primitive: Any, *args: Any, **params: Any) -> bool:
     products = (jax.lax.dot_general_p, jax.lax.conv_general_dilated_p)
     named = jax.checkpoint_policies.save_only_these_names(KEPT)
     return primitive in products or bool(named(primitive, *args, **params))
-
-
-def Conv3x3(
-    channels: int, *, stride: int = 1, padding: int | tuple[tuple[int, int], ...] = 1, dtype: DTypeLike, name: str
-) -> nn.Conv:
-    """A 3x3 convolution; padding 1 keeps the size at stride 1."""
-    return nn.Conv(channels, (3, 3), strides=stride, padding=padding, dtype=dtype, name=name)
 
 
 def Conv1x1(channels: int, *, dtype: DTypeLike, name: str | None) -> nn.Conv:
