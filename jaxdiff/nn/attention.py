@@ -1,12 +1,18 @@
 """Attention, and the transformer that lets every pixel read the prompt."""
 
-from functools import partial
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -15,111 +21,225 @@ from jaxdiff.types import Context
 
 DENSE = 128 * 128
 """Up to so many scores a head, they are simply kept for the backward pass."""
-BLOCK = 128
-"""Queries that meet all the keys at a time, where there are more than that."""
+KEYS = 1024
+"""Others exist in blocks. In loops of JAX's own operations, so many keys meet queries (and heads) at a time,"""
+CPU_SCORES = 512 * 1024
+GPU_SCORES = 16 * 1024**2
+"""and so many scores are there: what a CPU's caches hold, and what keeps a GPU busy."""
+
+Tokens = Float[Array, "b t h d"]
+Keys = Float[Array, "b s h d"]
+Statistics = Float[Array, "b h t"]
 
 
-def attend(
-    q: Float[Array, "b q h d"],
-    k: Float[Array, "b k h d"],
-    v: Float[Array, "b k h d"],
-    mask: Bool[Array, "q k"] | None = None,
-) -> Float[Array, "b q h d"]:
-    """softmax(q k^T / sqrt(d)) v, the softmax in float32 (Vaswani et al. 2017, eq. 1); `mask` is True where allowed."""
-    return (_dense if q.shape[1] * k.shape[1] <= DENSE else _blockwise)(q, k, v, mask)
+def attend(q: Tokens, k: Keys, v: Keys, mask: Bool[Array, "t s"] | None = None) -> Tokens:
+    """softmax(q k^T / sqrt(d)) v, the softmax in float32 (Vaswani et al. 2017, eq. 1); `mask` is True where allowed.
+
+    The scores of a mask, or few of them, are computed at once. Others exist in blocks only, and again in the backward
+    pass: on a TPU by `jaxdiff.nn.flash`, on NVIDIA by cuDNN, which takes 16-bit numbers and heads of some sizes,
+    everywhere else by loops. A mesh in context (`jax.set_mesh`, or
+    `jax.sharding.use_abstract_mesh` where a program is traced) splits batch and heads, and nothing travels.
+    """
+    if mask is not None or q.shape[1] * k.shape[1] <= DENSE:
+        return _dense(q, k, v, mask)
+    if not _cudnn_takes(q.shape, k.shape, jnp.dtype(q.dtype)):
+        return _blockwise(q, k, v)
+    cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=_blockwise)
 
 
-# Heads before tokens: all products are then plain batched matrix products.
-def _heads_first(x: Float[Array, "b t h d"]) -> Float[Array, "b h t d"]:
-    return jnp.swapaxes(x, 1, 2)
+def _dense(q: Tokens, k: Keys, v: Keys, mask: Bool[Array, "t s"] | None = None) -> Tokens:
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # heads first: plain batched matrix products
+    scores = _product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+    scores = scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", weights, v), 1, 2)
 
 
-def _scores(q: Float[Array, "b h q d"], k: Float[Array, "b h k d"], mask: Array | None) -> Float[Array, "b h q k"]:
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+@cache
+def _cudnn_takes(q: tuple[int, ...], k: tuple[int, ...], dtype: jnp.dtype) -> bool:
+    """Whether JAX finds cuDNN here, and that it takes such arrays, both of which it tells by errors."""
+    q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k))  # pyright: ignore
+    try:
+        jax.eval_shape(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, k)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
-def _dense(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    q, k, v = map(_heads_first, (q, k, v))
-    weights = jax.nn.softmax(_scores(q, k, mask), axis=-1).astype(v.dtype)
-    return _heads_first(jnp.einsum("bhqk,bhkd->bhqd", weights, v))
+# Blocks. The forward pass returns the logarithm of each query's sum of exponentials, too, from which the backward pass
+# computes the scores again (Dao 2023, FlashAttention-2, algorithms 1 and 2).
 
 
-# A block of queries against all keys after the other, by loops that leave batch and heads whole, so that a mesh may
-# split those. The scores are computed again in the backward pass (Dao 2023, FlashAttention-2, algorithms 1 and 2).
+def _spread(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` of arrays [b t h d] and statistics [b h t], on its own part of the batch and the heads on every device.
+
+    XLA does not split kernels. An axis that `jax.vmap` adds becomes part of the batch, so that it is split, too.
+    """
+
+    @jax.jit  # traced once for all layers of a shape
+    def here(*arrays: Array) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        free = {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
+        (b, _, h, _) = arrays[0].shape
+        batch = tuple(name for name in ("data", "fsdp") if name in free)
+        batch = batch if b % math.prod(free[name] for name in batch) == 0 else None
+        heads = "tensor" if "tensor" in free and h % free["tensor"] == 0 else None
+        if math.prod(free.values()) == 1:
+            return f(*arrays)
+
+        def spec(x: Any) -> P:
+            return P(batch, None, heads) if x.ndim == 4 else P(batch, heads)
+
+        outputs = jax.eval_shape(f, *arrays)
+        return jax.shard_map(
+            f, in_specs=tuple(map(spec, arrays)), out_specs=jax.tree.map(spec, outputs), check_vma=False
+        )(*arrays)
+
+    spread = custom_vmap(here)
+
+    @spread.def_vmap
+    def mapped(size: int, batched: Any, *arrays: Array) -> Any:
+        arrays = tuple(
+            (x if has else jnp.broadcast_to(x, (size, *x.shape))).reshape(-1, *x.shape[2 if has else 1 :])
+            for x, has in zip(arrays, batched, strict=True)
+        )
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), spread(*arrays))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return spread
 
 
 @jax.custom_vjp
-def _blockwise(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    return _blockwise_fwd(q, k, v, mask)[0]
+def _blockwise(q: Tokens, k: Keys, v: Keys) -> Tokens:
+    return _forward(q, k, v)[0]
 
 
-def _blockwise_fwd(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
-    n, t = _blocks(q, k), q.shape[1]
-    k_, v_ = _heads_first(k), _heads_first(v)
-
-    def block(rows: tuple[Array, Array | None]) -> tuple[Array, Array]:
-        scores = _scores(rows[0], k_, rows[1])
-        top = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v_, preferred_element_type=jnp.float32) / total
-        return out.astype(v.dtype), (top + jnp.log(total))[..., 0]
-
-    out, logsumexp = jax.lax.map(block, (_split(q, n), _split_mask(mask, n)))
-    out = checkpoint_name(_join(out, t), KEPT)
-    logsumexp = checkpoint_name(logsumexp, KEPT)
-    return out, (q, k, v, mask, out, logsumexp)
+@_spread
+def _forward(q: Tokens, k: Keys, v: Keys) -> tuple[Tokens, Statistics]:
+    return _by_platform("forward", _loop_forward)(q, k, v)
 
 
-def _blockwise_bwd(kept: tuple[Any, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, mask, out, logsumexp = kept
-    n, t, scale = _blocks(q, k), q.shape[1], q.shape[-1] ** -0.5
-    k_, v_ = _heads_first(k), _heads_first(v)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-    def block(sums: tuple[Array, Array], rows: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
-        q, out, d_out, logsumexp, mask = rows
-        weights = jnp.exp(_scores(q, k_, mask) - logsumexp[..., None])
-        d_weights = product("bhqd,bhkd->bhqk", d_out, v_)
-        inner = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1, keepdims=True)
-        d_scores = (weights * (d_weights - inner)).astype(q.dtype)
-        d_k = sums[0] + product("bhqk,bhqd->bhkd", d_scores, q)
-        d_v = sums[1] + product("bhqk,bhqd->bhkd", weights.astype(v.dtype), d_out)
-        return (d_k, d_v), (product("bhqk,bhkd->bhqd", d_scores, k_) * scale).astype(q.dtype)
-
-    zeros = jnp.zeros_like(k_, jnp.float32), jnp.zeros_like(v_, jnp.float32)
-    rows = (_split(q, n), _split(out, n), _split(d_out, n), logsumexp, _split_mask(mask, n))
-    (d_k, d_v), d_q = jax.lax.scan(block, zeros, rows)
-    return _join(d_q, t), _heads_first(d_k * scale).astype(k.dtype), _heads_first(d_v).astype(v.dtype), None
+@_spread
+def _backward(
+    q: Tokens, k: Keys, v: Keys, out: Tokens, logsumexp: Statistics, d_out: Tokens
+) -> tuple[Tokens, Keys, Keys]:
+    return _by_platform("backward", _loop_backward)(q, k, v, out, logsumexp, d_out)
 
 
-_blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+def _by_platform(name: str, loop: Callable[..., Any]) -> Callable[..., Any]:
+    """The loop, or the kernel of this name where a TPU's compiler is there; without one, why import and trace it?"""
+    kernels = {"cpu": partial(loop, most=CPU_SCORES)}
+    if find_spec("libtpu"):
+        from jaxdiff.nn import flash
+
+        kernels["tpu"] = getattr(flash, name)
+    return partial(jax.lax.platform_dependent, **kernels, default=partial(loop, most=GPU_SCORES))
 
 
-def _blocks(q: Array, k: Array) -> int:
-    """At least two: the one pass of a loop would be merged with that of the other loop, and its scores kept."""
-    return max(2, -(-q.shape[1] // BLOCK) if k.shape[1] > 2 * BLOCK else 1)
+def _blockwise_fwd(q: Tokens, k: Keys, v: Keys) -> tuple[Tokens, tuple[Array, ...]]:
+    out, logsumexp = (checkpoint_name(x, KEPT) for x in _forward(q, k, v))
+    return out, (q, k, v, out, logsumexp)
 
 
-def _split(x: Float[Array, "b t h d"], n: int) -> Float[Array, "{n} b h r d"]:
-    """Blocks of equal length; rows of zeros, which add nothing to any gradient, fill up the last."""
-    b, t, h, d = x.shape
-    rows = -(-t // n)
-    x = jnp.pad(x, ((0, 0), (0, n * rows - t), (0, 0), (0, 0)))
-    return x.reshape(b, n, rows, h, d).transpose(1, 0, 3, 2, 4)
+_blockwise.defvjp(_blockwise_fwd, lambda kept, d_out: _backward(*kept, d_out))
 
 
-def _join(x: Float[Array, "n b h r d"], t: int) -> Float[Array, "b {t} h d"]:
-    n, b, h, rows, d = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(b, n * rows, h, d)[:, :t]
+# Loops over heads (some at once), blocks of queries, and blocks of keys, so that there are no more than `most` scores
+# at a time. They lie as [keys, queries]: sums over keys are then sums of vectors.
 
 
-def _split_mask(mask: Bool[Array, "q k"] | None, n: int) -> Bool[Array, "{n} r k"] | None:
-    if mask is None:
-        return None
-    rows = -(-mask.shape[0] // n)
-    return jnp.pad(mask, ((0, n * rows - mask.shape[0]), (0, 0)), constant_values=True).reshape(n, rows, -1)
+def _loop_forward(q: Tokens, k: Keys, v: Keys, *, most: int) -> tuple[Tokens, Statistics]:
+    (b, t, h, d), scale = q.shape, q.shape[-1] ** -0.5
+    n, queries, keys = _cuts(b * h, t, k.shape[1], most)
+
+    def head(arrays: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v = arrays
+
+        def block(q: Array) -> tuple[Array, Array]:
+            def step(carry: tuple[Array, ...], part: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+                (top, total, out), (k, v) = carry, part
+                scores = _product("gkd,gqd->gkq", k, q) * scale
+                new_top = jnp.maximum(top, scores.max(1, keepdims=True))
+                weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+                total = total * shrink + weights.sum(1, keepdims=True)
+                return (new_top, total, out * shrink + _product("gkd,gkq->gdq", v, weights.astype(v.dtype))), None
+
+            row = jnp.zeros((n, 1, queries))
+            start = (row - jnp.inf, row, jnp.zeros((n, d, queries)))
+            (top, total, out), _ = jax.lax.scan(step, start, (_cut(k, keys), _cut(v, keys)))
+            return (out / total).astype(v.dtype), (top + jnp.log(total))[:, 0]
+
+        out, logsumexp = jax.lax.map(block, _cut(q, queries))
+        return out, logsumexp
+
+    out, logsumexp = jax.lax.map(head, tuple(_heads(x, n) for x in (q, k, v)))
+    # [heads, blocks, heads at once, ...]
+    out = out.transpose(0, 2, 1, 4, 3).reshape(b, h, t, d)
+    return jnp.swapaxes(out, 1, 2), logsumexp.swapaxes(1, 2).reshape(b, h, t)
+
+
+def _loop_backward(
+    q: Tokens, k: Keys, v: Keys, out: Tokens, logsumexp: Statistics, d_out: Tokens, *, most: int
+) -> tuple[Tokens, Keys, Keys]:
+    (b, t, h, d), s, scale = q.shape, k.shape[1], q.shape[-1] ** -0.5
+    n, queries, keys = _cuts(b * h, t, s, most)
+    inner = jnp.einsum("bthd,bthd->bht", out, d_out, preferred_element_type=jnp.float32)
+
+    def head(arrays: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        q, k, v, d_out, logsumexp, inner = arrays
+
+        def block(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+            q, d_out, logsumexp, inner = rows
+
+            def step(d_q: Array, part: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+                k, v = part
+                weights = jnp.exp(_product("gkd,gqd->gkq", k, q) * scale - logsumexp[:, None])
+                d_weights = _product("gkd,gqd->gkq", v, d_out)
+                d_scores = (weights * (d_weights - inner[:, None])).astype(q.dtype)
+                d_k = _product("gkq,gqd->gkd", d_scores, q)
+                d_v = _product("gkq,gqd->gkd", weights.astype(q.dtype), d_out)
+                return d_q + _product("gkd,gkq->gdq", k, d_scores), (d_k, d_v)
+
+            d_q, parts = jax.lax.scan(step, jnp.zeros((n, d, queries)), (_cut(k, keys), _cut(v, keys)))
+            return jax.tree.map(jnp.add, sums, parts), (d_q * scale).astype(q.dtype)
+
+        zeros = jnp.zeros((s // keys, n, keys, d))
+        rows = (_cut(q, queries), _cut(d_out, queries), _cut(logsumexp, queries), _cut(inner, queries))
+        (d_k, d_v), d_q = jax.lax.scan(block, (zeros, zeros), rows)
+        return d_q, (d_k * scale).astype(k.dtype), d_v.astype(v.dtype)
+
+    arrays = [_heads(x, n) for x in (q, k, v, d_out)] + [x.reshape(-1, n, t) for x in (logsumexp, inner)]
+    d_q, d_k, d_v = jax.lax.map(head, tuple(arrays))
+    d_q = d_q.transpose(0, 2, 1, 4, 3).reshape(b, h, t, d)
+    d_k, d_v = (x.swapaxes(1, 2).reshape(b, h, s, d) for x in (d_k, d_v))
+    return jnp.swapaxes(d_q, 1, 2), jnp.swapaxes(d_k, 1, 2), jnp.swapaxes(d_v, 1, 2)
+
+
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _heads(x: Float[Array, "b t h d"], n: int) -> Float[Array, "m {n} t d"]:
+    """Heads first, `n` of them together."""
+    return jnp.swapaxes(x, 1, 2).reshape(-1, n, x.shape[1], x.shape[3])
+
+
+def _cut(x: Float[Array, "n t *d"], rows: int) -> Float[Array, "m n {rows} *d"]:
+    """Blocks of so many rows."""
+    return x.reshape(len(x), -1, rows, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _cuts(heads: int, queries: int, keys: int, most: int) -> tuple[int, int, int]:
+    """How many heads, queries and keys meet at a time: equal parts."""
+    keys = _part(keys, KEYS)
+    queries = _part(queries, max(1, most // keys))
+    return _part(heads, max(1, most // (keys * queries))), queries, keys
+
+
+def _part(n: int, most: int) -> int:
+    """The largest part of `n` up to `most`; `n` itself where all are small."""
+    return next((part for part in range(min(n, most), most // 16, -1) if n % part == 0), n)
 
 
 class Attention(nn.Module):

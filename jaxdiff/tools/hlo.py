@@ -215,6 +215,8 @@ def flops(jaxpr: Any) -> int:
             pixels = math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[d] for d in spec[1:])
             # Zeros between pixels, as in the gradient of a stride, are not multiplied.
             total += 2 * pixels // math.prod(eqn.params["lhs_dilation"])
+        elif name == "pallas_call":
+            total += eqn.params["cost_estimate"].flops
         else:
             values = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
             inner = [flops(value) for value in values if _is_jaxpr(value)]

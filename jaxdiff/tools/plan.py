@@ -1,7 +1,8 @@
 """Plans a run before it is paid for: compiles its training step, without weights or data, and says what it costs.
 
 `python -m jaxdiff.tools.plan configs/sd15_scratch.py --topology v5e:16x16 [--field value ...]` asks the TPU compiler,
-on a machine without a TPU; `--devices 8` asks the CPU's. Fields are overridden as `train.py` does it.
+on a machine without a TPU; `--devices 8` asks the CPU's. Fields are overridden as `train.py` does it. `--forward` plans
+one call of the UNet in place of a step, as sampling makes it: parameters whole on every chip, in the config's dtype.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxdiff import build
 from jaxdiff.cli import exit_code
-from jaxdiff.config import TrainConfig, VAEConfig, VAETask
+from jaxdiff.config import DiffusionTask, TrainConfig, VAEConfig, VAETask
 from jaxdiff.io.folder import read_config as read_network_config
 from jaxdiff.sharding import batch_sharding, make_mesh, tree_shardings
 from jaxdiff.tools import hlo
@@ -41,12 +43,18 @@ from jaxdiff.training.tasks.diffusion import diffusion_task
 from jaxdiff.training.tasks.vae import vae_task
 from jaxdiff.types import Params
 
-USAGE = "python -m jaxdiff.tools.plan CONFIG (--topology v5e:4x4 | --devices 8) [--fit] [--json] [--field value ...]"
+USAGE = (
+    "python -m jaxdiff.tools.plan CONFIG (--topology v5e:4x4 | --devices 8) "
+    "[--forward] [--fit] [--json] [--field value ...]"
+)
+
+
+PARTS = ("parameters", "optimiser", "ema", "frozen", "inputs")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step costs each chip: bytes, operations, and seconds that it takes at the least."""
+    """What a step (or a call of the UNet) costs each chip: bytes, operations, and seconds that it takes at least."""
 
     devices: int
     mesh: dict[str, int]
@@ -67,7 +75,12 @@ class Plan:
     flops: float
     """Of matrix products and convolutions, what is computed again included."""
     bytes_moved: float
-    """To and from the chip's memory."""
+    """To and from the chip's memory, by our own count: loops in every turn, what stays on the chip not at all."""
+    bytes_accessed: float
+    """XLA's own figure, which others publish: what its operations read and write, wherever it lies, and each loop once.
+
+    Kernels count as they say: operands as often as they are read, and results.
+    """
     collectives: dict[str, int]
     """Bytes sent to other chips by each kind of collective."""
     bounds: dict[str, float]
@@ -96,8 +109,7 @@ def abstract_task(config: TrainConfig) -> tuple[Task, dict[str, jax.ShapeDtypeSt
         trained = vae_task(task, start, dtype, config.remat)
         return freeze(replace(trained, start=trained.start or {}), config.optim.factors), batch
 
-    folder = model_folder(task.vae)
-    vae = read_network_config(folder, "vae") if task.vae and folder.is_dir() else VAEConfig()
+    vae = _vae_config(task)
     tokens, width_of_text = task.text_encoder.max_position_embeddings, task.text_encoder.hidden_size
     frozen: Params = {"empty_tokens": shape((tokens,), jnp.int32)}
     if task.latent_variants or config.data.source == "latents":
@@ -118,6 +130,11 @@ def abstract_task(config: TrainConfig) -> tuple[Task, dict[str, jax.ShapeDtypeSt
     return freeze(replace(trained, start=start), config.optim.factors), batch
 
 
+def _vae_config(task: DiffusionTask) -> VAEConfig:
+    folder = model_folder(task.vae)
+    return read_network_config(folder, "vae") if task.vae and folder.is_dir() else VAEConfig()
+
+
 def placed(tree: Any, shardings: Any) -> Any:
     """Shapes with the shardings that they have."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
@@ -132,7 +149,58 @@ def bytes_a_chip(tree: Any) -> int:
     )
 
 
-def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path | None = None, runs: int = 0) -> Plan:
+Program = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A jitted function, the shapes of its arguments (with shardings), and those that are parts of a plan."""
+
+
+def step_program(config: TrainConfig, mesh: Mesh) -> Program:
+    """The step that `train.py` takes."""
+    task, batch = abstract_task(config)
+    tx = optimiser(config.optim, learning_rate(config.optim, config.steps))
+    key = jax.random.key(0)
+    state = create_state(task, tx, key, mesh, config.ema, abstract=True)
+    frozen = placed(task.frozen, tree_shardings(mesh, task.frozen))
+    batch = placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
+    step = make_step(task, tx, state, config.ema, config.optim.accumulate, jnp.dtype(config.dtype))
+    parts = {"parameters": state.params, "optimiser": state.opt, "ema": state.ema, "frozen": frozen, "inputs": batch}
+    return step, (state, frozen, batch, jax.eval_shape(lambda: key)), parts
+
+
+def forward_program(config: TrainConfig, mesh: Mesh) -> Program:
+    """One call of the UNet, as sampling makes it: the batch in parts, the parameters whole.
+
+    Raises:
+        ValueError: where the config trains no UNet.
+    """
+    if not isinstance(task := config.task, DiffusionTask):
+        raise ValueError("--forward plans a UNet, and this config trains an autoencoder.")
+    dtype, shape = jnp.dtype(config.dtype), jax.ShapeDtypeStruct
+    b, (height, width), factor = config.data.batch_size, config.data.shapes[0], _vae_config(task).factor
+    module, whole = build.unet(task.unet, dtype), NamedSharding(mesh, P())
+    params = jax.tree.map(lambda p: shape(p.shape, dtype, sharding=whole), build.param_shapes(module, task.unet))
+    inputs = (
+        shape((b, height // factor, width // factor, task.unet.in_channels), jnp.float32),
+        shape((b,), jnp.float32),
+        shape((b, task.text_encoder.max_position_embeddings, task.unet.cross_attention_dim), dtype),
+    )
+    inputs = placed(inputs, jax.tree.map(lambda _: batch_sharding(mesh), inputs))
+
+    @jax.jit
+    def forward(params: Params, *inputs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return module.apply({"params": params}, *inputs)
+
+    return forward, (params, *inputs), {"parameters": params, "inputs": inputs}
+
+
+def plan(
+    config: TrainConfig,
+    mesh: Mesh,
+    chip: Chip | None = None,
+    dump: Path | None = None,
+    runs: int = 0,
+    forward: bool = False,
+) -> Plan:
     """Compiles the step of `config` for `mesh`; its global batch is `config.data.batch_size`.
 
     Args:
@@ -141,38 +209,29 @@ def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path |
         chip: what each can do, where that is known.
         dump: a file for the compiled program's text.
         runs: steps to take, on weights and data that are 0; the devices must be there.
+        forward: one call of the UNet, in place of the step.
 
     Raises:
         ValueError: where the batch does not divide among the devices.
     """
-    spread = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
+    spread = mesh.shape["data"] * mesh.shape["fsdp"] * (1 if forward else config.optim.accumulate)
     if config.data.batch_size % spread:
         raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} parts that "
                          "the mesh's data and fsdp axes and OptimConfig.accumulate split it into.")  # fmt: skip
-    task, batch = abstract_task(config)
-    tx = optimiser(config.optim, learning_rate(config.optim, config.steps))
-    key = jax.random.key(0)
-    state = create_state(task, tx, key, mesh, config.ema, abstract=True)
-    frozen = placed(task.frozen, tree_shardings(mesh, task.frozen))
-    batch = placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
-    step = make_step(task, tx, state, config.ema, config.optim.accumulate, jnp.dtype(config.dtype))
+    program, arguments, parts = (forward_program if forward else step_program)(config, mesh)
 
     began = time.perf_counter()
-    traced = step.trace(state, frozen, batch, jax.eval_shape(lambda: key))
+    traced = program.trace(*arguments)
     work = hlo.flops(traced.jaxpr) / mesh.size
+    held = {name: bytes_a_chip(parts.get(name, ())) for name in PARTS}
     sizes = {
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "batch": config.data.batch_size // mesh.size,
-        "parameters": bytes_a_chip(state.params),
-        "optimiser": bytes_a_chip(state.opt),
-        "ema": bytes_a_chip(state.ema),
-        "frozen": bytes_a_chip(frozen),
-        "inputs": bytes_a_chip(batch),
         "flops": work,
         "memory": int(chip.hbm) if chip else None,
+        **held,
     }
-    kept = sum(sizes[name] for name in ("parameters", "optimiser", "ema", "frozen", "inputs"))
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -180,18 +239,18 @@ def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path |
             raise
         used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
         total = int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)) if used else 0
-        return Plan(**sizes, temporaries=max(0, total - kept), total=total, fits=False, bytes_moved=0, collectives={},
-                    bounds={}, seconds=None, images_per_second=None,
+        return Plan(**sizes, temporaries=max(0, total - sum(held.values())), total=total, fits=False, bytes_moved=0,
+                    bytes_accessed=0, collectives={}, bounds={}, seconds=None, images_per_second=None,
                     compile_seconds=time.perf_counter() - began)  # fmt: skip
 
     text = compiled.as_text()
     if dump:
         dump.write_text(text)
-    program, memory = hlo.parse(text), compiled.memory_analysis()
+    parsed, memory = hlo.parse(text), compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    collectives = program.collectives()
-    moved = float(program.bytes_moved())
+    collectives = parsed.collectives()
+    moved = float(parsed.bytes_moved())
     bounds = {}
     if chip:
         bounds = {
@@ -201,14 +260,16 @@ def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path |
         }
     seconds = max(bounds.values(), default=None)
     compile_seconds = time.perf_counter() - began
-    del text, program, traced
-    times = run(compiled, (state, frozen, batch), key, runs) if runs else []
+    accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
+    del text, parsed, traced
+    times = run(compiled, arguments, runs, forward) if runs else []
     return Plan(
         **sizes,
         temporaries=memory.temp_size_in_bytes,
         total=total,
         fits=not chip or total <= chip.hbm,
         bytes_moved=moved,
+        bytes_accessed=accessed,
         collectives=collectives,
         bounds=bounds,
         seconds=seconds,
@@ -219,19 +280,26 @@ def plan(config: TrainConfig, mesh: Mesh, chip: Chip | None = None, dump: Path |
     )
 
 
-def run(compiled: Any, shapes: Any, key: Any, times: int) -> list[float]:
-    """The seconds of so many steps; one that is not counted goes before."""
+def run(compiled: Any, shapes: tuple[Any, ...], times: int, forward: bool = False) -> list[float]:
+    """The seconds of so many calls; one that is not counted goes before. A step takes the state that the last made."""
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":  # what compiling has left is no part of a run that finds its program in the cache
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    state, frozen, batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
+
+    def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+
+    arguments = jax.tree.map(fill, shapes)
     seconds = []
     for _ in range(times + 1):
         began = time.perf_counter()
-        state, metrics = compiled(state, frozen, batch, key)
-        jax.block_until_ready(metrics)
+        result = jax.block_until_ready(compiled(*arguments))
         seconds.append(time.perf_counter() - began)
+        if not forward:
+            arguments = (result[0], *arguments[1:])
     return seconds[1:]
 
 
@@ -301,22 +369,23 @@ def report(plan: Plan, name: str) -> str:
 
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
     lines = [f"{name}: {plan.devices} devices ({mesh}), {plan.batch} pictures a chip", "", "Memory of each chip"]
-    for part in ("parameters", "optimiser", "ema", "frozen", "inputs", "temporaries"):
+    for part in (*PARTS, "temporaries"):
         lines.append(f"  {part:<22}{gib(getattr(plan, part))}")
     limit = f" of {plan.memory / 2**30:.2f} GiB: {'it fits' if plan.fits else 'TOO MUCH'}" if plan.memory else ""
-    lines += [f"  {'together':<22}{gib(plan.total)}{limit}", "", "Work of each chip, a step"]
+    lines += [f"  {'together':<22}{gib(plan.total)}{limit}", "", "Work of each chip, a call"]
     lines.append(f"  {'operations':<22}{plan.flops / 1e12:8.3g} TFLOP")
     if plan.bytes_moved:
-        lines.append(f"  {'memory traffic':<22}{gib(plan.bytes_moved)}")
+        accessed = gib(plan.bytes_accessed).strip()
+        lines.append(f"  {'memory traffic':<22}{gib(plan.bytes_moved)} (by XLA's own count {accessed})")
         for kind, size in sorted(plan.collectives.items()):
             lines.append(f"  {kind:<22}{gib(size)}")
     if plan.seconds:
         lines += ["", "At the least"]
         lines += [f"  {bound:<22}{1e3 * seconds:8.1f} ms" for bound, seconds in plan.bounds.items()]
         assert plan.images_per_second
-        lines.append(f"  {'a step':<22}{1e3 * plan.seconds:8.1f} ms: at most {plan.images_per_second:,.0f} pictures/s")
+        lines.append(f"  {'a call':<22}{1e3 * plan.seconds:8.1f} ms: at most {plan.images_per_second:,.0f} pictures/s")
     if plan.run_seconds and plan.peak:
-        lines += ["", f"Run: {plan.run_seconds:.2f} s a step; this process took {plan.peak / 1e9:.2f} GB at most."]
+        lines += ["", f"Run: {plan.run_seconds:.2f} s a call; this process took {plan.peak / 1e9:.2f} GB at most."]
     return "\n".join([*lines, "", f"Compiled in {plan.compile_seconds:.0f} s."])
 
 
@@ -328,6 +397,7 @@ def main(argv: list[str]) -> int:
     where.add_argument("--topology", help="a TPU slice, such as v5e:16x16 (needs the tpu extra)")
     where.add_argument("--devices", type=int, help="so many devices of the CPU")
     parser.add_argument("--batch", type=int, help="pictures a chip, in place of the config's batch")
+    parser.add_argument("--forward", action="store_true", help="plan one call of the UNet in place of a step")
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits")
     parser.add_argument("--run", type=int, default=0, help="steps to take on the CPU's devices, to be timed")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -380,7 +450,7 @@ def _plan_on(options: argparse.Namespace, config: TrainConfig, devices: Sequence
     def planned(batch: int) -> Plan:
         sized = replace(config, data=replace(config.data, batch_size=batch * mesh.size))
         if batch not in found:
-            found[batch] = plan(sized, mesh, chip, options.dump, options.run)
+            found[batch] = plan(sized, mesh, chip, options.dump, options.run, options.forward)
             if options.fit:
                 fits = "fits" if found[batch].fits else "does not fit"
                 print(f"{batch} pictures a chip: {found[batch].total / 2**30:.2f} GiB, {fits}", file=sys.stderr)
@@ -389,7 +459,10 @@ def _plan_on(options: argparse.Namespace, config: TrainConfig, devices: Sequence
     batch = options.batch or max(1, config.data.batch_size // mesh.size)
     if options.fit:
         batch = largest(lambda n: planned(n).fits, batch) or 1
-    result = planned(batch) if options.batch or options.fit else plan(config, mesh, chip, options.dump, options.run)
+    if options.batch or options.fit:
+        result = planned(batch)
+    else:
+        result = plan(config, mesh, chip, options.dump, options.run, options.forward)
     name = options.topology or "CPU"
     print(json.dumps({"device": name} | asdict(result), indent=2) if options.json else report(result, name))
 

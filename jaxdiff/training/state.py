@@ -191,7 +191,9 @@ def make_step(
             grads, (metrics, notes) = jax.grad(loss_fn, has_aux=True)(state.params, part)
             return jax.lax.with_sharding_constraint(grads, stored), metrics, notes
 
-        grads, metrics, notes = gradients(batch) if accumulate == 1 else in_parts(gradients, batch, accumulate, mesh)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention's kernels are split over it
+            taken = gradients(batch) if accumulate == 1 else in_parts(gradients, batch, accumulate, mesh)
+        grads, metrics, notes = taken
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
