@@ -1,10 +1,12 @@
 """A text-to-image model that can be called: loading, checking what a user asks for, saving."""
 
+import json
 import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -17,11 +19,15 @@ from jaxtyping import UInt8
 from jaxdiff import build
 from jaxdiff.config import load_json, nearest
 from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.generate import SAMPLERS, Program, keys_and_noise, text_to_image
-from jaxdiff.io.folder import Folder, read_folder, write_folder
+from jaxdiff.generate import SAMPLERS, Program, keys_and_noise, outline, text_to_image
+from jaxdiff.io.convert import leaves
+from jaxdiff.io.folder import Folder, NetworkConfig, read_folder, write_folder
+from jaxdiff.io.programs import enable_compilation_cache, kept, remembered
 from jaxdiff.io.weights import check_params
 from jaxdiff.sampling.grids import model_grid
+from jaxdiff.types import Params
 
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
 DTYPES = ("float32", "bfloat16")
@@ -29,7 +35,7 @@ MAX_SIDE = 8192  # pixels; far beyond, XLA's own counters overflow and abort the
 
 
 def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline":
-    """Reads a text-to-image model.
+    """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
     Args:
         path: a diffusers folder, or a run directory of `train.py`; None is the model that comes with the package.
@@ -40,6 +46,7 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline"
     """
     path = EMBEDDED if path is None else Path(path)
     _check_dtype(dtype)
+    enable_compilation_cache()
     folder = path
     if not (path / "model_index.json").exists() and _is_run(path):
         folder = path / "export"
@@ -50,9 +57,7 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline"
                              "train one with a DiffusionTask, until its first evaluation.")  # fmt: skip
     model = read_folder(folder)
     for name in ("unet", "vae", "text_encoder"):
-        config = getattr(model, name)
-        expected = build.param_shapes(getattr(build, name)(config), config)
-        check_params(model.params[name], expected, folder / name)
+        check_params(model.params[name], _expected(name, getattr(model, name)), folder / name)
     return Pipeline(model, dtype, name=path.resolve().name)
 
 
@@ -99,6 +104,8 @@ class Pipeline:
         eta: SupportsFloat = 0.0,
         size: tuple[int, int] | None = None,
         latents: ArrayLike | None = None,
+        guidance_interval: tuple[SupportsFloat, SupportsFloat] | None = None,
+        cache_interval: int = 1,
         progress: Callable[[int], object] | None = None,
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """Draws one picture for each prompt; image i depends on its prompt and `seed + i` alone.
@@ -113,6 +120,10 @@ class Pipeline:
             eta: 0 takes all noise from the start, 1 adds fresh noise at every step (Song et al. 2021, eq. 16).
             size: (width, height) in pixels; None is the model's own.
             latents: unit normal [b, h, w, c] in place of the seeds' starting noise.
+            guidance_interval: the lowest and highest noise level (sigma) that are guided; None guides all. At the
+                others the model is asked for the prompt alone, in half the time (Kynkäänniemi et al. 2024).
+            cache_interval: 3 computes the network's deep features at every third step only and is faster, but draws
+                another picture (Ma et al. 2023, DeepCache); 1 is exact.
             progress: is told the number of steps done, about ten times.
 
         Raises:
@@ -131,10 +142,17 @@ class Pipeline:
         if not 0 <= seed <= 2**32 - b:
             raise ValueError(f"seed is {seed}; it must lie from 0 to {2**32 - b} for {b} images.")
         scale, share = _float32(guidance), _float32(eta)
+        levels = _float32([0, np.inf] if guidance_interval is None else guidance_interval)
+        every = _whole("cache_interval", cache_interval)
         if scale.shape or not np.isfinite(scale):
             raise ValueError(f"guidance is {guidance!r}; it must be a finite number.")
         if share.shape or not 0 <= share <= 1:
             raise ValueError(f"eta is {eta!r}; it must lie from 0 to 1.")
+        if levels.shape != (2,) or not 0 <= levels[0] <= levels[1]:
+            raise ValueError(f"guidance_interval is {guidance_interval!r}; it must be two noise levels (sigma), 0 or "
+                             "more, the lower one first.")  # fmt: skip
+        if every < 1:
+            raise ValueError(f"cache_interval is {every}; it must be at least 1.")
 
         model = self.model
         grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
@@ -152,13 +170,24 @@ class Pipeline:
             scheduler=model.scheduler,
             scaling_factor=model.vae.scaling_factor,
             sampler=sampler,
+            interval=guidance_interval is not None,
+            reuse=every > 1,
         )
+        turned = Guidance(*map(jnp.asarray, (scale, *levels))), share, np.int32(min(every, steps))
         # A bar needs the program to return now and then; the pieces are the same program and give the same picture.
-        piece = steps if progress is None else math.ceil(steps / 10)
+        piece = steps if progress is None else every * math.ceil(steps / 10 / every)
+        ends = np.int32(0), np.int32(0), np.int32(steps)
+        arguments = self.params, tokens, x, keys, grid, *ends, *turned
+        ours = SAMPLERS[sampler].__module__.startswith("jaxdiff.")  # of others, the source is not known
+        draw = (
+            kept(text_to_image, outline, *arguments, program=program)
+            if ours
+            else partial(text_to_image, program=program)
+        )
         for start in range(0, steps, piece):
             stop = min(start + piece, steps)
             ends = np.int32(start), np.int32(stop), np.int32(steps)
-            x, images = text_to_image(self.params, tokens, x, keys, grid, *ends, scale, share, program=program)
+            x, images = draw(self.params, tokens, x, keys, grid, *ends, *turned)
             if progress is not None:
                 x.block_until_ready()
                 progress(stop)
@@ -209,25 +238,28 @@ class Pipeline:
 _keys_and_noise = jax.jit(keys_and_noise, static_argnums=1)
 
 
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that the next process starts fast.
-
-    The environment variable JAXDIFF_CACHE names another folder, or turns this off when it is "off"; where JAX's own
-    JAX_COMPILATION_CACHE_DIR is set, that stands.
-    """
-    chosen = os.environ.get("JAXDIFF_CACHE", "")
-    if chosen.lower() in ("off", "0", "no", "false") or jax.config.values["jax_compilation_cache_dir"]:
-        return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", chosen or str(base / "jaxdiff"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
 def _is_run(path: Path) -> bool:
     """Whether `train.py` made the folder."""
     if (path / "export").is_dir() or (path / "checkpoints").is_dir():
         return True
     return (path / "config.json").is_file() and "task" in load_json(path / "config.json")
+
+
+def _expected(name: str, config: NetworkConfig) -> Params:
+    """The shapes of a network's params; finding them takes as long as tracing it, so they are kept as well."""
+
+    def find() -> bytes:
+        shapes = leaves(build.param_shapes(getattr(build, name)(config), config))
+        return json.dumps({"/".join(path): leaf.shape for path, leaf in shapes}).encode()
+
+    tree: Params = {}
+    for path, shape in json.loads(remembered("shapes", (name, config), find)).items():
+        *modules, leaf = path.split("/")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = jax.ShapeDtypeStruct(shape, np.float32)
+    return tree
 
 
 def _check_dtype(dtype: str | None) -> None:

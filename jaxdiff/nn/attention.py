@@ -17,6 +17,8 @@ DENSE = 128 * 128
 """Up to so many scores a head, they are simply kept for the backward pass."""
 BLOCK = 128
 """Queries that meet all the keys at a time, where there are more than that."""
+KEYS = ("to_k", "to_v")
+"""The projections of what is attended to."""
 
 
 def attend(
@@ -125,7 +127,8 @@ def _split_mask(mask: Bool[Array, "q k"] | None, n: int) -> Bool[Array, "{n} r k
 class Attention(nn.Module):
     """Multi-head attention of `x` over `context` (itself if None), with diffusers' names for the projections.
 
-    `norm_groups` above 0 puts a GroupNorm first, as the autoencoder wants it.
+    `norm_groups` above 0 puts a GroupNorm first, as the autoencoder wants it. Keys and values are taken from the
+    collection "prompt" where it holds any (`jaxdiff.models.unet.prompt_keys`).
     """
 
     heads: int
@@ -144,7 +147,11 @@ class Attention(nn.Module):
             y = nn.Dense(c, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(source)
             return y.reshape(b, -1, self.heads, c // self.heads)
 
-        y = attend(project("to_q", x), project("to_k", context), project("to_v", context))
+        if self.has_variable("prompt", "to_k"):
+            k, v = (self.get_variable("prompt", name).reshape(b, -1, self.heads, c // self.heads) for name in KEYS)
+        else:
+            k, v = (project(name, context) for name in KEYS)
+        y = attend(project("to_q", x), k, v)
         return nn.Dense(c, dtype=self.dtype, name="to_out_0")(y.reshape(b, t, c))
 
 
