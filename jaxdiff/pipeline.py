@@ -65,7 +65,7 @@ class Pipeline:
     """Prompts to pictures. `load` makes one; so does a `Folder` in memory."""
 
     def __init__(self, model: Folder, dtype: str | None = None, name: str = "") -> None:
-        """Puts the params on the default device.
+        """Puts the params on the default device, in the type that they are computed in.
 
         Raises:
             ValueError: when the model's parts do not fit together.
@@ -81,8 +81,11 @@ class Pipeline:
         if len(self.tokenizer) > model.text_encoder.vocab_size:
             raise ValueError(f"The tokenizer has {len(self.tokenizer)} tokens, more than the text encoder's vocab_size "
                              f"{model.text_encoder.vocab_size}.")  # fmt: skip
-        self.model = replace(model, tokenizer=self.tokenizer)  # so that `save` needs no file of the folder read
-        self.params = jax.device_put({name: model.params[name] for name in ("text_encoder", "unet", "vae")})
+        host = {name: model.params[name] for name in ("text_encoder", "unet", "vae")}
+        self.params = jax.device_put(_in_dtype(host, self._jax_dtype))
+        # `save` needs no file of the folder read, and no second copy of params that are exact on the device.
+        exact = self.params if self.dtype == "float32" else host
+        self.model = replace(model, tokenizer=self.tokenizer, params=exact)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -158,7 +161,7 @@ class Pipeline:
         grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
         given = None if latents is None else _float32(latents)
         shape = self._latent_shape(size, b, given)
-        _check_memory(model, b, shape)
+        _check_memory(model, b, shape, self._jax_dtype)
         keys, x = _keys_and_noise(np.arange(seed, seed + b, dtype=np.uint32), shape)
         if given is not None:
             x = jnp.asarray(given)
@@ -267,6 +270,15 @@ def _check_dtype(dtype: str | None) -> None:
         raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}.")
 
 
+def _in_dtype(params: Params, dtype: DTypeLike) -> Params:
+    """The params as the networks would cast them at every step: norms in float32, all else in `dtype`."""
+    kept = np.float32 if "scale" in params else dtype
+    return {
+        name: _in_dtype(leaf, dtype) if isinstance(leaf, dict) else np.asarray(leaf).astype(kept, copy=False)
+        for name, leaf in params.items()
+    }
+
+
 def _check_parts(model: Folder) -> None:
     taken, given, latent = model.unet.in_channels, model.unet.out_channels, model.vae.latent_channels
     if not taken == given == latent:
@@ -278,25 +290,21 @@ def _check_parts(model: Folder) -> None:
                          "they must be equal.")  # fmt: skip
 
 
-def _check_memory(model: Folder, b: int, shape: tuple[int, int, int]) -> None:
-    """Refuses attention that a CPU's memory cannot hold, for which the system kills the process without a word.
+def _check_memory(model: Folder, b: int, shape: tuple[int, int, int], dtype: DTypeLike) -> None:
+    """Refuses what a CPU's memory cannot hold by any means, for which the system kills the process without a word.
 
     Accelerators say themselves when theirs is short.
     """
     if jax.default_backend() != "cpu":
         return
-    unet, pixels = model.unet, shape[0] * shape[1]
-    last = len(unet.heads) - 1
-    entries = [pixels**2]  # in the middle of the VAE; the UNet draws each image with and without its prompt
-    for level, heads in enumerate(unet.heads):
-        blocks = unet.down_block_types[level], unet.up_block_types[last - level]
-        if level == last or any("CrossAttn" in block for block in blocks):
-            entries.append(2 * heads * (pixels // 4**level) ** 2)
-    needed, there = 4 * b * max(entries), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # The autoencoder's last level turns the features of the one before into its own: nothing else is as large.
+    height, width = (model.vae.factor * side for side in shape[:2])
+    channels = sum(model.vae.block_out_channels[:2])
+    needed = b * height * width * channels * np.dtype(dtype).itemsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        width, height = (model.vae.factor * side for side in shape[1::-1])
-        raise ValueError(f"{b} x {width}x{height} pixels need {needed / 1e9:.0f} GB for attention alone, this machine "
-                         f"has {there / 1e9:.0f} GB; use a smaller size, or fewer prompts at once.")  # fmt: skip
+        raise ValueError(f"{b} x {width}x{height} pixels need {needed / 1e9:.0f} GB at least, this machine has "
+                         f"{there / 1e9:.0f} GB; use a smaller size, or fewer prompts at once.")  # fmt: skip
 
 
 def _whole(name: str, value: Any) -> int:

@@ -15,9 +15,9 @@ from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.generate import text_to_image
-from jaxdiff.io.folder import Folder, write_folder
+from jaxdiff.io.folder import Folder, read_folder, write_folder
 from jaxdiff.models.unet import prompt_keys
-from jaxdiff.pipeline import Pipeline
+from jaxdiff.pipeline import Pipeline, _check_memory
 
 CONFIGS = {
     "unet": UNetConfig(
@@ -303,7 +303,7 @@ def test_a_run_without_a_model_yet_is_told_to_train_on(tmp_path):
     ({"size": (64,)}, r"size is \(64,\); it must be \(width, height\)"),
     ({"size": "64x64"}, "size is '64x64'; it must be"),
     ({"size": (16.0, 16)}, "size is 16.0; it must be a whole number"),
-    ({"size": (8192, 8192)}, "1 x 8192x8192 pixels need .* GB for attention alone"),
+    ({"prompts": ["a"] * 999, "size": (8192, 8192)}, "999 x 8192x8192 pixels need 4291 GB at least, this machine has"),
     ({"sampler": None}, "Unknown sampler None; it has ddim"),
     ({"sampler": ["ddim"]}, r"Unknown sampler \['ddim'\]; did you mean"),
     ({"guidance": "7"}, "guidance is '7'; it must be a finite number"),
@@ -318,6 +318,21 @@ def test_bad_arguments_are_refused_in_a_sentence(pipe, settings, sentence):
         ValueError, match=sentence.replace("?", r"\?") if "interval" not in sentence else re.escape(sentence)
     ):
         call(pipe, **{"prompts": ["a dog"]} | settings)
+
+
+def test_a_size_that_dense_attention_would_not_fit_is_not_refused(model):
+    # 2 prompts x 2 heads x 16384 tokens squared were 4 GB of scores once; in blocks they take what a picture takes.
+    _check_memory(model, 64, (128, 128, 4), np.dtype(np.float32))
+
+
+def test_params_lie_on_the_device_in_the_type_they_are_computed_in_and_are_saved_as_they_were(model, tmp_path):
+    half = Pipeline(model, dtype="bfloat16")
+    types = {path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(half.params["vae"])}
+    assert types["kernel"] == jnp.bfloat16
+    assert types["scale"] == np.float32
+    half.save(tmp_path / "half")
+    saved = read_folder(tmp_path / "half").params
+    jax.tree.map(np.testing.assert_array_equal, saved, model.params)
 
 
 def test_parts_that_do_not_fit_together_are_refused(model):

@@ -182,6 +182,7 @@ def test_a_second_process_finds_the_compiled_program(folder, tmp_path):
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         programs = [path.name for path in (tmp_path / "cache").glob("jit_text_to_image-*")]
         assert len(programs) == 1, done.stderr
+        assert len(list((tmp_path / "cache" / "traced").glob("text_to_image-*"))) == 1
     off = subprocess.run(
         command, env=env | {"JAXDIFF_CACHE": "off", "XDG_CACHE_HOME": str(tmp_path / "xdg")}, check=False
     )
