@@ -274,7 +274,7 @@ def _in_dtype(params: Params, dtype: DTypeLike) -> Params:
     """The params as the networks would cast them at every step: norms in float32, all else in `dtype`."""
     kept = np.float32 if "scale" in params else dtype
     return {
-        name: _in_dtype(leaf, dtype) if isinstance(leaf, dict) else np.asarray(leaf).astype(kept, copy=False)
+        name: _in_dtype(leaf, dtype) if isinstance(leaf, dict) else leaf.astype(kept, copy=False)
         for name, leaf in params.items()
     }
 
