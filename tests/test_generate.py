@@ -206,8 +206,9 @@ def test_features_kept_over_steps_draw_nearly_the_same_picture_with_any_batch_an
 def unet(model):
     """(apply, params, x, t, context) of the random model's UNet."""
     rng = np.random.default_rng(1)
-    x, context = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 8, 8, 4), (2, 12, 16)))
-    return build.unet(model.unet).apply, model.params["unet"], x, np.full(2, 500.0, np.float32), context
+    x, context = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 8, 8, 4), (2, 12, 16)))
+    apply = jax.jit(build.unet(model.unet).apply, static_argnames="only_deep")
+    return apply, jax.tree.map(jnp.asarray, model.params["unet"]), x, jnp.full(2, 500.0), context
 
 
 def test_keys_and_values_made_once_of_the_prompt_give_what_the_prompt_gives(unet):
