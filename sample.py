@@ -15,7 +15,6 @@ from tqdm import tqdm
 import jaxdiff
 from jaxdiff.cli import exit_code
 from jaxdiff.io.images import contact_sheet, slug, write_png
-from jaxdiff.pipeline import enable_compilation_cache
 
 # Pixels drawn at once, and pictures at most: larger batches gain little and may not fit into memory.
 BATCH_PIXELS, BATCH_IMAGES = 2**20, 16
@@ -41,10 +40,14 @@ class Args:
     """How many times the model is asked for each picture."""
     guidance: float = 7.5
     """How hard to follow the prompt; 1 is the model's own answer to it."""
+    guidance_interval: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LO HI")] = None
+    """Noise levels (sigma) to guide at; faster, since at the others the prompt alone is asked for. Without it, all."""
     negative: str = ""
     """What to steer away from."""
     sampler: str = "ddim"
     """How the steps are taken."""
+    cache_interval: int = 1
+    """3 computes most of the network at every third step only: faster, and another picture; 1 is exact."""
     size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
     """Width and height in pixels, as 64x64; without it, the model's own."""
     out: Path = Path("samples")
@@ -64,7 +67,6 @@ def main(args: Args) -> None:
         raise ValueError(f"--seed is {args.seed}; with {total} pictures it must lie from 0 to {2**32 - total}.")
     size = None if args.size is None else parse_size(args.size)
     check_writable(args.out)
-    enable_compilation_cache()
     pipe = jaxdiff.load(args.model, args.dtype)
 
     # A shell can pass bytes that are no text; they would not fit into the PNG.
@@ -89,7 +91,9 @@ def main(args: Args) -> None:
                 seed=args.seed + first,
                 steps=args.steps,
                 guidance=args.guidance,
+                guidance_interval=args.guidance_interval,
                 sampler=args.sampler,
+                cache_interval=args.cache_interval,
                 size=size,
                 progress=lambda done, before=bar.n: bar.update(before + done - bar.n),
             )
@@ -97,8 +101,9 @@ def main(args: Args) -> None:
                 seed = args.seed + first + i
                 settings = {
                     "prompt": rows[i], "negative_prompt": negative, "seed": seed, "steps": args.steps,
-                    "sampler": args.sampler, "guidance": args.guidance, "width": images.shape[2],
-                    "height": images.shape[1], "model": pipe.name, "dtype": pipe.dtype,
+                    "sampler": args.sampler, "guidance": args.guidance,
+                    "guidance_interval": args.guidance_interval, "cache_interval": args.cache_interval,
+                    "width": images.shape[2], "height": images.shape[1], "model": pipe.name, "dtype": pipe.dtype,
                     "version": f"jaxdiff {jaxdiff.__version__}",
                 }  # fmt: skip
                 report(write_png(args.out, f"{slug(rows[i])}-{seed}", images[i], settings))

@@ -3,21 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.denoiser import make_denoiser
-from jaxdiff.diffusion.guidance import classifier_free_joint
+from jaxdiff.diffusion.denoiser import make_denoiser, network_input, sigma_to_t
+from jaxdiff.diffusion.guidance import Guidance, classifier_free_joint, within
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.models.clip import CLIPTextModel
-from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.models.unet import UNet2DConditionModel, prompt_keys
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.sampling.ddim import ddim
 from jaxdiff.sampling.grids import Grid
-from jaxdiff.types import Params
+from jaxdiff.types import DenoiseFn, Params
 
 # Each takes (denoise_fn, x_T, grid, key, *, start, stop, eta, clip), as `ddim` does.
 SAMPLERS: dict[str, Callable[..., Array]] = {"ddim": ddim}
@@ -33,6 +34,10 @@ class Program:
     scheduler: SchedulerConfig
     scaling_factor: float
     sampler: str = "ddim"
+    interval: bool = False
+    """Whether guidance has an interval of levels, outside of which the network is asked for the prompt alone."""
+    reuse: bool = False
+    """Whether the network's deep features are kept over some steps."""
 
 
 def keys_and_noise(
@@ -47,6 +52,15 @@ def keys_and_noise(
     return jax.vmap(draw)(seeds)
 
 
+def outline(
+    params: dict[str, Params], tokens: Array, x_T: Float[Array, "b h w c"], *turned: Any, program: Program
+) -> tuple[Float[Array, "b h w c"], UInt8[Array, "b h2 w2 3"]]:
+    """What `text_to_image` returns, as far as shapes go: its latents untouched, its images black."""
+    b, h, w, _ = x_T.shape
+    factor = 2 ** (len(program.vae.channels) - 1)
+    return x_T, jnp.zeros((b, factor * h, factor * w, 3), jnp.uint8)
+
+
 @partial(jax.jit, static_argnames="program")
 def text_to_image(
     params: dict[str, Params],
@@ -57,8 +71,9 @@ def text_to_image(
     start: Int[Array, ""],
     stop: Int[Array, ""],
     steps: Int[Array, ""],
-    guidance: Float[Array, ""],
+    guidance: Guidance,
     eta: Float[Array, ""],
+    every: Int[Array, ""],
     *,
     program: Program,
 ) -> tuple[Float[Array, "b h w c"], UInt8[Array, "b h2 w2 3"]]:
@@ -73,8 +88,9 @@ def text_to_image(
         start: the first step.
         stop: the step not taken any more. Images are decoded when this is `steps`, and black before.
         steps: how many there are in all.
-        guidance: scale of classifier-free guidance; 1 follows the prompt alone.
+        guidance: classifier-free guidance; scale 1 follows the prompt alone. The levels are for `program.interval`.
         eta: DDIM's share of fresh noise, 0 to 1.
+        every: for `program.reuse`: deep features are computed at steps `start`, `start + every` and so on.
         program: networks and settings.
 
     Returns:
@@ -84,22 +100,59 @@ def text_to_image(
     schedule = make_schedule(scheduler)
     clip = scheduler.clip_sample_range if scheduler.clip_sample else None
 
-    def sample(tokens: Int[Array, "2 t"], x: Float[Array, "h w c"], key: Key[Array, ""]) -> Float[Array, "h w c"]:
-        context = program.text_encoder.apply({"params": params["text_encoder"]}, tokens)
+    b = len(tokens)
+    context = program.text_encoder.apply({"params": params["text_encoder"]}, tokens.reshape(2 * b, -1))
+    context = context.reshape(b, 2, *context.shape[1:])  # pyright: ignore
+    keys_values = prompt_keys(params["unet"], context, program.unet.dtype)
 
-        def network_fn(x_in: Float[Array, "2 h w c"], t: Float[Array, ""]) -> Float[Array, "2 h w c"]:
-            return program.unet.apply({"params": params["unet"]}, x_in, jnp.full(2, t), context)  # pyright: ignore
+    def sample(
+        context: Float[Array, "2 t d"], keys_values: Params, x: Float[Array, "h w c"], key: Key[Array, ""]
+    ) -> Float[Array, "h w c"]:
+        def unet(x_in: Float[Array, "n h w c"], t: Float[Array, ""], deep: Array | None, **kwargs: bool) -> Array:
+            """The network on both prompts, or on the last alone."""
+            n = len(x_in)
+            variables = {"params": params["unet"], "prompt": jax.tree.map(lambda kv: kv[-n:], keys_values)}
+            deep = None if deep is None else deep[-n:]
+            return program.unet.apply(variables, x_in, jnp.full(n, t), context[-n:], deep, **kwargs)  # pyright: ignore
 
-        both = make_denoiser(network_fn, schedule, scheduler.prediction_type)
-        denoise_fn = classifier_free_joint(both, guidance)
-        return SAMPLERS[program.sampler](denoise_fn, x, grid, key, start=start, stop=stop, eta=eta, clip=clip)
+        def denoiser(deep: Float[Array, "2 h w d"] | None = None) -> DenoiseFn:
+            both = make_denoiser(lambda x_in, t: unet(x_in, t, deep), schedule, scheduler.prediction_type)
+            guided = classifier_free_joint(both, guidance.scale)
+            if not program.interval:
+                return guided
+            alone = make_denoiser(lambda x_in, t: unet(x_in[None], t, deep)[0], schedule, scheduler.prediction_type)
+            return within(guided, alone, guidance.low, guidance.high)
 
-    def decode(x: Float[Array, "h w c"]) -> UInt8[Array, "h2 w2 3"]:
-        image = program.vae.apply({"params": params["vae"]}, x[None] / program.scaling_factor, method="decode")[0]
+        def walk(denoise_fn: DenoiseFn, x: Array, start: Array, stop: Array) -> Array:
+            return SAMPLERS[program.sampler](denoise_fn, x, grid, key, start=start, stop=stop, eta=eta, clip=clip)
+
+        def deep_features(x: Array, start: Array, stop: Array) -> Float[Array, "2 h w d"]:
+            """Those of the step `start`, for the negative prompt only if a step before `stop` is guided."""
+            sigma = grid.sigmas[start]
+            x_in = network_input(x * jnp.sqrt(1 + sigma**2), sigma, scheduler.prediction_type)
+
+            def of(n: int) -> Array:
+                deep = unet(jnp.stack([x_in] * n), sigma_to_t(sigma, schedule), None, only_deep=True)
+                return jnp.broadcast_to(deep, (2, *deep.shape[1:]))
+
+            if not program.interval:
+                return of(2)
+            guided = (grid.sigmas_next[stop - 1] <= guidance.high) & (guidance.low <= sigma)
+            return jax.lax.cond(guided, lambda: of(2), lambda: of(1))
+
+        def block(now: tuple[Array, Array]) -> tuple[Array, Array]:
+            i, x = now
+            end = jnp.minimum(i + every, stop)
+            return end, walk(denoiser(deep_features(x, i, end)), x, i, end)
+
+        if program.reuse:
+            return jax.lax.while_loop(lambda now: now[0] < stop, block, (start, x))[1]
+        return walk(denoiser(), x, start, stop)
+
+    def decode(x: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 3"]:
+        image = program.vae.apply({"params": params["vae"]}, x / program.scaling_factor, method="decode")
         return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)  # pyright: ignore
 
-    x = jax.vmap(sample)(tokens, x_T, keys)
-    b, h, w, _ = x.shape
-    factor = 2 ** (len(program.vae.channels) - 1)
-    black = jnp.zeros((b, factor * h, factor * w, 3), jnp.uint8)
-    return x, jax.lax.cond(stop == steps, jax.vmap(decode), lambda _: black, x)
+    x = jax.vmap(sample)(context, keys_values, x_T, keys)
+    _, black = outline(params, tokens, x, program=program)
+    return x, jax.lax.cond(stop == steps, decode, lambda _: black, x)

@@ -1,10 +1,12 @@
 """A text-to-image model that can be called: loading, checking what a user asks for, saving."""
 
+import json
 import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -17,12 +19,16 @@ from jaxtyping import UInt8
 from jaxdiff import build
 from jaxdiff.config import load_json, nearest
 from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.generate import SAMPLERS, Program, keys_and_noise, text_to_image
-from jaxdiff.io.folder import Folder, read_folder, write_folder
+from jaxdiff.generate import SAMPLERS, Program, keys_and_noise, outline, text_to_image
+from jaxdiff.io.convert import leaves
+from jaxdiff.io.folder import Folder, NetworkConfig, read_folder, write_folder
+from jaxdiff.io.programs import enable_compilation_cache, kept, remembered
 from jaxdiff.io.weights import check_params
 from jaxdiff.nn.conv import prepare
 from jaxdiff.sampling.grids import model_grid
+from jaxdiff.types import Params
 
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
 DTYPES = ("float32", "bfloat16")
@@ -30,7 +36,7 @@ MAX_SIDE = 8192  # pixels; far beyond, XLA's own counters overflow and abort the
 
 
 def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline":
-    """Reads a text-to-image model.
+    """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
     Args:
         path: a diffusers folder, or a run directory of `train.py`; None is the model that comes with the package.
@@ -41,6 +47,7 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline"
     """
     path = EMBEDDED if path is None else Path(path)
     _check_dtype(dtype)
+    enable_compilation_cache()
     folder = path
     if not (path / "model_index.json").exists() and _is_run(path):
         folder = path / "export"
@@ -51,9 +58,7 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline"
                              "train one with a DiffusionTask, until its first evaluation.")  # fmt: skip
     model = read_folder(folder)
     for name in ("unet", "vae", "text_encoder"):
-        config = getattr(model, name)
-        expected = build.param_shapes(getattr(build, name)(config), config)
-        check_params(model.params[name], expected, folder / name)
+        check_params(model.params[name], _expected(name, getattr(model, name)), folder / name)
     return Pipeline(model, dtype, name=path.resolve().name)
 
 
@@ -61,7 +66,7 @@ class Pipeline:
     """Prompts to pictures. `load` makes one; so does a `Folder` in memory."""
 
     def __init__(self, model: Folder, dtype: str | None = None, name: str = "") -> None:
-        """Puts the params on the default device.
+        """Puts the params on the default device, in the type that they are computed in.
 
         Raises:
             ValueError: when the model's parts do not fit together.
@@ -77,10 +82,13 @@ class Pipeline:
         if len(self.tokenizer) > model.text_encoder.vocab_size:
             raise ValueError(f"The tokenizer has {len(self.tokenizer)} tokens, more than the text encoder's vocab_size "
                              f"{model.text_encoder.vocab_size}.")  # fmt: skip
-        self.model = replace(model, tokenizer=self.tokenizer)  # so that `save` needs no file of the folder read
-        self.params = jax.device_put({name: model.params[name] for name in ("text_encoder", "unet", "vae")})
+        host = {name: model.params[name] for name in ("text_encoder", "unet", "vae")}
+        self.params = jax.device_put(_in_dtype(host, self._jax_dtype))
+        # `save` needs no file of the folder read, and no second copy of params that are exact on the device.
+        exact = self.params if self.dtype == "float32" else host
         if jax.default_backend() == "cpu" and self.dtype == "float32":
-            self.params = prepare(self.params)
+            self.params, exact = prepare(self.params), host
+        self.model = replace(model, tokenizer=self.tokenizer, params=exact)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -102,6 +110,8 @@ class Pipeline:
         eta: SupportsFloat = 0.0,
         size: tuple[int, int] | None = None,
         latents: ArrayLike | None = None,
+        guidance_interval: tuple[SupportsFloat, SupportsFloat] | None = None,
+        cache_interval: int = 1,
         progress: Callable[[int], object] | None = None,
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """Draws one picture for each prompt; image i depends on its prompt and `seed + i` alone.
@@ -116,6 +126,10 @@ class Pipeline:
             eta: 0 takes all noise from the start, 1 adds fresh noise at every step (Song et al. 2021, eq. 16).
             size: (width, height) in pixels; None is the model's own.
             latents: unit normal [b, h, w, c] in place of the seeds' starting noise.
+            guidance_interval: the lowest and highest noise level (sigma) that are guided; None guides all. At the
+                others the model is asked for the prompt alone, in half the time (Kynkäänniemi et al. 2024).
+            cache_interval: 3 computes the network's deep features at every third step only and is faster, but draws
+                another picture (Ma et al. 2023, DeepCache); 1 is exact.
             progress: is told the number of steps done, about ten times.
 
         Raises:
@@ -134,16 +148,23 @@ class Pipeline:
         if not 0 <= seed <= 2**32 - b:
             raise ValueError(f"seed is {seed}; it must lie from 0 to {2**32 - b} for {b} images.")
         scale, share = _float32(guidance), _float32(eta)
+        levels = _float32([0, np.inf] if guidance_interval is None else guidance_interval)
+        every = _whole("cache_interval", cache_interval)
         if scale.shape or not np.isfinite(scale):
             raise ValueError(f"guidance is {guidance!r}; it must be a finite number.")
         if share.shape or not 0 <= share <= 1:
             raise ValueError(f"eta is {eta!r}; it must lie from 0 to 1.")
+        if levels.shape != (2,) or not 0 <= levels[0] <= levels[1]:
+            raise ValueError(f"guidance_interval is {guidance_interval!r}; it must be two noise levels (sigma), 0 or "
+                             "more, the lower one first.")  # fmt: skip
+        if every < 1:
+            raise ValueError(f"cache_interval is {every}; it must be at least 1.")
 
         model = self.model
         grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
         given = None if latents is None else _float32(latents)
         shape = self._latent_shape(size, b, given)
-        _check_memory(model, b, shape)
+        _check_memory(model, b, shape, self._jax_dtype)
         keys, x = _keys_and_noise(np.arange(seed, seed + b, dtype=np.uint32), shape)
         if given is not None:
             x = jnp.asarray(given)
@@ -155,13 +176,24 @@ class Pipeline:
             scheduler=model.scheduler,
             scaling_factor=model.vae.scaling_factor,
             sampler=sampler,
+            interval=guidance_interval is not None,
+            reuse=every > 1,
         )
+        turned = Guidance(*map(jnp.asarray, (scale, *levels))), share, np.int32(min(every, steps))
         # A bar needs the program to return now and then; the pieces are the same program and give the same picture.
-        piece = steps if progress is None else math.ceil(steps / 10)
+        piece = steps if progress is None else every * math.ceil(steps / 10 / every)
+        ends = np.int32(0), np.int32(0), np.int32(steps)
+        arguments = self.params, tokens, x, keys, grid, *ends, *turned
+        ours = SAMPLERS[sampler].__module__.startswith("jaxdiff.")  # of others, the source is not known
+        draw = (
+            kept(text_to_image, outline, *arguments, program=program)
+            if ours
+            else partial(text_to_image, program=program)
+        )
         for start in range(0, steps, piece):
             stop = min(start + piece, steps)
             ends = np.int32(start), np.int32(stop), np.int32(steps)
-            x, images = text_to_image(self.params, tokens, x, keys, grid, *ends, scale, share, program=program)
+            x, images = draw(self.params, tokens, x, keys, grid, *ends, *turned)
             if progress is not None:
                 x.block_until_ready()
                 progress(stop)
@@ -212,20 +244,6 @@ class Pipeline:
 _keys_and_noise = jax.jit(keys_and_noise, static_argnums=1)
 
 
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that the next process starts fast.
-
-    The environment variable JAXDIFF_CACHE names another folder, or turns this off when it is "off"; where JAX's own
-    JAX_COMPILATION_CACHE_DIR is set, that stands.
-    """
-    chosen = os.environ.get("JAXDIFF_CACHE", "")
-    if chosen.lower() in ("off", "0", "no", "false") or jax.config.values["jax_compilation_cache_dir"]:
-        return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", chosen or str(base / "jaxdiff"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
 def _is_run(path: Path) -> bool:
     """Whether `train.py` made the folder."""
     if (path / "export").is_dir() or (path / "checkpoints").is_dir():
@@ -233,9 +251,35 @@ def _is_run(path: Path) -> bool:
     return (path / "config.json").is_file() and "task" in load_json(path / "config.json")
 
 
+def _expected(name: str, config: NetworkConfig) -> Params:
+    """The shapes of a network's params; finding them takes as long as tracing it, so they are kept as well."""
+
+    def find() -> bytes:
+        shapes = leaves(build.param_shapes(getattr(build, name)(config), config))
+        return json.dumps({"/".join(path): leaf.shape for path, leaf in shapes}).encode()
+
+    tree: Params = {}
+    for path, shape in json.loads(remembered("shapes", (name, config), find)).items():
+        *modules, leaf = path.split("/")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = jax.ShapeDtypeStruct(shape, np.float32)
+    return tree
+
+
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}.")
+
+
+def _in_dtype(params: Params, dtype: DTypeLike) -> Params:
+    """The params as the networks would cast them at every step: norms in float32, all else in `dtype`."""
+    kept = np.float32 if "scale" in params else dtype
+    return {
+        name: _in_dtype(leaf, dtype) if isinstance(leaf, dict) else leaf.astype(kept, copy=False)
+        for name, leaf in params.items()
+    }
 
 
 def _check_parts(model: Folder) -> None:
@@ -249,25 +293,21 @@ def _check_parts(model: Folder) -> None:
                          "they must be equal.")  # fmt: skip
 
 
-def _check_memory(model: Folder, b: int, shape: tuple[int, int, int]) -> None:
-    """Refuses attention that a CPU's memory cannot hold, for which the system kills the process without a word.
+def _check_memory(model: Folder, b: int, shape: tuple[int, int, int], dtype: DTypeLike) -> None:
+    """Refuses what a CPU's memory cannot hold by any means, for which the system kills the process without a word.
 
     Accelerators say themselves when theirs is short.
     """
     if jax.default_backend() != "cpu":
         return
-    unet, pixels = model.unet, shape[0] * shape[1]
-    last = len(unet.heads) - 1
-    entries = [pixels**2]  # in the middle of the VAE; the UNet draws each image with and without its prompt
-    for level, heads in enumerate(unet.heads):
-        blocks = unet.down_block_types[level], unet.up_block_types[last - level]
-        if level == last or any("CrossAttn" in block for block in blocks):
-            entries.append(2 * heads * (pixels // 4**level) ** 2)
-    needed, there = 4 * b * max(entries), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # The autoencoder's last level turns the features of the one before into its own: nothing else is as large.
+    height, width = (model.vae.factor * side for side in shape[:2])
+    channels = sum(model.vae.block_out_channels[:2])
+    needed = b * height * width * channels * np.dtype(dtype).itemsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        width, height = (model.vae.factor * side for side in shape[1::-1])
-        raise ValueError(f"{b} x {width}x{height} pixels need {needed / 1e9:.0f} GB for attention alone, this machine "
-                         f"has {there / 1e9:.0f} GB; use a smaller size, or fewer prompts at once.")  # fmt: skip
+        raise ValueError(f"{b} x {width}x{height} pixels need {needed / 1e9:.0f} GB at least, this machine has "
+                         f"{there / 1e9:.0f} GB; use a smaller size, or fewer prompts at once.")  # fmt: skip
 
 
 def _whole(name: str, value: Any) -> int:

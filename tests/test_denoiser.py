@@ -7,7 +7,7 @@ import pytest
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.denoiser import PREDICTIONS, make_denoiser, sigma_to_t, target, to_x_0
-from jaxdiff.diffusion.guidance import classifier_free, classifier_free_joint
+from jaxdiff.diffusion.guidance import classifier_free, classifier_free_joint, within
 from jaxdiff.diffusion.schedule import make_schedule
 
 SCHEDULE = make_schedule(SchedulerConfig())
@@ -101,3 +101,30 @@ def test_guiding_the_guess_of_x_0_is_guiding_the_noise():
         lambda x, s: to_x_0(out_c, x, s, "epsilon"), lambda x, s: to_x_0(out_u, x, s, "epsilon"), scale
     )
     np.testing.assert_allclose(of_x_0(x, sigma), guided, rtol=1e-4, atol=1e-4)
+
+
+def test_one_side_of_an_interval_alone_is_computed_also_for_many_images_in_a_loop():
+    asked = []
+
+    def counted(name, denoise_fn):
+        def denoise(x, sigma):
+            jax.debug.callback(lambda sigma: asked.append((name, float(sigma))), sigma)
+            return denoise_fn(x, sigma)
+
+        return denoise
+
+    sigmas = jnp.array([8.0, 4.0, 2.0, 1.0])
+
+    @jax.jit
+    def draw(x, low, high):
+        denoise_fn = within(counted("inside", cond), counted("outside", uncond), low, high)
+        loop = jax.vmap(lambda x: jax.lax.fori_loop(0, len(sigmas), lambda i, x: denoise_fn(x, sigmas[i]), x))
+        return loop(x)
+
+    x = jnp.stack([X_0, EPS])
+    out = draw(x, 2.0, 4.0)
+    jax.effects_barrier()
+    assert set(asked) == {("outside", 8.0), ("inside", 4.0), ("inside", 2.0), ("outside", 1.0)}
+    np.testing.assert_allclose(out, uncond(cond(cond(uncond(x, 0), 0), 0), 0), rtol=1e-5)
+    draw(x, 0.0, 0.5)
+    assert draw._cache_size() == 1

@@ -1,6 +1,7 @@
 """The pipeline, on a whole random model that is tiny."""
 
 import inspect
+import re
 import shutil
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.generate import text_to_image
-from jaxdiff.io.folder import Folder, write_folder
-from jaxdiff.pipeline import Pipeline
+from jaxdiff.io.folder import Folder, read_folder, write_folder
+from jaxdiff.models.unet import prompt_keys
+from jaxdiff.pipeline import Pipeline, _check_memory
 
 CONFIGS = {
     "unet": UNetConfig(
@@ -158,6 +160,73 @@ def test_negative_prompts_matter_and_may_be_one_for_each(pipe):
     assert [off(a, b) > 0 for a, b in zip(plain, steered, strict=True)] == [False, True, False]
 
 
+@pytest.mark.parametrize("settings", [{}, {"cache_interval": 2}])
+def test_guidance_at_all_levels_is_plain_guidance_and_at_none_it_is_a_scale_of_one(pipe, settings):
+    settings = {"steps": 5, "eta": 0.5, "negative_prompt": "a red apple"} | settings
+    plain, one = (pipe(["a dog"], guidance=guidance, **settings) for guidance in (7.5, 1.0))
+    np.testing.assert_array_equal(pipe(["a dog"], guidance_interval=(0, np.inf), **settings), plain)
+    np.testing.assert_array_equal(pipe(["a dog"], guidance_interval=(0, 0), **settings), one)
+    some = pipe(["a dog"], guidance_interval=(0.3, 3), **settings)
+    assert off(some, plain) > 0
+    assert off(some, one) > 0
+
+
+def test_intervals_compile_nothing_once_there_is_one(pipe):
+    for fixed in ({"guidance_interval": (0, 9)}, {"cache_interval": 2}):
+        pipe(["a dog"], steps=3, **fixed)
+        before = text_to_image._cache_size()
+        turned = {
+            name: value for name, value in (("guidance_interval", (1.5, 2)), ("cache_interval", 5)) if name in fixed
+        }
+        pipe(["a dog"], steps=7, **turned)
+        assert text_to_image._cache_size() == before
+
+
+def test_features_kept_for_one_step_are_not_kept(pipe):
+    np.testing.assert_array_equal(pipe(["a dog"], steps=4, cache_interval=1), pipe(["a dog"], steps=4))
+
+
+def test_features_kept_over_steps_draw_nearly_the_same_picture_with_any_batch_and_progress(pipe):
+    settings = {"steps": 24, "cache_interval": 2, "eta": 0.5, "guidance": 2.0}
+    exact = pipe(["a dog"], **settings | {"cache_interval": 1})
+    kept = pipe(["a dog"], **settings)
+    assert (
+        0
+        < np.abs(kept.astype(int) - exact).mean()
+        < np.abs(pipe(["a dog"], **settings, seed=1).astype(int) - exact).mean()
+    )
+    told = []
+    np.testing.assert_array_equal(pipe(["a dog"], **settings, progress=told.append), kept)
+    assert told == [*range(4, 21, 4), 24], "pieces end where features are computed anew"
+    pair = pipe(["a dog", "blue"], **settings)
+    assert off(pair[0], kept[0]) <= 1
+
+
+@pytest.fixture(scope="module")
+def unet(model):
+    """(apply, params, x, t, context) of the random model's UNet."""
+    rng = np.random.default_rng(1)
+    x, context = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 8, 8, 4), (2, 12, 16)))
+    apply = jax.jit(build.unet(model.unet).apply, static_argnames="only_deep")
+    return apply, jax.tree.map(jnp.asarray, model.params["unet"]), x, jnp.full(2, 500.0), context
+
+
+def test_keys_and_values_made_once_of_the_prompt_give_what_the_prompt_gives(unet):
+    apply, params, x, t, context = unet
+    out = apply({"params": params}, x, t, context)
+    kept = prompt_keys(params, context, jnp.float32)
+    assert len(jax.tree.leaves(kept)) == 2 * 4, "one transformer down, one in the middle and two up"
+    np.testing.assert_allclose(apply({"params": params, "prompt": kept}, x, t, 0 * context), out, atol=1e-6)
+
+
+def test_deep_features_of_the_same_input_give_the_same_output(unet):
+    apply, params, x, t, context = unet
+    deep = apply({"params": params}, x, t, context, only_deep=True)
+    out = apply({"params": params}, x, t, context)
+    np.testing.assert_allclose(apply({"params": params}, x, t, context, deep), out, atol=1e-6)
+    assert np.abs(apply({"params": params}, x, t, context, 0 * deep) - out).max() > 0.1
+
+
 def test_progress_is_told_to_the_end_and_changes_no_pixel(pipe):
     told = []
     watched = pipe(["a dog"], steps=23, eta=0.5, progress=told.append)
@@ -208,6 +277,13 @@ def test_a_run_without_a_model_yet_is_told_to_train_on(tmp_path):
     ({"eta": 1.5}, "eta is 1.5; it must lie from 0 to 1"),
     ({"seed": -1}, "seed is -1; it must lie from 0 to 4294967295"),
     ({"seed": 2**32}, "seed is 4294967296"),
+    ({"guidance_interval": (3, 1)}, "guidance_interval is (3, 1); it must be two noise levels"),
+    ({"guidance_interval": (-1, 1)}, "guidance_interval is (-1, 1)"),
+    ({"guidance_interval": (0, float("nan"))}, "guidance_interval is (0, nan)"),
+    ({"guidance_interval": 3}, "guidance_interval is 3"),
+    ({"guidance_interval": ("a", "b")}, "guidance_interval is ('a', 'b')"),
+    ({"cache_interval": 0}, "cache_interval is 0; it must be at least 1"),
+    ({"cache_interval": 2.0}, "cache_interval is 2.0; it must be a whole number"),
     ({"sampler": "dddim"}, "Unknown sampler 'dddim'; did you mean 'ddim'?"),
     ({"size": (15, 16)}, "size is 15x16; both sides must be multiples of 2"),
     ({"size": (0, 16)}, "size is 0x16"),
@@ -228,7 +304,7 @@ def test_a_run_without_a_model_yet_is_told_to_train_on(tmp_path):
     ({"size": (64,)}, r"size is \(64,\); it must be \(width, height\)"),
     ({"size": "64x64"}, "size is '64x64'; it must be"),
     ({"size": (16.0, 16)}, "size is 16.0; it must be a whole number"),
-    ({"size": (8192, 8192)}, "1 x 8192x8192 pixels need .* GB for attention alone"),
+    ({"prompts": ["a"] * 999, "size": (8192, 8192)}, "999 x 8192x8192 pixels need 4291 GB at least, this machine has"),
     ({"sampler": None}, "Unknown sampler None; it has ddim"),
     ({"sampler": ["ddim"]}, r"Unknown sampler \['ddim'\]; did you mean"),
     ({"guidance": "7"}, "guidance is '7'; it must be a finite number"),
@@ -239,8 +315,25 @@ def test_a_run_without_a_model_yet_is_told_to_train_on(tmp_path):
 ])  # fmt: skip
 def test_bad_arguments_are_refused_in_a_sentence(pipe, settings, sentence):
     call = inspect.unwrap(Pipeline.__call__)  # as a user has it, without the tests' own checks of types
-    with pytest.raises(ValueError, match=sentence.replace("?", r"\?")):
+    with pytest.raises(
+        ValueError, match=sentence.replace("?", r"\?") if "interval" not in sentence else re.escape(sentence)
+    ):
         call(pipe, **{"prompts": ["a dog"]} | settings)
+
+
+def test_a_size_that_dense_attention_would_not_fit_is_not_refused(model):
+    # 2 prompts x 2 heads x 16384 tokens squared were 4 GB of scores once; in blocks they take what a picture takes.
+    _check_memory(model, 64, (128, 128, 4), np.dtype(np.float32))
+
+
+def test_params_lie_on_the_device_in_the_type_they_are_computed_in_and_are_saved_as_they_were(model, tmp_path):
+    half = Pipeline(model, dtype="bfloat16")
+    types = {path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(half.params["vae"])}
+    assert types["kernel"] == jnp.bfloat16
+    assert types["scale"] == np.float32
+    half.save(tmp_path / "half")
+    saved = read_folder(tmp_path / "half").params
+    jax.tree.map(np.testing.assert_array_equal, saved, model.params)
 
 
 def test_parts_that_do_not_fit_together_are_refused(model):

@@ -55,6 +55,15 @@ def test_a_prompt_becomes_a_png_that_says_how_it_was_made(sample, pipe):  # noqa
     )
 
 
+def test_a_png_says_where_guidance_was_and_how_long_features_were_kept(sample, pipe):  # noqa: F811
+    code, (path,), _ = sample("a dog", "--guidance-interval", 0.5, 2, "--cache-interval", 2)
+    assert code == 0
+    drawn = pipe(["a dog"], steps=3, guidance_interval=(0.5, 2), cache_interval=2)[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), drawn)
+    told = read_settings(path)
+    assert (told["guidance_interval"], told["cache_interval"]) == ([0.5, 2.0], 2)
+
+
 def test_nothing_is_overwritten(sample):
     _, (first,), _ = sample("a dog")
     before = Path(first).read_bytes()
@@ -114,6 +123,8 @@ def test_what_does_not_fit_into_the_prompt_is_quoted(sample):
     (("a", "--size", "15x16"), "size is 15x16; both sides must be multiples of 2"),
     (("a", "--size", "999998x999998"), "a side may have 8192 pixels at most"),
     (("a", "--guidance", "nan"), "guidance is nan; it must be a finite number"),
+    (("a", "--guidance-interval", "3", "1"), "guidance_interval is (3.0, 1.0); it must be two noise levels"),
+    (("a", "--cache-interval", "0"), "cache_interval is 0; it must be at least 1"),
     (("a", "--seed", "-1"), "--seed is -1"),
     (("a", "--seed", str(2**32 - 1), "--n", "2"), "with 2 pictures it must lie from 0 to 4294967294"),
     (("a", "--n", "1000000000", "--sampler", "ddmi"), "Unknown sampler"),  # no list of all pictures comes first
@@ -171,6 +182,7 @@ def test_a_second_process_finds_the_compiled_program(folder, tmp_path):
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         programs = [path.name for path in (tmp_path / "cache").glob("jit_text_to_image-*")]
         assert len(programs) == 1, done.stderr
+        assert len(list((tmp_path / "cache" / "traced").glob("text_to_image-*"))) == 1
     off = subprocess.run(
         command, env=env | {"JAXDIFF_CACHE": "off", "XDG_CACHE_HOME": str(tmp_path / "xdg")}, check=False
     )

@@ -1,11 +1,24 @@
 """Guidance: functions from `DenoiseFn` to `DenoiseFn`."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.types import DenoiseFn, Latent, Sigma
 
 Scale = Float[Array, ""] | float
+
+
+class Guidance(NamedTuple):
+    """How hard to follow the prompt, and at which noise levels."""
+
+    scale: Scale
+    """That of `classifier_free`."""
+    low: Scale
+    """The lowest and the highest sigma that are guided; see `within`."""
+    high: Scale
 
 
 def classifier_free(cond: DenoiseFn, uncond: DenoiseFn, scale: Scale) -> DenoiseFn:
@@ -23,6 +36,18 @@ def classifier_free_joint(both: DenoiseFn, scale: Scale) -> DenoiseFn:
     def denoise(x: Latent, sigma: Sigma) -> Latent:
         x_u, x_c = both(jnp.stack([x, x]), sigma)
         return _extrapolate(x_c, x_u, scale)
+
+    return denoise
+
+
+def within(inside: DenoiseFn, outside: DenoiseFn, low: Scale, high: Scale) -> DenoiseFn:
+    """`inside` at low <= sigma <= high, `outside` elsewhere: guidance where it helps (Kynkäänniemi et al. 2024, eq. 5).
+
+    Only one of them is computed, also under `vmap` over images that share their level.
+    """
+
+    def denoise(x: Latent, sigma: Sigma) -> Latent:
+        return jax.lax.cond((low <= sigma) & (sigma <= high), inside, outside, x, sigma)
 
     return denoise
 

@@ -5,10 +5,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxdiff.nn.attention import CONTEXT_KEYS
 from jaxdiff.nn.blocks import CrossAttentionMiddle, DownStage, UpStage
 from jaxdiff.nn.conv import Conv3x3
 from jaxdiff.nn.layers import GroupNorm, Remat, TimestepMLP, timestep_embedding
-from jaxdiff.types import Context
+from jaxdiff.types import Context, Params
+
+OUTER = 2
+"""Blocks next to the output that are computed at every step, where `deep` features are kept over some."""
 
 
 class UNet2DConditionModel(nn.Module):
@@ -36,8 +40,19 @@ class UNet2DConditionModel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], context: Context
-    ) -> Float[Array, "b h w {self.out_channels}"]:
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        context: Context,
+        deep: Float[Array, "b h w d"] | None = None,
+        *,
+        only_deep: bool = False,
+    ) -> Float[Array, "b h w c2"]:
+        """The prediction; or with `only_deep` what the last `OUTER` blocks take from below.
+
+        Given as `deep`, this stands in for all the network but those blocks, their skips and the ends (Ma et al. 2023,
+        DeepCache, eq. 4). The collection "prompt" may hold what `prompt_keys` makes of `context`.
+        """
         emb = timestep_embedding(
             t, self.channels[0], flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
         ).astype(self.dtype)
@@ -57,24 +72,49 @@ class UNet2DConditionModel(nn.Module):
                 "remat": self.remat,
             }
 
+        def down(i: int) -> DownStage:
+            sizes = stage(i, self.down_depths[i])
+            return DownStage(layers=self.layers[i], downsample=i < last, name=f"down_blocks_{i}", **sizes)
+
+        def up(i: int) -> UpStage:
+            level = last - i
+            sizes = stage(level, self.up_depths[level])
+            return UpStage(layers=self.layers[level] + 1, name=f"up_blocks_{i}", **sizes)
+
         x = Conv3x3(self.channels[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
         skips = (x,)
-        for i in range(last + 1):
-            down = DownStage(
-                layers=self.layers[i], downsample=i < last, name=f"down_blocks_{i}", **stage(i, self.down_depths[i])
-            )
-            x, new_skips = down(x, emb, context)
-            skips += new_skips
-
-        x = CrossAttentionMiddle(layers=1, name="mid_block", **stage(last, self.mid_depth))(x, emb, context)
-
-        for i in range(last + 1):
-            level = last - i
-            layers = self.layers[level] + 1
-            skips, used = skips[:-layers], skips[-layers:]
-            size = (skips[-1].shape[1], skips[-1].shape[2]) if level else None
-            up = UpStage(layers=layers, name=f"up_blocks_{i}", **stage(level, self.up_depths[level]))
-            x = up(x, emb, context, skips=used, size=size)
+        outermost = up(last)
+        inner = max(0, outermost.layers - OUTER)
+        if deep is None:
+            for i in range(last + 1):
+                x, new_skips = down(i)(x, emb, context)
+                skips += new_skips
+            x = CrossAttentionMiddle(layers=1, name="mid_block", **stage(last, self.mid_depth))(x, emb, context)
+            for i in range(last):
+                layers = self.layers[last - i] + 1
+                skips, used = skips[:-layers], skips[-layers:]
+                x = up(i)(x, emb, context, skips=used, size=(skips[-1].shape[1], skips[-1].shape[2]))
+            deep = outermost(x, emb, context, skips=skips, part=range(inner))
+        else:
+            skips += down(0)(x, emb, context, first=outermost.layers - inner - 1)[1]
+        if only_deep:
+            return deep
+        x = outermost(deep, emb, context, skips=skips, part=range(inner, outermost.layers))
 
         x = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="conv_norm_out")(x))
         return Conv3x3(self.out_channels, dtype=self.dtype, name="conv_out")(x)
+
+
+def prompt_keys(params: Params, context: Context, dtype: DTypeLike) -> Params:
+    """Keys and values of every cross-attention, [b t c] each, in the params' tree: the UNet's collection "prompt".
+
+    They depend on the prompt alone, and so are computed once for all steps.
+    """
+    kept = {}
+    for name, child in params.items():
+        if name == "attn2":
+            project = nn.Dense(child["to_k"]["kernel"].shape[-1], use_bias=False, dtype=dtype)
+            kept[name] = {key: project.apply({"params": child[key]}, context) for key in CONTEXT_KEYS}
+        elif isinstance(child, dict) and (inner := prompt_keys(child, context, dtype)):
+            kept[name] = inner
+    return kept

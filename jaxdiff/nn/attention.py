@@ -21,11 +21,13 @@ from jaxdiff.types import Context
 
 DENSE = 128 * 128
 """Up to so many scores a head, they are simply kept for the backward pass."""
-KEYS = 1024
+BLOCK_KEYS = 1024
 """Others exist in blocks. In loops of JAX's own operations, so many keys meet queries (and heads) at a time,"""
 CPU_SCORES = 512 * 1024
 GPU_SCORES = 16 * 1024**2
 """and so many scores are there: what a CPU's caches hold, and what keeps a GPU busy."""
+CONTEXT_KEYS = ("to_k", "to_v")
+"""The projections of what is attended to."""
 
 Tokens = Float[Array, "b t h d"]
 Keys = Float[Array, "b s h d"]
@@ -232,7 +234,7 @@ def _cut(x: Float[Array, "n t *d"], rows: int) -> Float[Array, "m n {rows} *d"]:
 
 def _cuts(heads: int, queries: int, keys: int, most: int) -> tuple[int, int, int]:
     """How many heads, queries and keys meet at a time: equal parts."""
-    keys = _part(keys, KEYS)
+    keys = _part(keys, BLOCK_KEYS)
     queries = _part(queries, max(1, most // keys))
     return _part(heads, max(1, most // (keys * queries))), queries, keys
 
@@ -245,7 +247,8 @@ def _part(n: int, most: int) -> int:
 class Attention(nn.Module):
     """Multi-head attention of `x` over `context` (itself if None), with diffusers' names for the projections.
 
-    `norm_groups` above 0 puts a GroupNorm first, as the autoencoder wants it.
+    `norm_groups` above 0 puts a GroupNorm first, as the autoencoder wants it. Keys and values are taken from the
+    collection "prompt" where it holds any (`jaxdiff.models.unet.prompt_keys`).
     """
 
     heads: int
@@ -264,7 +267,13 @@ class Attention(nn.Module):
             y = nn.Dense(c, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(source)
             return y.reshape(b, -1, self.heads, c // self.heads)
 
-        y = attend(project("to_q", x), project("to_k", context), project("to_v", context))
+        if self.has_variable("prompt", "to_k"):
+            k, v = (
+                self.get_variable("prompt", name).reshape(b, -1, self.heads, c // self.heads) for name in CONTEXT_KEYS
+            )
+        else:
+            k, v = (project(name, context) for name in CONTEXT_KEYS)
+        y = attend(project("to_q", x), k, v)
         return nn.Dense(c, dtype=self.dtype, name="to_out_0")(y.reshape(b, t, c))
 
 

@@ -95,23 +95,26 @@ class DownStage(Stage):
 
     @nn.compact
     def __call__(
-        self, x: Features, emb: Embedding | None = None, context: Context | None = None
+        self, x: Features, emb: Embedding | None = None, context: Context | None = None, first: int | None = None
     ) -> tuple[Array, tuple[Array, ...]]:
         skips = ()
-        for i in range(self.layers):
+        for i in range(self.layers if first is None else first):
             x = self.resnet(i)(x, emb)
             if self.depth:
                 assert context is not None, "a stage with attention reads a prompt"
                 x = self.transformer(i)(x, context)
             skips += (x,)
-        if self.downsample:
+        if self.downsample and first is None:
             x = Downsample(self.pad_all_round, self.dtype, name="downsamplers_0")(x)
             skips += (x,)
         return x, skips
 
 
 class UpStage(Stage):
-    """Residual blocks that each take one skip (last first) where there are any, then a doubling to `size`."""
+    """Residual blocks that each take one skip (last first) where there are any, then a doubling to `size`.
+
+    `part` takes some of the blocks alone, `first` of a `DownStage` the first ones.
+    """
 
     @nn.compact
     def __call__(
@@ -122,10 +125,11 @@ class UpStage(Stage):
         *,
         skips: Sequence[Array] = (),
         size: tuple[int, int] | None = None,
+        part: range | None = None,
     ) -> Array:
-        for i in range(self.layers):
+        for i in range(self.layers) if part is None else part:
             if skips:
-                x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+                x = jnp.concatenate([x, skips[self.layers - 1 - i]], axis=-1)
             x = self.resnet(i)(x, emb)
             if self.depth:
                 assert context is not None, "a stage with attention reads a prompt"

@@ -1,0 +1,147 @@
+"""Programs kept between processes: JAX's compiled ones, and beside them what they were traced to.
+
+Tracing this package's networks takes longer than drawing a small picture, and JAX's own cache begins after it. What is
+kept is StableHLO and JSON, never a pickle; but like JAX's compiled programs it ends as code that runs, so a folder in
+which other users may write is not used.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+
+PACKAGE = Path(__file__).parents[1]
+MOST = 64
+"""So many traces are kept, the last ones used."""
+logger = logging.getLogger(__name__)
+_folder: Path | None = None  # of the traces, once there is one
+
+
+def enable_compilation_cache() -> None:
+    """Keeps programs in the user's cache folder, so that the next process starts fast; `jaxdiff.load` calls this.
+
+    The environment variable JAXDIFF_CACHE names another folder, or turns this off when it is "off", as it should be
+    where functions of this package are replaced while it runs. Where JAX's own JAX_COMPILATION_CACHE_DIR is set, that
+    stands, and JAX alone keeps its programs.
+    """
+    global _folder
+    chosen = os.environ.get("JAXDIFF_CACHE", "")
+    if chosen.lower() in ("off", "0", "no", "false") or jax.config.values["jax_compilation_cache_dir"]:
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = chosen or str(base / "jaxdiff")
+    if "://" not in place:
+        with contextlib.suppress(OSError):  # JAX says that it cannot write there
+            Path(place).mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = Path(place).stat()
+            if found.st_uid not in (os.getuid(), 0) or found.st_mode & stat.S_IWOTH:
+                logger.warning("Compiled programs are not kept: other users may write in %s; take that right from "
+                               "them, or name another folder in JAXDIFF_CACHE.", place)  # fmt: skip
+                return
+            _folder = Path(place) / "traced"
+    jax.config.update("jax_compilation_cache_dir", place)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def remembered(name: str, parts: Any, make: Callable[[], bytes]) -> bytes:
+    """`make()`, or what it returned in an earlier process.
+
+    Args:
+        name: how the file's name begins.
+        parts: whatever the result depends on beside this package's source, the versions of JAX and its configuration
+            and the device; told apart by its `repr`.
+        make: is called where nothing is kept.
+    """
+    told = repr(parts)
+    if _folder is None or " at 0x" in told:  # a function's address says nothing in another process
+        return make()
+    path = _folder / f"{name}-{hashlib.sha256(f'{_surroundings()} {told}'.encode()).hexdigest()}"
+    with contextlib.suppress(OSError):
+        kept = path.read_bytes()
+        if hashlib.sha256(kept[32:]).digest() == kept[:32]:
+            path.touch()
+            return kept[32:]
+    made = make()
+    with contextlib.suppress(OSError):  # a full disk or a folder without that right costs time, and nothing else
+        _folder.mkdir(mode=0o700, exist_ok=True)
+        half = path.with_name(f".{path.name}-{os.getpid()}")
+        half.write_bytes(hashlib.sha256(made).digest() + made)
+        half.replace(path)
+        for old in sorted(_folder.iterdir(), key=lambda file: file.stat().st_mtime)[:-MOST]:
+            old.unlink(missing_ok=True)
+    return made
+
+
+def kept(fn: Callable[..., Any], outline: Callable[..., Any], *args: Any, **static: Any) -> Callable[..., Any]:
+    """`fn` with its static arguments, compiled from an earlier process's trace where there is one.
+
+    Args:
+        fn: a jitted function.
+        outline: takes the same, and returns arrays of the same shapes and types; quick to trace.
+        args: what `fn` is to be called with, or arrays like it.
+        static: `fn`'s static arguments.
+
+    Returns:
+        A function of `args`.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    if _folder is None or any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
+        return functools.partial(fn, **static)
+    signature = tree, tuple(jax.typeof(leaf) for leaf in leaves), tuple(static.items())
+    if signature not in _compiled:
+        _compiled[signature] = _from_trace(fn, outline, args, static, signature)
+    return _compiled[signature]
+
+
+_compiled: dict[Any, Callable[..., Any]] = {}
+
+
+def _from_trace(
+    fn: Callable[..., Any], outline: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any
+) -> Callable[..., Any]:
+    def export(of: Callable[..., Any]) -> jax.export.Exported:
+        return jax.export.export(jax.jit(lambda *args: of(*args, **static), keep_unused=True))(*args)
+
+    name = getattr(fn, "__name__", "program")
+    try:
+        module = remembered(name, signature, lambda: bytes(export(fn).mlir_module_serialized))
+    except ValueError as error:
+        if "custom call" not in str(error):
+            raise
+        # JAX exports only kernels that later versions will know, too.
+        logger.info("The trace of %s is not kept: %s", name, error)
+        return functools.partial(fn, **static)
+    # All that an export has beside its module is said by the arguments and results.
+    exported = replace(export(outline), mlir_module_serialized=module)
+
+    def call(*args: Any) -> Any:
+        return exported.call(*args)
+
+    call.__name__ = name
+    return jax.jit(call).lower(*args).compile()  # the same for whatever layout the results of a call have
+
+
+def _surroundings() -> str:
+    """What a trace depends on, whatever is traced."""
+    settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
+    device = jax.devices()[0]
+    return repr([_source(), device.platform, device.device_kind, sorted(settings.items(), key=str)])
+
+
+@functools.cache
+def _source() -> list[str]:
+    """This package, and the versions of those it traces with."""
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return [digest.hexdigest(), *map(version, ("jax", "jaxlib", "flax", "numpy"))]
