@@ -223,11 +223,11 @@ def _check(args: Shared, model: Model, size: int) -> None:
     for name, least in (("runs", 1), ("steps", 1), ("warmup", 0)):
         if (value := getattr(args, name, least)) < least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}.")
+    if args.plot:
+        result.check_plot(args.plot)
     for option in ("json", "plot", "trace"):
         if place := getattr(args, option, None):
             result.check_writable(option, place, is_folder=option == "trace")
-    if args.plot:
-        result.check_plot(args.plot)
     if isinstance(args, Program) and (args.vs or args.vs_compile):
         if isinstance(args, Train) and args.data.source:
             raise ValueError("--vs compares training on the same latents: leave out --data.source.")
