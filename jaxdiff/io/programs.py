@@ -23,6 +23,8 @@ import jax.export
 PACKAGE = Path(__file__).parents[1]
 MOST = 64
 """So many traces are kept, the last ones used."""
+# Kernels that later versions of JAX may not know; a trace is for one version and one kind of device.
+KERNELS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
 logger = logging.getLogger(__name__)
 _folder: Path | None = None  # of the traces, once there is one
 
@@ -109,8 +111,11 @@ _compiled: dict[Any, Callable[..., Any]] = {}
 def _from_trace(
     fn: Callable[..., Any], outline: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any
 ) -> Callable[..., Any]:
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(kernel) for kernel in KERNELS]
+
     def export(of: Callable[..., Any]) -> jax.export.Exported:
-        return jax.export.export(jax.jit(lambda *args: of(*args, **static), keep_unused=True))(*args)
+        whole = jax.jit(lambda *args: of(*args, **static), keep_unused=True)
+        return jax.export.export(whole, disabled_checks=allowed)(*args)
 
     name = getattr(fn, "__name__", "program")
     try:
@@ -118,7 +123,6 @@ def _from_trace(
     except ValueError as error:
         if "custom call" not in str(error):
             raise
-        # JAX exports only kernels that later versions will know, too.
         logger.info("The trace of %s is not kept: %s", name, error)
         return functools.partial(fn, **static)
     # All that an export has beside its module is said by the arguments and results.
