@@ -44,7 +44,12 @@ class Args:
     negative: str = ""
     """What to steer away from."""
     sampler: str = "ddim"
-    """How the steps are taken."""
+    """How the steps are taken: ddim, euler, dpmpp_2m, unipc and others; a wrong name lists them all."""
+    grid: str = "model"
+    """Which noise levels they visit: the model's own, trailing, karras, exponential, beta, sgm_uniform or
+    align_your_steps."""
+    eta: float = 0.0
+    """For ddim and tcd: the share of fresh noise at each step, 0 to 1."""
     size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
     """Width and height in pixels, as 64x64; without it, the model's own."""
     out: Path = Path("samples")
@@ -90,6 +95,8 @@ def main(args: Args) -> None:
                 steps=args.steps,
                 guidance=args.guidance,
                 sampler=args.sampler,
+                grid=args.grid,
+                eta=args.eta,
                 size=size,
                 progress=lambda done, before=bar.n: bar.update(before + done - bar.n),
             )
@@ -97,8 +104,8 @@ def main(args: Args) -> None:
                 seed = args.seed + first + i
                 settings = {
                     "prompt": rows[i], "negative_prompt": negative, "seed": seed, "steps": args.steps,
-                    "sampler": args.sampler, "guidance": args.guidance, "width": images.shape[2],
-                    "height": images.shape[1], "model": pipe.name, "dtype": pipe.dtype,
+                    "sampler": args.sampler, "grid": args.grid, "eta": args.eta, "guidance": args.guidance,
+                    "width": images.shape[2], "height": images.shape[1], "model": pipe.name, "dtype": pipe.dtype,
                     "version": f"jaxdiff {jaxdiff.__version__}",
                 }  # fmt: skip
                 report(write_png(args.out, f"{slug(rows[i])}-{seed}", images[i], settings))
