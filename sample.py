@@ -45,7 +45,12 @@ class Args:
     negative: str = ""
     """What to steer away from."""
     sampler: str = "ddim"
-    """How the steps are taken."""
+    """How the steps are taken: ddim, euler, dpmpp_2m, unipc and others; a wrong name lists them all."""
+    grid: str = "model"
+    """Which noise levels they visit: the model's own, trailing, karras, exponential, beta, sgm_uniform or
+    align_your_steps."""
+    eta: float = 0.0
+    """For ddim and tcd: the share of fresh noise at each step, 0 to 1."""
     cache_interval: int = 1
     """3 computes most of the network at every third step only: faster, and another picture; 1 is exact."""
     size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
@@ -93,6 +98,8 @@ def main(args: Args) -> None:
                 guidance=args.guidance,
                 guidance_interval=args.guidance_interval,
                 sampler=args.sampler,
+                grid=args.grid,
+                eta=args.eta,
                 cache_interval=args.cache_interval,
                 size=size,
                 progress=lambda done, before=bar.n: bar.update(before + done - bar.n),
@@ -101,7 +108,7 @@ def main(args: Args) -> None:
                 seed = args.seed + first + i
                 settings = {
                     "prompt": rows[i], "negative_prompt": negative, "seed": seed, "steps": args.steps,
-                    "sampler": args.sampler, "guidance": args.guidance,
+                    "sampler": args.sampler, "grid": args.grid, "eta": args.eta, "guidance": args.guidance,
                     "guidance_interval": args.guidance_interval, "cache_interval": args.cache_interval,
                     "width": images.shape[2], "height": images.shape[1], "model": pipe.name, "dtype": pipe.dtype,
                     "version": f"jaxdiff {jaxdiff.__version__}",

@@ -1,6 +1,5 @@
 """From tokens to pixels: one compiled program, written for one image and `vmap`ped."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +15,10 @@ from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, prompt_keys
 from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.sampling.ddim import ddim
 from jaxdiff.sampling.grids import Grid
+from jaxdiff.sampling.samplers import SAMPLERS
+from jaxdiff.sampling.walk import State, keyed_noise
 from jaxdiff.types import DenoiseFn, Params
-
-# Each takes (denoise_fn, x_T, grid, key, *, start, stop, eta, clip), as `ddim` does.
-SAMPLERS: dict[str, Callable[..., Array]] = {"ddim": ddim}
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,19 @@ def keys_and_noise(
 
 
 def outline(
-    params: dict[str, Params], tokens: Array, x_T: Float[Array, "b h w c"], *turned: Any, program: Program
-) -> tuple[Float[Array, "b h w c"], UInt8[Array, "b h2 w2 3"]]:
-    """What `text_to_image` returns, as far as shapes go: its latents untouched, its images black."""
-    b, h, w, _ = x_T.shape
+    params: dict[str, Params], tokens: Array, state: State, *turned: Any, program: Program
+) -> tuple[State, UInt8[Array, "b h2 w2 3"]]:
+    """What `text_to_image` returns, as far as shapes go: its state untouched, its images black."""
+    b, h, w, _ = state.x.shape
     factor = 2 ** (len(program.vae.channels) - 1)
-    return x_T, jnp.zeros((b, factor * h, factor * w, 3), jnp.uint8)
+    return state, jnp.zeros((b, factor * h, factor * w, 3), jnp.uint8)
 
 
 @partial(jax.jit, static_argnames="program")
 def text_to_image(
     params: dict[str, Params],
     tokens: Int[Array, "b 2 t"],
-    x_T: Float[Array, "b h w c"],
+    state: State,
     keys: Key[Array, " b"],
     grid: Grid,
     start: Int[Array, ""],
@@ -76,38 +73,37 @@ def text_to_image(
     every: Int[Array, ""],
     *,
     program: Program,
-) -> tuple[Float[Array, "b h w c"], UInt8[Array, "b h2 w2 3"]]:
+) -> tuple[State, UInt8[Array, "b h2 w2 3"]]:
     """Draws one image for each row. Nothing but shapes, `program` and the types of the params makes it compile anew.
 
     Args:
         params: the trees of "text_encoder", "unet" and "vae".
         tokens: each image's negative prompt and prompt, in this order.
-        x_T: unit normal noise, or what an earlier call returned, to go on at step `start`.
-        keys: for the noise of `eta`.
+        state: `vmap(begin)` of unit normal noise, or what an earlier call returned, to go on at step `start`.
+        keys: for the noise of the steps.
         grid: the noise levels.
         start: the first step.
         stop: the step not taken any more. Images are decoded when this is `steps`, and black before.
         steps: how many there are in all.
         guidance: classifier-free guidance; scale 1 follows the prompt alone. The levels are for `program.interval`.
-        eta: DDIM's share of fresh noise, 0 to 1.
+        eta: the share of fresh noise in DDIM's steps, 0 to 1.
         every: for `program.reuse`: deep features are computed at steps `start`, `start + every` and so on.
         program: networks and settings.
 
     Returns:
-        The latents (scaled to unit variance) and the images.
+        The state, with the latents (scaled to unit variance), and the images.
     """
-    scheduler = program.scheduler
+    scheduler, sampler = program.scheduler, SAMPLERS[program.sampler]
     schedule = make_schedule(scheduler)
-    clip = scheduler.clip_sample_range if scheduler.clip_sample else None
+    given = {"eta": eta, "clip": scheduler.clip_sample_range if scheduler.clip_sample else None}
+    options = {name: given[name] for name in sampler.options}
 
     b = len(tokens)
     context = program.text_encoder.apply({"params": params["text_encoder"]}, tokens.reshape(2 * b, -1))
     context = context.reshape(b, 2, *context.shape[1:])  # pyright: ignore
     keys_values = prompt_keys(params["unet"], context, program.unet.dtype)
 
-    def sample(
-        context: Float[Array, "2 t d"], keys_values: Params, x: Float[Array, "h w c"], key: Key[Array, ""]
-    ) -> Float[Array, "h w c"]:
+    def sample(context: Float[Array, "2 t d"], keys_values: Params, state: State, key: Key[Array, ""]) -> State:
         def unet(x_in: Float[Array, "n h w c"], t: Float[Array, ""], deep: Array | None, **kwargs: bool) -> Array:
             """The network on both prompts, or on the last alone."""
             n = len(x_in)
@@ -123,8 +119,9 @@ def text_to_image(
             alone = make_denoiser(lambda x_in, t: unet(x_in[None], t, deep)[0], schedule, scheduler.prediction_type)
             return within(guided, alone, guidance.low, guidance.high)
 
-        def walk(denoise_fn: DenoiseFn, x: Array, start: Array, stop: Array) -> Array:
-            return SAMPLERS[program.sampler](denoise_fn, x, grid, key, start=start, stop=stop, eta=eta, clip=clip)
+        def walk(denoise_fn: DenoiseFn, state: State, start: Array, stop: Array) -> State:
+            noise_fn = keyed_noise(key, state.x.shape)
+            return sampler.fn(denoise_fn, state, grid, noise_fn, start=start, stop=stop, **options)
 
         def deep_features(x: Array, start: Array, stop: Array) -> Float[Array, "2 h w d"]:
             """Those of the step `start`, for the negative prompt only if a step before `stop` is guided."""
@@ -140,19 +137,19 @@ def text_to_image(
             guided = (grid.sigmas_next[stop - 1] <= guidance.high) & (guidance.low <= sigma)
             return jax.lax.cond(guided, lambda: of(2), lambda: of(1))
 
-        def block(now: tuple[Array, Array]) -> tuple[Array, Array]:
-            i, x = now
+        def block(now: tuple[Array, State]) -> tuple[Array, State]:
+            i, state = now
             end = jnp.minimum(i + every, stop)
-            return end, walk(denoiser(deep_features(x, i, end)), x, i, end)
+            return end, walk(denoiser(deep_features(state.x, i, end)), state, i, end)
 
         if program.reuse:
-            return jax.lax.while_loop(lambda now: now[0] < stop, block, (start, x))[1]
-        return walk(denoiser(), x, start, stop)
+            return jax.lax.while_loop(lambda now: now[0] < stop, block, (start, state))[1]
+        return walk(denoiser(), state, start, stop)
 
     def decode(x: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 3"]:
         image = program.vae.apply({"params": params["vae"]}, x / program.scaling_factor, method="decode")
         return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)  # pyright: ignore
 
-    x = jax.vmap(sample)(context, keys_values, x_T, keys)
-    _, black = outline(params, tokens, x, program=program)
-    return x, jax.lax.cond(stop == steps, decode, lambda _: black, x)
+    state = jax.vmap(sample)(context, keys_values, state, keys)
+    _, black = outline(params, tokens, state, program=program)
+    return state, jax.lax.cond(stop == steps, decode, lambda _: black, state.x)

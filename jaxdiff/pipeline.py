@@ -17,17 +17,18 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import UInt8
 
 from jaxdiff import build
-from jaxdiff.config import load_json, nearest
+from jaxdiff.config import load_json
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.generate import SAMPLERS, Program, keys_and_noise, outline, text_to_image
+from jaxdiff.generate import Program, keys_and_noise, outline, text_to_image
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import Folder, NetworkConfig, read_folder, write_folder
 from jaxdiff.io.programs import enable_compilation_cache, kept, remembered
 from jaxdiff.io.weights import check_params
 from jaxdiff.nn.conv import prepare
-from jaxdiff.sampling.grids import model_grid
+from jaxdiff.sampling.samplers import SAMPLERS, check_sampler, count_steps, make_grid
+from jaxdiff.sampling.walk import begin
 from jaxdiff.types import Params
 
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
@@ -107,6 +108,7 @@ class Pipeline:
         steps: int = 30,
         guidance: SupportsFloat = 7.5,
         sampler: str = "ddim",
+        grid: str = "model",
         eta: SupportsFloat = 0.0,
         size: tuple[int, int] | None = None,
         latents: ArrayLike | None = None,
@@ -122,8 +124,10 @@ class Pipeline:
             seed: from 0 to 2^32 - 1, as is every `seed + i`.
             steps: how many times the model is asked.
             guidance: how hard to follow the prompt (Ho & Salimans 2022); 1 is the model's own answer to the prompt.
-            sampler: "ddim".
-            eta: 0 takes all noise from the start, 1 adds fresh noise at every step (Song et al. 2021, eq. 16).
+            sampler: one of `jaxdiff.sampling.samplers.SAMPLERS`.
+            grid: one of `jaxdiff.sampling.grids.GRIDS`, the noise levels to visit; "model" is the model's own spacing.
+            eta: 0 takes all noise from the start, 1 adds fresh noise at every step (Song et al. 2021, eq. 16); for
+                "tcd", how far each step goes below its level and back (its gamma).
             size: (width, height) in pixels; None is the model's own.
             latents: unit normal [b, h, w, c] in place of the seeds' starting noise.
             guidance_interval: the lowest and highest noise level (sigma) that are guided; None guides all. At the
@@ -142,26 +146,26 @@ class Pipeline:
         negatives = [negative_prompt or ""] * b if isinstance(negative_prompt, str | None) else _texts(negative_prompt)
         if len(negatives) != b:
             raise ValueError(f"There are {len(negatives)} negative prompts for {b} prompts; give one, or one each.")
-        if not isinstance(sampler, str) or sampler not in SAMPLERS:
-            raise ValueError(f"Unknown sampler {sampler!r}{nearest(str(sampler), list(SAMPLERS))}")
         seed, steps = _whole("seed", seed), _whole("steps", steps)
         if not 0 <= seed <= 2**32 - b:
             raise ValueError(f"seed is {seed}; it must lie from 0 to {2**32 - b} for {b} images.")
         scale, share = _float32(guidance), _float32(eta)
-        levels = _float32([0, np.inf] if guidance_interval is None else guidance_interval)
+        guided = _float32([0, np.inf] if guidance_interval is None else guidance_interval)
         every = _whole("cache_interval", cache_interval)
         if scale.shape or not np.isfinite(scale):
             raise ValueError(f"guidance is {guidance!r}; it must be a finite number.")
         if share.shape or not 0 <= share <= 1:
             raise ValueError(f"eta is {eta!r}; it must lie from 0 to 1.")
-        if levels.shape != (2,) or not 0 <= levels[0] <= levels[1]:
+        if guided.shape != (2,) or not 0 <= guided[0] <= guided[1]:
             raise ValueError(f"guidance_interval is {guidance_interval!r}; it must be two noise levels (sigma), 0 or "
                              "more, the lower one first.")  # fmt: skip
         if every < 1:
             raise ValueError(f"cache_interval is {every}; it must be at least 1.")
+        check_sampler(sampler, grid, float(share))
 
         model = self.model
-        grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
+        levels = make_grid(sampler, grid, model.scheduler, make_schedule(model.scheduler), steps, float(share))
+        asked, steps = steps, count_steps(levels)
         given = None if latents is None else _float32(latents)
         shape = self._latent_shape(size, b, given)
         _check_memory(model, b, shape, self._jax_dtype)
@@ -179,12 +183,13 @@ class Pipeline:
             interval=guidance_interval is not None,
             reuse=every > 1,
         )
-        turned = Guidance(*map(jnp.asarray, (scale, *levels))), share, np.int32(min(every, steps))
+        state = _begin(x)
+        turned = Guidance(*map(jnp.asarray, (scale, *guided))), share, np.int32(min(every, steps))
         # A bar needs the program to return now and then; the pieces are the same program and give the same picture.
         piece = steps if progress is None else every * math.ceil(steps / 10 / every)
         ends = np.int32(0), np.int32(0), np.int32(steps)
-        arguments = self.params, tokens, x, keys, grid, *ends, *turned
-        ours = SAMPLERS[sampler].__module__.startswith("jaxdiff.")  # of others, the source is not known
+        arguments = self.params, tokens, state, keys, levels, *ends, *turned
+        ours = SAMPLERS[sampler].fn.__module__.startswith("jaxdiff.")  # of others, the source is not known
         draw = (
             kept(text_to_image, outline, *arguments, program=program)
             if ours
@@ -193,10 +198,10 @@ class Pipeline:
         for start in range(0, steps, piece):
             stop = min(start + piece, steps)
             ends = np.int32(start), np.int32(stop), np.int32(steps)
-            x, images = draw(self.params, tokens, x, keys, grid, *ends, *turned)
+            state, images = draw(self.params, tokens, state, keys, levels, *ends, *turned)
             if progress is not None:
-                x.block_until_ready()
-                progress(stop)
+                state.x.block_until_ready()
+                progress(min(stop, asked))
         return np.asarray(images)
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
@@ -242,6 +247,7 @@ class Pipeline:
 
 # Drawn by its own small program, so that given latents and seeds share the large one.
 _keys_and_noise = jax.jit(keys_and_noise, static_argnums=1)
+_begin = jax.jit(jax.vmap(begin))
 
 
 def _is_run(path: Path) -> bool:

@@ -6,34 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import walk_toy
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.denoiser import make_denoiser
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.sampling.ddim import ddim
 from jaxdiff.sampling.grids import Grid, model_grid
+from jaxdiff.sampling.walk import begin, keyed_noise
 
 KEY = jax.random.key(0)
 
 
-def toy_network(x_in, t):
-    """The model of diffusers' scheduler tests."""
-    return x_in * t / (t + 1)
-
-
-def run_toy(config: SchedulerConfig, steps: int) -> jax.Array:
-    schedule = make_schedule(config)
-    # diffusers' toy batch: 0/768, 1/768, ... over 4 pictures of 3 channels, its batch axis running fastest.
-    x_T = (np.arange(768, dtype=np.float32) / 768).reshape(3, 8, 8, 4).transpose(3, 1, 2, 0)
-    denoise_fn = make_denoiser(toy_network, schedule, config.prediction_type)
-    grid = model_grid(config, schedule, steps)
-    clip = config.clip_sample_range if config.clip_sample else None
-    return ddim(denoise_fn, jnp.asarray(x_T), grid, KEY, start=0, stop=steps, clip=clip)
-
-
 @pytest.mark.parametrize(("prediction_type", "expected"), [("epsilon", 172.0067), ("v_prediction", 52.5302)])
 def test_the_published_toy_gives_the_published_sums(prediction_type, expected):
-    x_0 = run_toy(SchedulerConfig(prediction_type=prediction_type), steps=10)
+    x_0 = walk_toy("ddim", SchedulerConfig(prediction_type=prediction_type), steps=10)
     assert float(jnp.sum(jnp.abs(x_0))) == pytest.approx(expected, abs=1e-2)
 
 
@@ -43,6 +30,10 @@ M, S = 0.7, 0.5
 
 def gaussian(x, sigma):
     return (S**2 * x + sigma**2 * M) / (S**2 + sigma**2)
+
+
+def silent(k):
+    return jnp.zeros(())
 
 
 def karras(steps: int, top: float = 20.0, bottom: float = 0.02) -> Grid:
@@ -59,7 +50,7 @@ def test_the_error_against_a_gaussians_closed_form_falls_at_first_order():
         top = grid.sigmas[0]
         # dx/dsigma = (x - D)/sigma keeps (x - m) / sqrt(s^2 + sigma^2) constant (Karras et al. 2022, eq. 4).
         exact = M + (x_T * np.sqrt(1 + top**2) - M) * S / np.sqrt(S**2 + top**2)
-        x_0 = jax.jit(lambda x, g, n=steps: ddim(gaussian, x, g, KEY, start=0, stop=n))(x_T, grid)
+        x_0 = jax.jit(lambda x, g, n=steps: ddim(gaussian, begin(x), g, silent, start=0, stop=n).x)(x_T, grid)
         errors.append(float(jnp.abs(x_0 - exact).max()))
     rates = np.log2(np.array(errors[:-1]) / errors[1:])
     assert np.all((rates > 0.85) & (rates < 1.15)), (errors, rates)
@@ -71,7 +62,7 @@ def test_with_eta_one_the_samples_have_the_datas_mean_and_spread():
 
     def sample(key):
         x_T = jax.random.normal(jax.random.fold_in(key, 10_000), (1, 1, 1))
-        return ddim(gaussian, x_T, grid, key, start=0, stop=400, eta=1.0)
+        return ddim(gaussian, begin(x_T), grid, keyed_noise(key, x_T.shape), start=0, stop=400, eta=1.0).x
 
     x_0 = jax.jit(jax.vmap(sample))(keys)
     assert float(x_0.mean()) == pytest.approx(M, abs=0.03)
@@ -80,13 +71,15 @@ def test_with_eta_one_the_samples_have_the_datas_mean_and_spread():
 
 def test_pieces_of_the_walk_make_the_whole_walk_bit_for_bit():
     grid = karras(12)
-    walk = jax.jit(lambda x, start, stop: ddim(gaussian, x, grid, KEY, start=start, stop=stop, eta=0.5))
-    x_T = jax.random.normal(KEY, (2, 2, 1))
-    np.testing.assert_array_equal(walk(walk(walk(x_T, 0, 1), 1, 7), 7, 12), walk(x_T, 0, 12))
+    noise_fn = keyed_noise(KEY, (2, 2, 1))
+    walk = jax.jit(lambda state, start, stop: ddim(gaussian, state, grid, noise_fn, start=start, stop=stop, eta=0.5))
+    x_T = begin(jax.random.normal(KEY, (2, 2, 1)))
+    np.testing.assert_array_equal(walk(walk(walk(x_T, 0, 1), 1, 7), 7, 12).x, walk(x_T, 0, 12).x)
 
 
 def test_clipping_bounds_the_result():
-    x_0 = ddim(lambda x, sigma: 5 * jnp.ones_like(x), jnp.ones((2, 2, 1)), karras(3), KEY, start=0, stop=3, clip=1.0)
+    x_T = begin(jnp.ones((2, 2, 1)))
+    x_0 = ddim(lambda x, sigma: 5 * jnp.ones_like(x), x_T, karras(3), silent, start=0, stop=3, clip=1.0).x
     assert float(jnp.abs(x_0).max()) == 1.0
 
 
@@ -108,5 +101,5 @@ def test_on_a_flows_grid_it_takes_eulers_steps_along_the_flow(shift, steps):
         x = x + (t_next - t) * network_fn(x, 1000 * t)
 
     denoise_fn = make_denoiser(network_fn, schedule, config.prediction_type)
-    x_0 = ddim(denoise_fn, x_T, model_grid(config, schedule, steps), KEY, start=0, stop=steps)
+    x_0 = ddim(denoise_fn, begin(x_T), model_grid(config, schedule, steps), silent, start=0, stop=steps).x
     np.testing.assert_allclose(x_0, x, atol=2e-4)

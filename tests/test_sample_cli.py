@@ -47,7 +47,8 @@ def test_a_prompt_becomes_a_png_that_says_how_it_was_made(sample, pipe):  # noqa
     )
     told = json.loads(image.info["jaxdiff"])
     expected = {"prompt": "a red apple", "negative_prompt": "blue, green", "seed": 5, "steps": 3, "guidance": 4.0,
-                "sampler": "ddim", "width": 16, "height": 16, "model": "tiny", "dtype": "float32"}  # fmt: skip
+                "sampler": "ddim", "grid": "model", "eta": 0.0, "width": 16, "height": 16, "model": "tiny",
+                "dtype": "float32"}  # fmt: skip
     assert expected.items() <= told.items()
     assert image.info["parameters"] == (
         "a red apple\nNegative prompt: blue, green\n"
