@@ -84,11 +84,9 @@ class Pipeline:
             raise ValueError(f"The tokenizer has {len(self.tokenizer)} tokens, more than the text encoder's vocab_size "
                              f"{model.text_encoder.vocab_size}.")  # fmt: skip
         host = {name: model.params[name] for name in ("text_encoder", "unet", "vae")}
-        self.params = jax.device_put(_in_dtype(host, self._jax_dtype))
+        self.params = on_device(host, self._jax_dtype)
         # `save` needs no file of the folder read, and no second copy of params that are exact on the device.
-        exact = self.params if self.dtype == "float32" else host
-        if jax.default_backend() == "cpu" and self.dtype == "float32":
-            self.params, exact = prepare(self.params), host
+        exact = self.params if self.dtype == "float32" and jax.default_backend() != "cpu" else host
         self.model = replace(model, tokenizer=self.tokenizer, params=exact)
 
     @property
@@ -277,6 +275,15 @@ def _expected(name: str, config: NetworkConfig) -> Params:
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}.")
+
+
+def on_device(params: Params, dtype: DTypeLike) -> Params:
+    """The params as pictures are drawn with them: in the networks' types, on the default device.
+
+    On a CPU, kernels have their Winograd form beside them (`jaxdiff.nn.conv.prepare`): no tree to save or train.
+    """
+    placed = jax.device_put(_in_dtype(params, dtype))
+    return prepare(placed) if jax.default_backend() == "cpu" else placed
 
 
 def _in_dtype(params: Params, dtype: DTypeLike) -> Params:

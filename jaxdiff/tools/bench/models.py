@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.io.folder import read_config, read_network, read_scheduler
 from jaxdiff.io.weights import check_params
-from jaxdiff.pipeline import EMBEDDED
+from jaxdiff.pipeline import EMBEDDED, on_device
 from jaxdiff.sharding import tree_shardings
 from jaxdiff.training.feed import place
 from jaxdiff.training.parts import model_folder
@@ -131,10 +132,10 @@ def random_params(shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def ready(params: dict[str, Params], mesh: Mesh) -> dict[str, Params]:
-    """The params as they are computed with, on the devices. What `jaxdiff.load` does to params, it does here, too."""
+def ready(params: dict[str, Params], mesh: Mesh, dtype: DTypeLike) -> dict[str, Params]:
+    """The params as they are computed with, on the devices: on one, what `jaxdiff.load` makes of them."""
     if mesh.size == 1:
-        return jax.device_put(params)
+        return on_device(params, dtype)
     return place(params, tree_shardings(mesh, params))
 
 

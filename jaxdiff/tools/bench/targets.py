@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from jaxdiff import build
 from jaxdiff.config import DataConfig, DiffusionTask, MeshConfig, TrainConfig
 from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.generate import Program, keys_and_noise, text_to_image
 from jaxdiff.nn.layers import Remat
 from jaxdiff.sampling.grids import model_grid
+from jaxdiff.sampling.walk import begin
 from jaxdiff.sharding import batch_sharding, gather_params, tree_shardings
 from jaxdiff.tools.bench import flops
 from jaxdiff.tools.bench.models import Model, random_inputs, ready, weights
@@ -120,7 +122,7 @@ def _network(
     setting: Setting, name: str, module: Any, inputs: dict[str, Any], work: int, method: str | None = None
 ) -> Work:
     raw = weights(setting.model, name)
-    params = ready(raw, setting.mesh)
+    params = ready(raw, setting.mesh, jnp.dtype(setting.dtype))
     f = _gathered(lambda params, *x: module.apply({"params": params[name]}, *x, method=method), params, setting)
     return Work(jax.jit(f), (params, *_spread(tuple(inputs.values()), setting)), work, raw, inputs)
 
@@ -145,7 +147,7 @@ def sample(setting: Setting) -> Work:
     tokenizer = Tokenizer.load(model.tokenizer, model.text_encoder.max_position_embeddings)
     prompts, negatives = [PROMPT] * batch, [""] * batch
     raw = weights(model, "text_encoder", "unet", "vae")
-    params = ready(raw, setting.mesh)
+    params = ready(raw, setting.mesh, dtype)
     keys, x = keys_and_noise(jnp.arange(batch, dtype=jnp.uint32), setting.latent[1:])  # pyright: ignore
     program = Program(
         text_encoder=build.text_encoder(model.text_encoder, dtype),
@@ -155,14 +157,14 @@ def sample(setting: Setting) -> Work:
         scaling_factor=model.vae.scaling_factor,
     )
     tokens = np.stack([tokenizer(negatives), tokenizer(prompts)], axis=1)
-    rows = _spread((jnp.asarray(tokens), x, keys), setting)
+    rows = _spread((jnp.asarray(tokens), jax.vmap(begin)(x), keys), setting)
     grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
     ends = np.int32(0), np.int32(steps), np.int32(steps)
     guidance = np.float32(setting.options["guidance"])
     length = model.text_encoder.max_position_embeddings
     return Work(
         jax.jit(_gathered(partial(text_to_image, program=program), params, setting)),
-        (params, *rows, grid, *ends, guidance, np.float32(0)),
+        (params, *rows, grid, *ends, Guidance(*map(jnp.asarray, (guidance, 0.0, np.inf))), np.float32(0), np.int32(1)),
         flops.text_encoder(model.text_encoder, 2 * batch)
         + steps * flops.unet(model.unet, 2 * batch, setting.side, setting.side, length)
         + flops.vae_decode(model.vae, batch, setting.size, setting.size),
