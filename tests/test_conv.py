@@ -61,7 +61,7 @@ def test_winograd_is_the_convolution(case, m):
     assert relative_error(found, plain(x, kernel, padding)) < 1e-5
 
 
-LARGE = (2, 8, 10, 64, 64)
+LARGE = (4, 12, 14, 64, 64)
 """Enough pixels and channels for `conv3x3` to choose Winograd."""
 
 
@@ -73,7 +73,7 @@ def output_and_gradients(f, x, kernel):
 @pytest.mark.parametrize("padding", [ROUND, ((0, 1), (0, 1))])
 def test_gradients_are_those_of_the_convolution(padding):
     x, kernel = inputs(*LARGE)
-    assert conv.tile(x.shape[0] * 8 * 10, 64, 64)
+    assert conv.tile(x.shape[0] * 11 * 13, 64, 64)
     found = jax.jit(lambda x, k: output_and_gradients(lambda x, k: conv3x3(x, k, padding=padding), x, k))(x, kernel)
     wanted = output_and_gradients(lambda x, k: plain(x, k, padding), x, kernel)
     assert max(map(relative_error, found, wanted)) < 1e-5
@@ -102,10 +102,10 @@ def test_images_that_vmap_adds_are_a_larger_batch():
 
 def test_vmap_may_map_the_kernels_too():
     x, _ = inputs(*LARGE)
-    kernels = jnp.stack([inputs(*LARGE, seed=s)[1] for s in (1, 2)])
+    kernels = jnp.stack([inputs(*LARGE, seed=s)[1] for s in range(LARGE[0])])
     for axis in (0, None):
         found = jax.vmap(lambda x, k: conv3x3(jnp.broadcast_to(x, LARGE[:4]), k), in_axes=(axis, 0))(x, kernels)
-        for i in range(2):
+        for i in (0, 3):
             one = jnp.broadcast_to(x if axis is None else x[i], LARGE[:4])
             assert relative_error(found[i], plain(one, kernels[i])) < 1e-5
 
@@ -141,25 +141,26 @@ def test_parameters_are_those_of_linens_convolution():
 
 
 WIDE = UNetConfig(
-    sample_size=8, block_out_channels=(320,), layers_per_block=1, attention_head_dim=8, cross_attention_dim=24,
+    sample_size=8, block_out_channels=(64,), layers_per_block=1, attention_head_dim=8, cross_attention_dim=24,
     down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
 )  # fmt: skip
 
 
 def unet_and_inputs():
     network = build.unet(WIDE)
-    x, context = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 8, 8, 4), (1, 7, 24)]))
-    return network, (x, jnp.array([500.0]), context)
+    x, context = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(8, 8, 8, 4), (8, 7, 24)]))
+    return network, (x, jnp.full(8, 500.0), context)
 
 
 def test_a_prepared_network_is_the_plain_one(monkeypatch):
     network, given = unet_and_inputs()
     params = jax.jit(lambda: build.init(network, WIDE, jax.random.key(0)))()
+    monkeypatch.setattr(conv, "prepared_tile", lambda c, c2: 2 if min(c, c2) >= 64 else None)
     prepared = prepare(params)
     added = len(jax.tree.leaves(prepared)) - len(jax.tree.leaves(params))
     assert added > 0
     found = jax.jit(network.apply)({"params": prepared}, *given)
-    monkeypatch.setattr(conv, "tile", lambda *shape: None)
+    monkeypatch.setattr(conv, "tile", lambda *shape, **prepared: None)
     wanted = jax.jit(network.apply)({"params": params}, *given)
     assert 0 < relative_error(found, wanted) < 1e-4
 
@@ -180,6 +181,6 @@ def test_programs_for_other_platforms_have_the_convolution_alone(monkeypatch):
         return [text.count(f"stablehlo.{op}") for op in ("convolution", "dot_general", "pad", "slice", "while")]
 
     ours, on_cpu = counts(text("tpu")), counts(text("cpu"))
-    monkeypatch.setattr(conv, "tile", lambda *shape: None)
+    monkeypatch.setattr(conv, "tile", lambda *shape, **prepared: None)
     assert counts(text("tpu")) == ours
     assert on_cpu[0] < ours[0]
