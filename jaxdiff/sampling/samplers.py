@@ -61,8 +61,7 @@ SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(lcm, lcm_grid, ("clip",), ("model",)),
     "tcd": Sampler(tcd, tcd_grid, (), ("model",)),
 }
-# These take noise whatever the settings; ddim and tcd do where eta is not 0.
-WITH_ETA = ("ddim", "tcd")
+WITH_ETA = ("ddim", "tcd")  # ddim takes it as an option, tcd as its grid's gamma
 
 
 def check_sampler(sampler: object, grid: object = "model", eta: float = 0.0) -> None:

@@ -221,7 +221,7 @@ def test_ten_random_settings(name, walks, monkeypatch, figures):
 
 
 def test_the_sign_that_is_corrected_makes_diffusers_third_order_sde_second_order(monkeypatch):
-    sigmas = {n: np.exp(np.linspace(np.log(10), np.log(0.5), n + 1)).astype(np.float32) for n in (40, 80, 1280)}
+    sigmas = {n: np.exp(np.linspace(np.log(10), np.log(0.5), n + 1)).astype(np.float32) for n in (80, 160)}
 
     def end(cls, n):
         scheduler = cls(**SDE, solver_order=3, lower_order_final=False, prediction_type="sample")
@@ -237,12 +237,15 @@ def test_the_sign_that_is_corrected_makes_diffusers_third_order_sde_second_order
             x = scheduler.step(x_0, t, x.double()).prev_sample
         return x * math.sqrt(1 + float(sigmas[n][-2]) ** 2), float(sigmas[n][-2])
 
-    for cls, low, high in ((diffusers.DPMSolverMultistepScheduler, 0.7, 1.4), (Corrected3M, 1.7, 3.5)):
+    orders = []
+    for cls in (diffusers.DPMSolverMultistepScheduler, Corrected3M):
         errors = []
-        for n in (40, 80):
+        for n in (80, 160):
             got, sigma = end(cls, n)
             errors.append(float((got - reference(sigma)).abs().max()))
-        assert low < math.log2(errors[0] / errors[1]) < high, (cls, errors)
+        orders.append(math.log2(errors[0] / errors[1]))
+    assert orders[0] < 1.4
+    assert orders[1] > 1.7
 
 
 def reference(sigma_end):
