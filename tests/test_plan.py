@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxdiff import build
 from jaxdiff.sharding import AXES, make_mesh
 from jaxdiff.tools import hlo
 from jaxdiff.tools.plan import abstract_task, chip_of, largest, main, plan
@@ -99,6 +100,20 @@ def test_a_plan_has_the_bytes_of_the_state_that_each_device_holds() -> None:
     assert found.optimiser == pytest.approx(2 * found.parameters, rel=0.01)
     assert found.collectives["all-gather"] > 0
     assert found.batch == 1
+
+
+def test_a_call_of_the_unet_holds_parameters_and_latents_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([TINY, *SMALL, "--devices", "2", "--forward", "--json", "--run", "1", "--dtype", "bfloat16"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    task = read_config(TINY, SMALL).task
+    params = build.param_shapes(build.unet(task.unet), task.unet)
+    assert found["parameters"] == 2 * sum(p.size for p in jax.tree.leaves(params))  # whole on each device
+    assert found["optimiser"] == found["ema"] == found["frozen"] == 0
+    assert found["collectives"] == {}
+    assert found["bytes_accessed"] > found["parameters"]
+    assert found["run_seconds"] > 0
+    assert main(["tests/configs/tiny_vae.py", "--devices", "1", "--forward"]) == 2
+    assert "trains an autoencoder" in capsys.readouterr().err
 
 
 def test_a_step_that_is_run_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
