@@ -129,6 +129,15 @@ def test_a_mesh_splits_the_batch_and_nothing_travels_forward():
     assert relative_error(program(spread, jax.device_put(kernel, NamedSharding(mesh, P()))), plain(x, kernel)) < 1e-5
 
 
+def test_gradients_on_a_mesh_are_those_of_one_device():
+    x, kernel = inputs(8, *LARGE[1:])
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    spread = jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
+    parted = jax.device_put(kernel, NamedSharding(mesh, P(None, None, "fsdp", "tensor")))
+    found = jax.jit(lambda x, k: output_and_gradients(conv3x3, x, k))(spread, parted)
+    assert max(map(relative_error, found, output_and_gradients(plain, x, kernel))) < 1e-5
+
+
 def test_parameters_are_those_of_linens_convolution():
     x = jnp.ones((1, 4, 4, 3), jnp.bfloat16)
     ours = Conv3x3(6, stride=2, padding=((0, 1), (0, 1)), dtype=jnp.bfloat16, name="conv")
