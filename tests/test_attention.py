@@ -110,6 +110,8 @@ def test_operations_are_counted_alike_in_loops_and_kernels() -> None:
     q, k, v, _ = inputs(shape)
     for f in (lambda *x: attention._loop_forward(*x, most=2**19), flash.forward, attend):
         assert hlo.flops(jax.make_jaxpr(f)(q, k, v)) == 4 * b * t * s * h * d
+    with jax.set_mesh(make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])):
+        assert hlo.flops(jax.make_jaxpr(attend)(q, k, v)) == 4 * b * t * s * h * d
 
 
 def test_a_mesh_splits_batch_and_heads_and_nothing_travels() -> None:

@@ -46,8 +46,7 @@ def attend(q: Tokens, k: Keys, v: Keys, mask: Bool[Array, "t s"] | None = None) 
         return _dense(q, k, v, mask)
     if not _cudnn_takes(q.shape, k.shape, jnp.dtype(q.dtype)):
         return _blockwise(q, k, v)
-    cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=_blockwise)
+    return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=_blockwise)
 
 
 def _dense(q: Tokens, k: Keys, v: Keys, mask: Bool[Array, "t s"] | None = None) -> Tokens:
@@ -58,12 +57,23 @@ def _dense(q: Tokens, k: Keys, v: Keys, mask: Bool[Array, "t s"] | None = None) 
     return jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", weights, v), 1, 2)
 
 
+def _cudnn(q: Tokens, k: Keys, v: Keys) -> Tokens:
+    attention = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if k.shape[1] % 2 == 0:
+        return attention(q, k, v)
+    # The backward pass takes no odd number of keys: one more, which nothing sees. Lengths come from the arrays, so that
+    # `jax.vmap` maps them as well, without which cuDNN's rule for it fails (jax 0.10.2).
+    none = jnp.isnan(q[:, 0, 0, 0]).astype(jnp.int32) * 0
+    k_, v_ = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v))
+    return attention(q, k_, v_, query_seq_lengths=none + q.shape[1], key_value_seq_lengths=none + k.shape[1])
+
+
 @cache
 def _cudnn_takes(q: tuple[int, ...], k: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    """Whether JAX finds cuDNN here, and that it takes such arrays, both of which it tells by errors."""
+    """Whether JAX finds cuDNN here, and that it takes such arrays and gradients, which it tells by errors."""
     q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k))  # pyright: ignore
     try:
-        jax.eval_shape(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, k)
+        jax.eval_shape(lambda q, k, v: jax.vjp(_cudnn, q, k, v)[1](q), q, k, k)
     except (RuntimeError, NotImplementedError):
         return False
     return True

@@ -220,7 +220,8 @@ def flops(jaxpr: Any) -> int:
         else:
             values = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
             inner = [flops(value) for value in values if _is_jaxpr(value)]
-            total += (max(inner, default=0) if name == "cond" else sum(inner)) * eqn.params.get("length", 1)
+            turns = eqn.params["mesh"].size if name == "shard_map" else eqn.params.get("length", 1)
+            total += (max(inner, default=0) if name == "cond" else sum(inner)) * turns
     return total
 
 
