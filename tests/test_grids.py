@@ -1,5 +1,7 @@
 """Which noise levels the samplers visit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import beta as beta_distribution
@@ -38,6 +40,14 @@ def test_karras_levels_are_even_in_their_seventh_root():
     roots = karras(14.6, 0.03, 12) ** (1 / 7)
     np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0])
     np.testing.assert_allclose(karras(14.6, 0.03, 12)[[0, -1]], [14.6, 0.03])
+
+
+def test_from_pure_noise_the_first_step_goes_to_where_the_spacing_begins():
+    config = replace(SD, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    schedule = make_schedule(config)
+    grid = make_grid("dpmpp_2m", "karras", config, schedule, 10)
+    assert grid.sigmas[0] > 1e5
+    np.testing.assert_allclose(grid.sigmas[1:10], karras(schedule.sigmas[899], schedule.sigmas[0], 9), rtol=1e-6)
 
 
 def test_exponential_levels_fall_by_one_ratio():

@@ -154,7 +154,12 @@ def spaced(spacing_fn: SpacingFn, family: GridFn) -> GridFn:
             times = _flow_times(config, steps)
             return _falling(flow_sigmas(spacing_fn(times[0], times[-1], steps)), 0.0, total)
         ends = _k_levels(config, schedule, steps) if family is k_grid else schedule.sigmas[::-1]
-        sigmas = spacing_fn(ends[0], ends[-1], steps)
+        if config.rescale_betas_zero_snr and steps > 1 and ends[0] == schedule.sigmas[-1]:
+            # From pure noise, at no finite level, one step goes where an even step in t would; there it begins.
+            second = schedule.sigmas[total - 1 - total // steps]
+            sigmas = np.append(ends[0], spacing_fn(second, ends[-1], steps - 1))
+        else:
+            sigmas = spacing_fn(ends[0], ends[-1], steps)
         # DEISMultistepScheduler stays at its last level for one step more.
         return _falling(sigmas, sigmas[-1] if family is deis_grid else 0.0, total)
 
