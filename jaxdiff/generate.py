@@ -14,7 +14,7 @@ from jaxdiff.diffusion.guidance import Guidance, classifier_free_joint, within
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, prompt_keys
-from jaxdiff.models.vae import AutoencoderKL
+from jaxdiff.models.vae import AutoencoderKL, in_slices
 from jaxdiff.sampling.grids import Grid
 from jaxdiff.sampling.samplers import SAMPLERS
 from jaxdiff.sampling.walk import State, keyed_noise
@@ -146,10 +146,10 @@ def text_to_image(
             return jax.lax.while_loop(lambda now: now[0] < stop, block, (start, state))[1]
         return walk(denoiser(), state, start, stop)
 
-    def decode(x: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 3"]:
-        image = program.vae.apply({"params": params["vae"]}, x / program.scaling_factor, method="decode")
+    def decode(x: Float[Array, "h w c"]) -> UInt8[Array, "h2 w2 3"]:
+        image = program.vae.apply({"params": params["vae"]}, x[None] / program.scaling_factor, method="decode")[0]
         return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)  # pyright: ignore
 
     state = jax.vmap(sample)(context, keys_values, state, keys)
     _, black = outline(params, tokens, state, program=program)
-    return state, jax.lax.cond(stop == steps, decode, lambda _: black, state.x)
+    return state, jax.lax.cond(stop == steps, partial(in_slices, decode), lambda _: black, state.x)

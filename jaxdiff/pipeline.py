@@ -159,6 +159,9 @@ class Pipeline:
                              "more, the lower one first.")  # fmt: skip
         if every < 1:
             raise ValueError(f"cache_interval is {every}; it must be at least 1.")
+        if every > 1 and sampler in ("lcm", "tcd"):
+            raise ValueError(f"cache_interval is {every}, which the sampler {sampler} cannot use: its few steps are "
+                             "far apart. Leave it at 1.")  # fmt: skip
         check_sampler(sampler, grid, float(share))
 
         model = self.model

@@ -132,7 +132,12 @@ def _gathered(f: Callable[..., Any], params: dict[str, Params], setting: Setting
     if setting.mesh.size == 1:
         return f
     stored = jax.tree.map(lambda p: p.sharding, params)
-    return lambda params, *args: f(gather_params(params, stored, jnp.dtype(setting.dtype)), *args)
+
+    def gathered(params: dict[str, Params], *args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(setting.mesh.abstract_mesh):  # attention's kernels are split over it
+            return f(gather_params(params, stored, jnp.dtype(setting.dtype)), *args)
+
+    return gathered
 
 
 def _spread(rows: Any, setting: Setting) -> Any:
