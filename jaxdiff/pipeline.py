@@ -283,10 +283,13 @@ def _check_dtype(dtype: str | None) -> None:
 def on_device(params: Params, dtype: DTypeLike) -> Params:
     """The params as pictures are drawn with them: in the networks' types, on the default device.
 
-    On a CPU, kernels have their Winograd form beside them (`jaxdiff.nn.conv.prepare`): no tree to save or train.
+    On a CPU whose memory has room for them, kernels have their Winograd form beside them, more than twice their size
+    (`jaxdiff.nn.conv.prepare`): no tree to save or train.
     """
     placed = jax.device_put(_in_dtype(params, dtype))
-    return prepare(placed) if jax.default_backend() == "cpu" else placed
+    if jax.default_backend() != "cpu" or 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(placed)) > _memory():
+        return placed
+    return prepare(placed)
 
 
 def _in_dtype(params: Params, dtype: DTypeLike) -> Params:
@@ -320,10 +323,14 @@ def _check_memory(model: Folder, b: int, shape: tuple[int, int, int], dtype: DTy
     height, width = (model.vae.factor * side for side in shape[:2])
     channels = sum(model.vae.block_out_channels[:2])
     needed = b * height * width * channels * np.dtype(dtype).itemsize
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    if needed > _memory():
         raise ValueError(f"{b} x {width}x{height} pixels need {needed / 1e9:.0f} GB at least, this machine has "
-                         f"{there / 1e9:.0f} GB; use a smaller size, or fewer prompts at once.")  # fmt: skip
+                         f"{_memory() / 1e9:.0f} GB; use a smaller size, or fewer prompts at once.")  # fmt: skip
+
+
+def _memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _whole(name: str, value: Any) -> int:
