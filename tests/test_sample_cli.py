@@ -129,7 +129,7 @@ def test_what_does_not_fit_into_the_prompt_is_quoted(sample):
     (("a", "--seed", "-1"), "--seed is -1"),
     (("a", "--seed", str(2**32 - 1), "--n", "2"), "with 2 pictures it must lie from 0 to 4294967294"),
     (("a", "--n", "1000000000", "--sampler", "ddmi"), "Unknown sampler"),  # no list of all pictures comes first
-    (("a", "--sampler", "ddmi"), "Unknown sampler 'ddmi'; did you mean 'ddim'?"),
+    (("a", "--sampler", "unipcc"), "Unknown sampler 'unipcc'; did you mean 'unipc'?"),
     (("a", "--dtype", "float23"), "dtype is 'float23'; supported: float32, bfloat16"),
     (("a", "--model", "no/such/folder"), "no/such/folder is not a folder"),
     (("a", "--out", "/dev/null"), "/dev/null cannot be written to: it is a file, not a folder"),
