@@ -204,6 +204,7 @@ def test_every_network_runs(bench, words):
     assert "images/s" in out
 
 
+@pytest.mark.slow
 def test_training_that_is_fed_tells_how_long_it_waits(bench, folder):
     code, found, out, _ = bench("train", "--batch", ALL, "--runs", 2, "--data.source", "emoji",
                                 "--data.root", "tests/data")  # fmt: skip

@@ -161,6 +161,7 @@ def unet_and_inputs():
     return network, (x, jnp.full(8, 500.0), context)
 
 
+@pytest.mark.slow
 def test_a_prepared_network_is_the_plain_one(monkeypatch):
     network, given = unet_and_inputs()
     params = jax.jit(lambda: build.init(network, WIDE, jax.random.key(0)))()
@@ -174,6 +175,7 @@ def test_a_prepared_network_is_the_plain_one(monkeypatch):
     assert 0 < relative_error(found, wanted) < 1e-4
 
 
+@pytest.mark.slow
 def test_programs_for_other_platforms_have_the_convolution_alone(monkeypatch):
     network, given = unet_and_inputs()
     params = build.param_shapes(network, WIDE)

@@ -90,6 +90,7 @@ def test_the_largest_batch_is_found_in_few_trials() -> None:
         assert len(tried) <= 7
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_bytes_of_the_state_that_each_device_holds() -> None:
     config = read_config(TINY, [*SMALL, "--mesh.fsdp", "4"])
     task, batch = abstract_task(config)
