@@ -203,6 +203,9 @@ class Pipeline:
             if progress is not None:
                 state.x.block_until_ready()
                 progress(min(stop, asked))
+        if not np.isfinite(state.x).all():
+            raise ValueError(f"The picture came to nothing: with guidance {scale:g}, {self.dtype} overflowed. Use less "
+                             "guidance, or another sampler or grid.")  # fmt: skip
         return np.asarray(images)
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
@@ -335,9 +338,11 @@ def _memory() -> int:
 
 def _whole(name: str, value: Any) -> int:
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number.") from None
+        pass
+    raise ValueError(f"{name} is {value!r}; it must be a whole number.")
 
 
 def _texts(given: Any) -> list[str]:

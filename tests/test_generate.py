@@ -312,6 +312,7 @@ def test_a_run_without_a_model_yet_is_told_to_train_on(tmp_path):
     ({"sampler": ["ddim"]}, r"Unknown sampler \['ddim'\]; did you mean"),
     ({"guidance": "7"}, "guidance is '7'; it must be a finite number"),
     ({"guidance": 1j}, "guidance is 1j"),
+    ({"steps": True}, "steps is True; it must be a whole number"),
     ({"guidance": 10**400}, "guidance is 1000"),
     ({"guidance": [1.0, 2.0]}, "guidance is "),
     ({"eta": None}, "eta is None; it must lie from 0 to 1"),
@@ -322,6 +323,11 @@ def test_bad_arguments_are_refused_in_a_sentence(pipe, settings, sentence):
         ValueError, match=sentence.replace("?", r"\?") if "interval" not in sentence else re.escape(sentence)
     ):
         call(pipe, **{"prompts": ["a dog"]} | settings)
+
+
+def test_what_overflows_is_told_and_not_drawn_black(pipe):
+    with pytest.raises(ValueError, match=r"with guidance 1e\+30, float32 overflowed"):
+        pipe("a dog", guidance=1e30, steps=3)
 
 
 def test_a_size_that_dense_attention_would_not_fit_is_not_refused(model):

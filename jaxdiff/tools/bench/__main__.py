@@ -1,5 +1,6 @@
 """The command line: `python -m jaxdiff.tools.bench unet --model sd15 --batch 1 2 4`, or `... compare a.json b.json`."""
 
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -223,6 +224,8 @@ def _check(args: Shared, model: Model, size: int) -> None:
     for name, least in (("runs", 1), ("steps", 1), ("warmup", 0)):
         if (value := getattr(args, name, least)) < least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}.")
+    if isinstance(args, Sample) and not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance is {args.guidance}; it must be a finite number.")
     if args.plot:
         result.check_plot(args.plot)
     for option in ("json", "plot", "trace"):
