@@ -218,6 +218,15 @@ def _pipeline(options: list[str], plan: Plan, stage: str) -> Iterator[beam.Pipel
         if not told:
             raise
         raise {"ValueError": ValueError, "OSError": OSError}[told[-1][0]](told[-1][1]) from error
+    finally:
+        _sweep(plan)  # workers that are stopped with the run leave what they were writing
+
+
+def _sweep(plan: Plan) -> None:
+    """Removes half-written files; nobody writes any more."""
+    folder = Path(plan.folder)
+    for leftover in (*folder.glob("*.partial"), *(folder / WORK).glob("*.partial")):
+        leftover.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -417,7 +426,5 @@ def _finish(plan: Plan, settings: dict[str, Any], read: Report) -> Report:
     _write_json(folder / REPORT, asdict(report), 1)
     shards = {plan.shard(unit).name: reports[unit].kept for unit in units if reports[unit].kept}
     _write_json(folder / INDEX, {"version": VERSION, "records": report.kept, "shards": shards, "settings": settings}, 1)
-    for leftover in folder.glob("*.partial"):
-        leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / WORK, ignore_errors=True)
     return report
