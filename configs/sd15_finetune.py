@@ -4,8 +4,9 @@ python train.py configs/sd15_finetune.py --model models/stable-diffusion-v1-5 --
 
 Mesh: everything in parts over 16 chips (fsdp) of v5e (v5e:4x4), 16 pictures a chip, blocks computed again in the
 backward pass. The UNet's step takes 10.5 of 15.75 GiB (9.6 GiB of them temporaries), and at the least 248 ms for its
-operations and 818 ms for its memory traffic. What the text encoder adds, and any other slice or batch, is told by
-`python -m jaxdiff.tools.plan configs/sd15_finetune.py --topology v5e:4x4`. Latents are cached in `--cache`.
+operations and 818 ms for its memory traffic (with attention in loops, before its kernels). What the text encoder adds,
+and any other slice or batch, is told by `python -m jaxdiff.tools.plan configs/sd15_finetune.py --topology v5e:4x4`.
+Latents are cached in `--cache`.
 """
 
 from jaxdiff.config import (
