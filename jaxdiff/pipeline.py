@@ -337,12 +337,13 @@ def _memory() -> int:
 
 
 def _whole(name: str, value: Any) -> int:
+    message = f"{name} is {value!r}; it must be a whole number."
+    if isinstance(value, bool):
+        raise ValueError(message)
     try:
-        if not isinstance(value, bool):
-            return operator.index(value)
+        return operator.index(value)
     except TypeError:
-        pass
-    raise ValueError(f"{name} is {value!r}; it must be a whole number.")
+        raise ValueError(message) from None
 
 
 def _texts(given: Any) -> list[str]:
