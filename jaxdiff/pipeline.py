@@ -2,13 +2,12 @@
 
 import json
 import math
-import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +16,29 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import UInt8
 
 from jaxdiff import build
+from jaxdiff.arguments import fits, floats, masks, one_each, pictures, seeds, texts
 from jaxdiff.config import load_json
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.generate import Program, keys_and_noise, outline, text_to_image
+from jaxdiff.generate import INVERSIONS, Program, Scene, outline, text_to_image
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import Folder, NetworkConfig, read_folder, write_folder
 from jaxdiff.io.programs import enable_compilation_cache, kept, remembered
+from jaxdiff.io.retouch import feathered
 from jaxdiff.io.weights import check_params
 from jaxdiff.nn.conv import prepare
+from jaxdiff.prompts.encode import Words
+from jaxdiff.prompts.wildcards import Wildcards
+from jaxdiff.sampling.grids import Grid
 from jaxdiff.sampling.samplers import SAMPLERS, check_sampler, count_steps, make_grid
-from jaxdiff.sampling.walk import begin
+from jaxdiff.sampling.walk import State
+from jaxdiff.scenes import Request, prepare_scene
+from jaxdiff.settings import Settings, settings
 from jaxdiff.types import Params
 
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
 DTYPES = ("float32", "bfloat16")
-MAX_SIDE = 8192  # pixels; far beyond, XLA's own counters overflow and abort the process
 
 
 def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline":
@@ -102,111 +107,187 @@ class Pipeline:
         self,
         prompts: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = "",
-        seed: int = 0,
-        steps: int = 30,
-        guidance: SupportsFloat = 7.5,
-        sampler: str = "ddim",
-        grid: str = "model",
-        eta: SupportsFloat = 0.0,
-        size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] = 0,
+        *,
         latents: ArrayLike | None = None,
-        guidance_interval: tuple[SupportsFloat, SupportsFloat] | None = None,
-        cache_interval: int = 1,
+        image: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        source_prompt: str | Sequence[str] | None = "",
+        regions: Sequence[tuple[str, ArrayLike]] = (),
+        to_prompts: str | Sequence[str] | None = None,
+        to_seed: int | Sequence[int] | None = None,
+        share: ArrayLike = 0.0,
+        wildcards: str | Path | None = None,
         progress: Callable[[int], object] | None = None,
+        watch: Callable[[int, UInt8[np.ndarray, "b h w 3"]], object] | None = None,
+        **turned: Any,
     ) -> UInt8[np.ndarray, "b h w 3"]:
-        """Draws one picture for each prompt; image i depends on its prompt and `seed + i` alone.
+        """Draws one picture for each prompt; image i depends on its prompt and its seed alone.
 
         Args:
-            prompts: at least one.
+            prompts: at least one; `jaxdiff.prompts` says what brackets, AND and __names__ in them mean.
             negative_prompt: what to steer away from; one for all, or one each; None is "".
-            seed: from 0 to 2^32 - 1, as is every `seed + i`.
-            steps: how many times the model is asked.
-            guidance: how hard to follow the prompt (Ho & Salimans 2022); 1 is the model's own answer to the prompt.
-            sampler: one of `jaxdiff.sampling.samplers.SAMPLERS`.
-            grid: one of `jaxdiff.sampling.grids.GRIDS`, the noise levels to visit; "model" is the model's own spacing.
-            eta: 0 takes all noise from the start, 1 adds fresh noise at every step (Song et al. 2021, eq. 16); for
-                "tcd", how far each step goes below its level and back (its gamma).
-            size: (width, height) in pixels; None is the model's own.
+            seed: from 0 to 2^32 - 1; image i has `seed + i`, or its own where there are several.
             latents: unit normal [b, h, w, c] in place of the seeds' starting noise.
-            guidance_interval: the lowest and highest noise level (sigma) that are guided; None guides all. At the
-                others the model is asked for the prompt alone, in half the time (Kynkäänniemi et al. 2024).
-            cache_interval: 3 computes the network's deep features at every third step only and is faster, but draws
-                another picture (Ma et al. 2023, DeepCache); 1 is exact.
+            image: uint8 [h, w, 3] or one for each prompt, to begin from (see `strength` and `invert`).
+            mask: numbers [h, w] or one for each prompt: where it is 1 the image is drawn anew, and where it is 0 its
+                pixels are returned as they are.
+            source_prompt: for `invert`, what is in the image; one for all, or one each.
+            regions: (prompt, where) for parts of the picture; where is a box (left, top, right, bottom) in shares of
+                the sides, or numbers [h, w] from 0 to 1. The rest is the prompt's (Bar-Tal et al. 2023).
+            to_prompts: second prompts, one for all or one each, and
+            to_seed: second seeds, towards which
+            share: the picture goes: 0 is the first, 1 the second; one for all, or one each. Prompts mix on a line,
+                noise on the sphere.
+            wildcards: a folder of texts, NAME.txt for __NAME__ in a prompt.
             progress: is told the number of steps done, about ten times.
+            watch: is told the number of steps done and the model's guesses of the pictures, after each step; each guess
+                takes as long as a step.
+            turned: any of `jaxdiff.settings.Settings`, by name: steps, guidance, sampler and so on.
 
         Raises:
             ValueError: in one sentence, for values out of range or of the wrong kind.
         """
-        prompts = _texts(prompts)
+        request = self._request(
+            prompts, negative_prompt, seed, latents, image, mask, source_prompt, regions, to_prompts, to_seed, share,
+            wildcards, settings(turned),
+        )  # fmt: skip
+        program = self._program(request)
+        scene, state, keys = prepare_scene(request, self.tokenizer, self.params, program)
+        images = self._draw(request, program, scene, state, keys, progress, watch)
+        if request.image is None or request.mask is None:
+            return images
+        drawn = feathered(request.mask, request.settings.feather)[..., None]
+        mixed = np.round(drawn * images + (1 - drawn) * request.image).astype(np.uint8)
+        return np.where(drawn == 0, request.image, mixed)
+
+    def _request(
+        self, prompts: Any, negative_prompt: Any, seed: Any, latents: Any, image: Any, mask: Any, source_prompt: Any,
+        regions: Any, to_prompts: Any, to_seed: Any, share: Any, wildcards: Any, ask: Settings,
+    ) -> Request:  # fmt: skip
+        """What is asked for, checked in the order in which a user can mend it."""
+        model = self.model
+        prompts = texts(prompts)
         b = len(prompts)
         if not b:
             raise ValueError("No prompt was given; give at least one.")
-        negatives = [negative_prompt or ""] * b if isinstance(negative_prompt, str | None) else _texts(negative_prompt)
-        if len(negatives) != b:
-            raise ValueError(f"There are {len(negatives)} negative prompts for {b} prompts; give one, or one each.")
-        seed, steps = _whole("seed", seed), _whole("steps", steps)
-        if not 0 <= seed <= 2**32 - b:
-            raise ValueError(f"seed is {seed}; it must lie from 0 to {2**32 - b} for {b} images.")
-        scale, share = _float32(guidance), _float32(eta)
-        guided = _float32([0, np.inf] if guidance_interval is None else guidance_interval)
-        every = _whole("cache_interval", cache_interval)
-        if scale.shape or not np.isfinite(scale):
-            raise ValueError(f"guidance is {guidance!r}; it must be a finite number.")
-        if share.shape or not 0 <= share <= 1:
-            raise ValueError(f"eta is {eta!r}; it must lie from 0 to 1.")
-        if guided.shape != (2,) or not 0 <= guided[0] <= guided[1]:
-            raise ValueError(f"guidance_interval is {guidance_interval!r}; it must be two noise levels (sigma), 0 or "
-                             "more, the lower one first.")  # fmt: skip
-        if every < 1:
-            raise ValueError(f"cache_interval is {every}; it must be at least 1.")
-        if every > 1 and sampler in ("lcm", "tcd"):
-            raise ValueError(f"cache_interval is {every}, which the sampler {sampler} cannot use: its few steps are "
-                             "far apart. Leave it at 1.")  # fmt: skip
-        check_sampler(sampler, grid, float(share))
+        negatives = one_each("negative prompts", negative_prompt, b)
+        sources = one_each("source prompts", source_prompt, b)
+        own_seeds = seeds("seed", seed, b)
+        shares = floats(share)
+        if shares.shape not in ((), (b,)) or not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError(f"share is {share!r}; it must lie from 0 to 1: one for all, or one for each prompt.")
+        if ask.invert is not None:
+            ask = replace(ask, sampler=_way_back(ask))
+        elif ask.keep or any(sources):
+            raise ValueError("keep and source_prompt are for an image whose noise is found; say how, by invert.")
+        check_sampler(ask.sampler, ask.grid, ask.eta, ask.cache_interval)
+        if image is None and (mask is not None or ask.strength is not None or ask.invert is not None):
+            raise ValueError("mask, strength and invert are for an image; give one.")
+        if ask.invert is not None and (mask is not None or ask.strength is not None or latents is not None):
+            raise ValueError("invert finds the noise of the whole image; leave out mask, strength and latents.")
+        if self._inpaints and mask is None:
+            raise ValueError("This model is for inpainting; give an image and a mask.")
+        if ask.window is not None and ask.cache_interval > 1:
+            raise ValueError("cache_interval keeps the features of one window alone; leave out window, or it.")
+        if ask.noise == "torch" and ask.sampler == "dpmpp_sde":
+            raise ValueError("noise 'torch' is not for dpmpp_sde, whose noise PyTorch draws by another rule.")
 
-        model = self.model
-        levels = make_grid(sampler, grid, model.scheduler, make_schedule(model.scheduler), steps, float(share))
-        asked, steps = steps, count_steps(levels)
-        given = None if latents is None else _float32(latents)
-        shape = self._latent_shape(size, b, given)
+        levels = make_grid(ask.sampler, ask.grid, model.scheduler, make_schedule(model.scheduler), ask.steps, ask.eta)
+        given = None if latents is None else floats(latents)
+        image = None if image is None else pictures("image", image, b)
+        height, width, _ = shape = self._latent_shape(ask, b, given, image)
         _check_memory(model, b, shape, self._jax_dtype)
-        keys, x = _keys_and_noise(np.arange(seed, seed + b, dtype=np.uint32), shape)
-        if given is not None:
-            x = jnp.asarray(given)
-        tokens = np.stack([self.tokenizer(negatives), self.tokenizer(prompts)], axis=1)
-        program = Program(
+        factor = model.vae.factor
+        return Request(
+            settings=ask,
+            words=[Words(*pair, tuple(text for text, _ in regions)) for pair in zip(prompts, negatives, strict=True)],
+            seeds=own_seeds,
+            shape=shape,
+            levels=levels,
+            steps=count_steps(levels),
+            latents=given,
+            image=image,
+            mask=None if mask is None else masks(mask, b, (width * factor, height * factor)),
+            sources=sources if ask.invert is not None else (),
+            regions=[where for _, where in regions],
+            targets=None if to_prompts is None else one_each("second prompts", to_prompts, b),
+            other_seeds=None if to_seed is None else seeds("to_seed", to_seed, b),
+            shares=np.broadcast_to(shares, b),
+            wildcards=None if wildcards is None else Wildcards(Path(wildcards)),
+        )
+
+    def _draw(
+        self, request: Request, program: Program, scene: Scene, state: State, keys: Any,
+        progress: Callable[[int], object] | None, watch: Callable[[int, np.ndarray], object] | None,
+    ) -> UInt8[np.ndarray, "b h w 3"]:  # fmt: skip
+        """All steps, in pieces where someone looks on: the pieces are the same program and give the same picture."""
+        ask, steps, begun = request.settings, request.steps, request.begun
+        guidance = Guidance(
+            scale=np.float32(ask.guidance),
+            rescale=np.float32(ask.rescale),
+            parallel=np.float32(ask.parallel),
+            limit=np.float32(np.inf if ask.limit is None else ask.limit),
+            low=None if ask.guidance_interval is None else np.float32(ask.guidance_interval[0]),
+            high=None if ask.guidance_interval is None else np.float32(ask.guidance_interval[1]),
+            perturbed=None if ask.perturbed is None else np.float32(ask.perturbed),
+        )
+        every = None if ask.cache_interval == 1 else np.int32(min(ask.cache_interval, steps))
+        piece = max(1, steps - begun) if progress is None else math.ceil((steps - begun) / 10)
+        piece = 1 if watch is not None else max(1, ask.cache_interval * math.ceil(piece / ask.cache_interval))
+        images: Any = None
+        for start in range(begun, max(steps, begun + 1), piece):
+            stop = min(start + piece, steps)
+            ends = np.int32(start), np.int32(stop), np.int32(steps)
+            arguments = scene, state, keys, request.levels, *ends, guidance, np.float32(ask.eta), every
+            state, images = self._run(arguments, program)
+            if watch is not None and stop < steps:
+                # One step of DDIM from here to sigma 0 arrives at the guess.
+                here = np.asarray(request.levels.sigmas_next)[stop - 1 : stop]
+                levels = Grid(*(np.pad(level, (0, len(request.levels.sigmas) - 1)) for level in (here, here * 0)))
+                ends = np.int32(0), np.int32(1), np.int32(1)
+                arguments = scene, state, keys, levels, *ends, guidance, np.float32(0), None
+                watch(stop, np.asarray(self._run(arguments, replace(program, sampler="ddim"))[1]))
+            if progress is not None:
+                state.x.block_until_ready()
+                progress(min(stop, ask.steps))
+        if not np.isfinite(state.x).all():
+            raise ValueError(f"The picture came to nothing: with guidance {ask.guidance:g}, {self.dtype} overflowed. "
+                             "Use less guidance, or another sampler or grid.")  # fmt: skip
+        if watch is not None:
+            watch(ask.steps, np.asarray(images))
+        return np.asarray(images)
+
+    def _run(self, arguments: tuple[Any, ...], program: Program) -> tuple[State, Any]:
+        params = {name: self.params[name] for name in ("unet", "vae")}
+        ours = SAMPLERS[program.sampler].fn.__module__.startswith("jaxdiff.")  # of others, the source is not known
+        draw = (
+            kept(text_to_image, outline, params, *arguments, program=program)
+            if ours
+            else partial(text_to_image, program=program)
+        )
+        return draw(params, *arguments)
+
+    def _program(self, request: Request) -> Program:
+        model, window = self.model, request.settings.window
+        if window is not None:
+            fits("window", (window, window), model.vae.factor * 2 ** (len(model.unet.block_out_channels) - 1))
+            window //= model.vae.factor
+        return Program(
             text_encoder=build.text_encoder(model.text_encoder, self._jax_dtype),
             unet=build.unet(model.unet, self._jax_dtype),
             vae=build.vae(model.vae, self._jax_dtype),
             scheduler=model.scheduler,
             scaling_factor=model.vae.scaling_factor,
-            sampler=sampler,
-            interval=guidance_interval is not None,
-            reuse=every > 1,
+            sampler=request.settings.sampler,
+            window=None if window is None else (window, window),
+            inpaints=self._inpaints,
         )
-        state = _begin(x)
-        turned = Guidance(*map(jnp.asarray, (scale, *guided))), share, np.int32(min(every, steps))
-        # A bar needs the program to return now and then; the pieces are the same program and give the same picture.
-        piece = steps if progress is None else every * math.ceil(steps / 10 / every)
-        ends = np.int32(0), np.int32(0), np.int32(steps)
-        arguments = self.params, tokens, state, keys, levels, *ends, *turned
-        ours = SAMPLERS[sampler].fn.__module__.startswith("jaxdiff.")  # of others, the source is not known
-        draw = (
-            kept(text_to_image, outline, *arguments, program=program)
-            if ours
-            else partial(text_to_image, program=program)
-        )
-        for start in range(0, steps, piece):
-            stop = min(start + piece, steps)
-            ends = np.int32(start), np.int32(stop), np.int32(steps)
-            state, images = draw(self.params, tokens, state, keys, levels, *ends, *turned)
-            if progress is not None:
-                state.x.block_until_ready()
-                progress(min(stop, asked))
-        if not np.isfinite(state.x).all():
-            raise ValueError(f"The picture came to nothing: with guidance {scale:g}, {self.dtype} overflowed. Use less "
-                             "guidance, or another sampler or grid.")  # fmt: skip
-        return np.asarray(images)
+
+    @property
+    def _inpaints(self) -> bool:
+        """Whether the network is told the mask and the picture, beside the noisy latent."""
+        return self.model.unet.in_channels > self.model.unet.out_channels
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
         """Writes a folder that `load` and diffusers read.
@@ -225,33 +306,43 @@ class Pipeline:
     def _jax_dtype(self) -> DTypeLike:
         return jnp.dtype(self.dtype)
 
-    def _latent_shape(self, size: Any, b: int, latents: np.ndarray | None) -> tuple[int, int, int]:
-        """Height, width and channels of the latents, from the size, the latents given, or the model."""
+    def _latent_shape(
+        self, ask: Settings, b: int, latents: np.ndarray | None, image: np.ndarray | None
+    ) -> tuple[int, int, int]:
+        """Height, width and channels of the latents, from the size, the image, the latents given, or the model."""
         factor, channels = self.model.vae.factor, self.model.vae.latent_channels
         if latents is not None and not np.isfinite(latents).all():
             raise ValueError("latents must be an array of finite numbers: images, height, width, channels.")
+        size: Any = ask.size
+        if image is not None:
+            own = image.shape[2], image.shape[1]
+            if size not in (None, own):
+                raise ValueError(f"size is {size[0]}x{size[1]}, but the image is {own[0]}x{own[1]}; leave size out, or "
+                                 "resize the image.")  # fmt: skip
+            fits("The image", own, factor)
+            size = own
         if size is None:
-            size = self.size if latents is None or latents.ndim != 4 else [factor * n for n in latents.shape[2:0:-1]]
+            size = (
+                self.size if latents is None or latents.ndim != 4 else tuple(factor * n for n in latents.shape[2:0:-1])
+            )
         if size is None:
             raise ValueError("The model does not say at which size it was trained; give a size.")
-        sides = list(size) if isinstance(size, Iterable) else []
-        if isinstance(size, str) or len(sides) != 2:
-            raise ValueError(f"size is {size!r}; it must be (width, height), in pixels.")
-        width, height = (_whole("size", side) for side in sides)
-        if min(width, height) < factor or width % factor or height % factor:
-            raise ValueError(f"size is {width}x{height}; both sides must be multiples of {factor}, the VAE's factor.")
-        if max(width, height) > MAX_SIDE:
-            raise ValueError(f"size is {width}x{height}; a side may have {MAX_SIDE} pixels at most.")
-        shape = (height // factor, width // factor, channels)
+        fits("size", size, factor)
+        shape = (size[1] // factor, size[0] // factor, channels)
         if latents is not None and latents.shape != (b, *shape):
             raise ValueError(f"latents have the shape {latents.shape}; it must be {(b, *shape)}: "
                              "images, height, width, channels.")  # fmt: skip
         return shape
 
 
-# Drawn by its own small program, so that given latents and seeds share the large one.
-_keys_and_noise = jax.jit(keys_and_noise, static_argnums=1)
-_begin = jax.jit(jax.vmap(begin))
+def _way_back(ask: Settings) -> str:
+    """The sampler that goes from an inverted image's noise to the image."""
+    sampler, _ = INVERSIONS[str(ask.invert)]
+    if ask.sampler not in ("ddim", sampler):
+        raise ValueError(f"invert {ask.invert!r} draws with the sampler {sampler}; leave out sampler {ask.sampler!r}.")
+    if ask.eta:
+        raise ValueError(f"eta is {ask.eta:g}, which adds noise that invert has not found; leave it at 0.")
+    return sampler
 
 
 def _is_run(path: Path) -> bool:
@@ -306,7 +397,7 @@ def _in_dtype(params: Params, dtype: DTypeLike) -> Params:
 
 def _check_parts(model: Folder) -> None:
     taken, given, latent = model.unet.in_channels, model.unet.out_channels, model.vae.latent_channels
-    if not taken == given == latent:
+    if given != latent or taken not in (latent, 2 * latent + 1):  # the larger is an inpainting model's
         raise ValueError(f"The UNet takes {taken} channels and gives {given}, the VAE's latents have {latent}; "
                          "for text to image they must be equal.")  # fmt: skip
     wanted, width = model.unet.cross_attention_dim, model.text_encoder.hidden_size
@@ -334,33 +425,3 @@ def _check_memory(model: Folder, b: int, shape: tuple[int, int, int], dtype: DTy
 def _memory() -> int:
     """Bytes that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _whole(name: str, value: Any) -> int:
-    message = f"{name} is {value!r}; it must be a whole number."
-    if isinstance(value, bool):
-        raise ValueError(message)
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(message) from None
-
-
-def _texts(given: Any) -> list[str]:
-    texts: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"A prompt is {text!r}; it must be text.")
-    return texts
-
-
-def _float32(value: Any) -> np.ndarray:
-    """Real numbers of any type as float32; NaN for whatever else it is, infinity for what float32 does not hold."""
-    try:
-        array = np.asarray(value)
-    except ValueError:  # rows of different lengths
-        return np.array(np.nan, np.float32)
-    if not np.can_cast(array.dtype, np.float64):
-        return np.array(np.nan, np.float32)
-    with np.errstate(over="ignore"):
-        return array.astype(np.float32)

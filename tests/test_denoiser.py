@@ -7,7 +7,7 @@ import pytest
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.denoiser import PREDICTIONS, make_denoiser, sigma_to_t, target, to_x_0
-from jaxdiff.diffusion.guidance import classifier_free, classifier_free_joint, within
+from jaxdiff.diffusion.guidance import Guidance, classifier_free, guided, projected, within
 from jaxdiff.diffusion.schedule import make_schedule
 
 SCHEDULE = make_schedule(SchedulerConfig())
@@ -83,13 +83,70 @@ def test_guidance_of_scale_one_is_the_conditional_model_bit_for_bit():
     np.testing.assert_allclose(classifier_free(cond, uncond, 0.0)(X_0, jnp.float32(1.0)), uncond(X_0, None), atol=1e-6)
 
 
-def test_both_halves_in_one_call_equal_two_calls():
-    def both(x, sigma):
-        return jnp.stack([uncond(x[0], sigma), cond(x[1], sigma)])
+def rows_of(*guesses):
+    return lambda x, sigma: jnp.stack([guess(x, sigma) for guess in guesses])
 
+
+def whole(sigma):
+    return jnp.ones((1, 1, 1, 1))
+
+
+def test_both_prompts_in_one_call_equal_two_calls():
     sigma = jnp.float32(2.0)
-    one, two = classifier_free_joint(both, 7.5)(X_0, sigma), classifier_free(cond, uncond, 7.5)(X_0, sigma)
-    np.testing.assert_allclose(one, two, rtol=1e-6)
+    one = guided(rows_of(uncond, cond), whole, Guidance(7.5), "epsilon")(X_0, sigma)
+    np.testing.assert_allclose(one, classifier_free(cond, uncond, 7.5)(X_0, sigma), rtol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_a_scale_of_one_is_the_prompts_guess_bit_for_bit_whatever_else_guidance_does_not_do(prediction_type):
+    one = guided(rows_of(uncond, cond), whole, Guidance(jnp.float32(1.0)), prediction_type)
+    np.testing.assert_array_equal(one(X_0, jnp.float32(2.0)), cond(X_0, None))
+    outside = guided(rows_of(uncond, cond), whole, Guidance(7.5, rescale=0.7, low=3.0, high=4.0), prediction_type)
+    np.testing.assert_array_equal(outside(X_0, jnp.float32(2.0)), cond(X_0, None))
+
+
+def other(x, sigma):
+    return jnp.cos(x)
+
+
+def test_parts_that_compose_add_their_directions():
+    weights = jnp.array([0.5, 2.0]).reshape(2, 1, 1, 1)
+    out = guided(rows_of(uncond, cond, other), lambda s: weights, Guidance(3.0), "epsilon")(X_0, jnp.float32(2.0))
+    u, c, o = (f(X_0, None) for f in (uncond, cond, other))
+    np.testing.assert_allclose(out, u + 3 * (0.5 * (c - u) + 2 * (o - u)), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_by_pixel_lay_prompts_out_over_the_picture():
+    left = jnp.zeros((*X_0.shape[:-1], 1)).at[:, :3].set(1)
+    weights = jnp.stack([left, 1 - left])
+    out = guided(rows_of(uncond, cond, other), lambda s: weights, Guidance(3.0), "epsilon")(X_0, jnp.float32(2.0))
+    first, second = (classifier_free(f, uncond, 3.0)(X_0, jnp.float32(2.0)) for f in (cond, other))
+    np.testing.assert_allclose(out, jnp.where(left == 1, first, second), rtol=1e-5, atol=1e-5)
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_prompts_own_answer():
+    sigma = jnp.float32(2.0)
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+
+        def answer(guess, kind=prediction_type):
+            return float(jnp.std(target(guess, (X_0 - guess) / sigma, sigma, kind)))
+
+        full = guided(rows_of(uncond, other), whole, Guidance(7.5, rescale=1.0), prediction_type)(X_0, sigma)
+        assert answer(full) == pytest.approx(answer(other(X_0, None)), rel=1e-4)
+
+
+def test_projected_guidance_has_no_part_along_the_guess_and_no_more_than_its_limit():
+    direction, guess = jnp.cos(3 * X_0), jnp.sin(X_0)
+    np.testing.assert_array_equal(projected(direction, guess, 1.0, jnp.inf), direction)
+    across = projected(direction, guess, 0.0, 2.0)
+    assert float((across * guess).sum()) == pytest.approx(0, abs=1e-3)
+    assert float(jnp.linalg.norm(projected(direction, guess, 1.0, 2.0))) == pytest.approx(2, rel=1e-5)
+
+
+def test_perturbed_attention_is_gone_away_from():
+    out = guided(rows_of(uncond, cond, other), whole, Guidance(1.0, perturbed=3.0), "epsilon")(X_0, jnp.float32(2.0))
+    c, p = cond(X_0, None), other(X_0, None)
+    np.testing.assert_allclose(out, c + 3 * (c - p), rtol=1e-5, atol=1e-5)
 
 
 def test_guiding_the_guess_of_x_0_is_guiding_the_noise():
@@ -117,7 +174,7 @@ def test_one_side_of_an_interval_alone_is_computed_also_for_many_images_in_a_loo
 
     @jax.jit
     def draw(x, low, high):
-        denoise_fn = within(counted("inside", cond), counted("outside", uncond), low, high)
+        denoise_fn = within(counted("inside", cond), counted("outside", uncond), Guidance(1.0, low=low, high=high))
         loop = jax.vmap(lambda x: jax.lax.fori_loop(0, len(sigmas), lambda i, x: denoise_fn(x, sigmas[i]), x))
         return loop(x)
 

@@ -45,7 +45,7 @@ CONFIGS = {
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=12,
+        max_position_embeddings=24,
     ),
 }
 SCHEDULER = SchedulerConfig(
@@ -70,7 +70,7 @@ def random_params(name: str, rng: np.random.Generator) -> dict:
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = Tokenizer.train(["a red apple on a blue background", "a dog"] * 9, 520, 12)
+    tokenizer = Tokenizer.train(["a red apple on a blue background", "a dog"] * 9, 520, 24)
     rng = np.random.default_rng(0)
     params = {name: random_params(name, rng) for name in CONFIGS}
     return Folder(**CONFIGS, scheduler=SCHEDULER, params=params, tokenizer=tokenizer)  # pyright: ignore
@@ -302,7 +302,7 @@ def test_a_run_without_a_model_yet_is_told_to_train_on(tmp_path):
     ({"negative_prompt": [None]}, "A prompt is None; it must be text"),
     ({"size": 64}, r"size is 64; it must be \(width, height\), in pixels"),
     ({"size": (64,)}, r"size is \(64,\); it must be \(width, height\)"),
-    ({"size": "64x64"}, "size is '64x64'; it must be"),
+    ({"size": "64by64"}, "size is '64by64'; write it as WIDTHxHEIGHT, such as 64x64"),
     ({"size": (16.0, 16)}, "size is 16.0; it must be a whole number"),
     ({"prompts": ["a"] * 999, "size": (8192, 8192)}, "999 x 8192x8192 pixels need 4291 GB at least, this machine has"),
     ({"sampler": None}, "Unknown sampler None; it has ddim"),
@@ -347,7 +347,7 @@ def test_params_lie_on_the_device_in_the_type_they_are_computed_in_and_are_saved
 
 def test_parts_that_do_not_fit_together_are_refused(model):
     for part, sentence in (
-        ({"unet": replace(model.unet, in_channels=9)}, "The UNet takes 9 channels and gives 4"),
+        ({"unet": replace(model.unet, in_channels=8)}, "The UNet takes 8 channels and gives 4"),
         ({"unet": replace(model.unet, cross_attention_dim=32)}, "cross_attention_dim is 32, the text encoder's"),
         ({"text_encoder": replace(model.text_encoder, vocab_size=100)}, "more than the text encoder's vocab_size 100"),
     ):

@@ -1,56 +1,116 @@
-"""Guidance: functions from `DenoiseFn` to `DenoiseFn`."""
+"""Guidance: from the model's guesses for several prompts to one guess, as functions round a `DenoiseFn`."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
+from jaxdiff.diffusion.denoiser import target, to_x_0
 from jaxdiff.types import DenoiseFn, Latent, Sigma
 
-Scale = Float[Array, ""] | float
+Scale = Float[Array, ""] | float | np.floating
+Guesses = Float[Array, "n h w c"]
+# sigma -> how much each prompt counts, everywhere or pixel by pixel.
+WeightsFn = Callable[[Sigma], Float[Array, "parts #h #w 1"]]
 
 
 class Guidance(NamedTuple):
-    """How hard to follow the prompt, and at which noise levels."""
+    """How hard to follow the prompt, how, and at which noise levels. What is None is not computed."""
 
     scale: Scale
     """That of `classifier_free`."""
-    low: Scale
-    """The lowest and the highest sigma that are guided; see `within`."""
-    high: Scale
+    rescale: Scale = 0.0
+    """How much of the contrast that guidance adds is taken back, 0 to 1; see `rescaled`."""
+    parallel: Scale = 1.0
+    """How much of the guidance along the guess itself is left, 1 is all; see `projected`."""
+    limit: Scale = jnp.inf
+    """The largest norm of a guidance's direction; see `projected`."""
+    low: Scale | None = None
+    """The lowest and the highest sigma that are guided; None guides all."""
+    high: Scale | None = None
+    perturbed: Scale | None = None
+    """How hard to go away from the guess with perturbed attention (Ahn et al. 2024, eq. 13)."""
+
+    def at(self, sigma: Sigma) -> Bool[Array, ""]:
+        """Whether this level is guided (Kynkäänniemi et al. 2024, eq. 5)."""
+        if self.low is None or self.high is None:
+            return jnp.array(True)
+        return jnp.logical_and(self.low <= sigma, sigma <= self.high)
 
 
 def classifier_free(cond: DenoiseFn, uncond: DenoiseFn, scale: Scale) -> DenoiseFn:
     """Extrapolates from `uncond` through `cond` (Ho & Salimans 2022, eq. 6); scale 1 is `cond` itself, 0 `uncond`."""
 
     def denoise(x: Latent, sigma: Sigma) -> Latent:
-        return _extrapolate(cond(x, sigma), uncond(x, sigma), scale)
+        x_c = cond(x, sigma)
+        return x_c + (scale - 1) * (x_c - uncond(x, sigma))  # written so that scale 1 is exact
 
     return denoise
 
 
-def classifier_free_joint(both: DenoiseFn, scale: Scale) -> DenoiseFn:
-    """`classifier_free` in one network call: `both` answers for [2, h, w, c], the unconditional half first."""
+def guided(guess_fn: Callable[[Latent, Sigma], Guesses], weights_fn: WeightsFn, guidance: Guidance,
+           prediction_type: str) -> DenoiseFn:  # fmt: skip
+    """One guess from several, in one call of the network.
+
+    Args:
+        guess_fn: gives the guess for the negative prompt, then one for each part of the prompt, then (where
+            `guidance.perturbed` is a number) one for each part with perturbed attention.
+        weights_fn: the parts' weights. What lacks of 1 is the negative prompt's: weights that add up to 1 blend, and
+            others compose (Liu et al. 2022, eq. 11); pixel by pixel, they lay prompts out over the picture
+            (Bar-Tal et al. 2023).
+        guidance: scale 1 and no more is the weighted guess itself, bit for bit; at levels that are not guided, the
+            scale is 1.
+        prediction_type: what the network predicts, for `rescaled`.
+    """
 
     def denoise(x: Latent, sigma: Sigma) -> Latent:
-        x_u, x_c = both(jnp.stack([x, x]), sigma)
-        return _extrapolate(x_c, x_u, scale)
+        guesses, weights = guess_fn(x, sigma), weights_fn(sigma)
+        x_u, x_parts = guesses[0], guesses[1 : 1 + len(weights)]
+        x_c = (weights * x_parts).sum(0) + (1 - weights.sum(0)) * x_u
+        here = guidance.at(sigma)
+        scale = jnp.where(here, guidance.scale, 1.0)
+        x_0 = x_c + (scale - 1) * projected(x_c - x_u, x_c, guidance.parallel, guidance.limit)
+        if guidance.perturbed is not None:
+            away = (weights * (x_parts - guesses[1 + len(weights) :])).sum(0)
+            x_0 += jnp.where(here, guidance.perturbed, 0.0) * away
+        return rescaled(x_0, x_c, x, sigma, jnp.where(here, guidance.rescale, 0.0), prediction_type)
 
     return denoise
 
 
-def within(inside: DenoiseFn, outside: DenoiseFn, low: Scale, high: Scale) -> DenoiseFn:
-    """`inside` at low <= sigma <= high, `outside` elsewhere: guidance where it helps (Kynkäänniemi et al. 2024, eq. 5).
+def projected(direction: Latent, x_c: Latent, parallel: Scale, limit: Scale) -> Latent:
+    """Adaptive projected guidance (Sadat et al. 2024, eq. 7 to 9, without momentum): at most `limit` long, and only
+    the share `parallel` of what lies along the guess, which makes colours glare. 1 and infinity change nothing."""
+    direction *= jnp.minimum(1.0, limit / jnp.maximum(jnp.linalg.norm(direction), 1e-30))
+    along = (direction * x_c).sum() / jnp.maximum(jnp.square(x_c).sum(), 1e-30) * x_c
+    return direction - (1 - parallel) * along
+
+
+def rescaled(
+    x_0: Latent, x_c: Latent, x: Latent, sigma: Sigma, share: Scale, prediction_type: str
+) -> Latent:  # fmt: skip
+    """Brings the network's output, as guidance has it, `share` of the way to the deviation that it has without
+    (Lin et al. 2024, eq. 15 and 16): less glare. 0 changes nothing, bit for bit."""
+
+    def output(guess: Latent) -> Latent:
+        return target(guess, (x - guess) / sigma, sigma, prediction_type)
+
+    out = output(x_0)
+    ratio = jnp.std(output(x_c)) / jnp.maximum(jnp.std(out), 1e-30)
+    # to_x_0 is linear in what the network says, beside x.
+    return x_0 + to_x_0(share * (ratio - 1) * out, jnp.zeros_like(x), sigma, prediction_type)
+
+
+def within(inside: DenoiseFn, outside: DenoiseFn, guidance: Guidance) -> DenoiseFn:
+    """`inside` at the levels that are guided, `outside` elsewhere.
 
     Only one of them is computed, also under `vmap` over images that share their level.
     """
 
     def denoise(x: Latent, sigma: Sigma) -> Latent:
-        return jax.lax.cond((low <= sigma) & (sigma <= high), inside, outside, x, sigma)
+        return jax.lax.cond(guidance.at(sigma), inside, outside, x, sigma)
 
     return denoise
-
-
-def _extrapolate(x_c: Latent, x_u: Latent, scale: Scale) -> Latent:
-    return x_c + (scale - 1) * (x_c - x_u)  # written so that scale 1 is exact

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.nn.attention import CONTEXT_KEYS
 from jaxdiff.nn.blocks import CrossAttentionMiddle, DownStage, UpStage
@@ -51,7 +51,8 @@ class UNet2DConditionModel(nn.Module):
         """The prediction; or with `only_deep` what the last `OUTER` blocks take from below.
 
         Given as `deep`, this stands in for all the network but those blocks, their skips and the ends (Ma et al. 2023,
-        DeepCache, eq. 4). The collection "prompt" may hold what `prompt_keys` makes of `context`.
+        DeepCache, eq. 4). The collection "prompt" may hold what `prompt_keys` makes of `context`, and "rows" what
+        `perturbed` or `structured` make.
         """
         emb = timestep_embedding(
             t, self.channels[0], flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
@@ -118,3 +119,36 @@ def prompt_keys(params: Params, context: Context, dtype: DTypeLike) -> Params:
         elif isinstance(child, dict) and (inner := prompt_keys(child, context, dtype)):
             kept[name] = inner
     return kept
+
+
+def perturbed(params: Params, rows: Bool[Array, " n"]) -> Params:
+    """The collection "rows" in which these rows' self-attention in the middle is the identity (Ahn et al. 2024, PAG,
+    eq. 15, in the layers that they find best)."""
+    layers = _self_attentions(params["mid_block"])
+    return {"mid_block": _at(layers, "identity", rows)}
+
+
+def structured(params: Params, source: Int[Array, " n"]) -> Params:
+    """The collection "rows" in which each row takes its layout from row `source[i]`: queries and keys of the
+    self-attention on the way up, and one block's features (Tumanyan et al. 2023, plug-and-play, section 4)."""
+    ups = {name: child for name, child in params.items() if name.startswith("up_blocks_")}
+    rows = {name: _at(_self_attentions(child), "source", source) for name, child in ups.items()}
+    if "resnets_1" in ups.get("up_blocks_1", {}):
+        rows["up_blocks_1"]["resnets_1"] = {"source": source}
+    return rows
+
+
+def _self_attentions(params: Params) -> Params:
+    """The part of the tree that leads to them."""
+    found = {}
+    for name, child in params.items():
+        if name == "attn1":
+            found[name] = {}
+        elif isinstance(child, dict) and (inner := _self_attentions(child)):
+            found[name] = inner
+    return found
+
+
+def _at(layers: Params, name: str, value: Array) -> Params:
+    """The tree with `{name: value}` at its ends."""
+    return {key: _at(child, name, value) if child else {name: value} for key, child in layers.items()}

@@ -258,7 +258,8 @@ class Attention(nn.Module):
     """Multi-head attention of `x` over `context` (itself if None), with diffusers' names for the projections.
 
     `norm_groups` above 0 puts a GroupNorm first, as the autoencoder wants it. Keys and values are taken from the
-    collection "prompt" where it holds any (`jaxdiff.models.unet.prompt_keys`).
+    collection "prompt" where it holds any (`jaxdiff.models.unet.prompt_keys`). The collection "rows" may say whose
+    queries and keys each row takes (`source`), and in which rows each pixel sees itself alone (`identity`).
     """
 
     heads: int
@@ -283,7 +284,13 @@ class Attention(nn.Module):
             )
         else:
             k, v = (project(name, context) for name in CONTEXT_KEYS)
-        y = attend(project("to_q", x), k, v)
+        q = project("to_q", x)
+        if self.has_variable("rows", "source"):
+            rows = self.get_variable("rows", "source")
+            q, k = q[rows], k[rows]
+        y = attend(q, k, v)
+        if self.has_variable("rows", "identity"):
+            y = jnp.where(self.get_variable("rows", "identity")[:, None, None, None], v, y)
         return nn.Dense(c, dtype=self.dtype, name="to_out_0")(y.reshape(b, t, c))
 
 

@@ -17,7 +17,10 @@ Embedding = Float[Array, "b d"]
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice; the timestep embedding, where there is one, is added between them."""
+    """GroupNorm-SiLU-conv twice; the timestep embedding, where there is one, is added between them.
+
+    The collection "rows" may say which row's features each row takes (`source`).
+    """
 
     channels: int
     groups: int
@@ -32,6 +35,8 @@ class ResnetBlock(nn.Module):
             h += nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(emb))[:, None, None, :]
         h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
         h = Conv3x3(self.channels, dtype=self.dtype, name="conv2")(h)
+        if self.has_variable("rows", "source"):
+            h = h[self.get_variable("rows", "source")]
         if x.shape[-1] != self.channels:
             x = Conv1x1(self.channels, dtype=self.dtype, name="conv_shortcut")(x)
         return x + h

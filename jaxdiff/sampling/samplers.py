@@ -25,6 +25,7 @@ from jaxdiff.sampling.grids import (
     pndm_grid,
     tcd_grid,
 )
+from jaxdiff.sampling.inversion import edict
 from jaxdiff.sampling.multistep import deis, lms, pndm
 from jaxdiff.sampling.walk import State
 
@@ -39,6 +40,8 @@ class Sampler(NamedTuple):
     options: tuple[str, ...] = ()
     """Which of "eta" and "clip" it takes."""
     grids: tuple[str, ...] = tuple(GRIDS)
+    reuses: bool = True
+    """Whether the network's features may be kept over some steps; those of few steps are too far apart."""
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -58,14 +61,15 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, dpm_grid),
     "dpmpp_sde": Sampler(dpmpp_sde, k_grid),
     "unipc": Sampler(unipc, dpm_grid),
-    "lcm": Sampler(lcm, lcm_grid, ("clip",), ("model",)),
-    "tcd": Sampler(tcd, tcd_grid, (), ("model",)),
+    "lcm": Sampler(lcm, lcm_grid, ("clip",), ("model",), reuses=False),
+    "tcd": Sampler(tcd, tcd_grid, (), ("model",), reuses=False),
+    "edict": Sampler(edict, model_grid),
 }
 WITH_ETA = ("ddim", "tcd")  # ddim takes it as an option, tcd as its grid's gamma
 
 
-def check_sampler(sampler: object, grid: object = "model", eta: float = 0.0) -> None:
-    """Whether there is such a sampler, and it can use the grid and eta.
+def check_sampler(sampler: object, grid: object = "model", eta: float = 0.0, cache_interval: int = 1) -> None:
+    """Whether there is such a sampler, and it can use the grid and eta, and features kept for some steps.
 
     Raises:
         ValueError: in a sentence, where not.
@@ -81,6 +85,9 @@ def check_sampler(sampler: object, grid: object = "model", eta: float = 0.0) -> 
         raise ValueError(
             f"eta is {eta:g}, which the sampler {sampler} does not take; it is for {' and '.join(WITH_ETA)}."
         )
+    if cache_interval > 1 and not SAMPLERS[sampler].reuses:
+        raise ValueError(f"cache_interval is {cache_interval}, which the sampler {sampler} cannot use: its few steps "
+                         "are far apart. Leave it at 1.")  # fmt: skip
 
 
 def make_grid(

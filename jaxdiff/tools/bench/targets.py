@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jaxdiff.config import DataConfig, DiffusionTask, MeshConfig, TrainConfig
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.generate import Program, keys_and_noise, text_to_image
+from jaxdiff.generate import Program, Scene, keys_and_noise, read_prompts, text_to_image
 from jaxdiff.nn.layers import Remat
 from jaxdiff.sampling.grids import model_grid
 from jaxdiff.sampling.walk import begin
@@ -161,15 +160,28 @@ def sample(setting: Setting) -> Work:
         scheduler=model.scheduler,
         scaling_factor=model.vae.scaling_factor,
     )
-    tokens = np.stack([tokenizer(negatives), tokenizer(prompts)], axis=1)
-    rows = _spread((jnp.asarray(tokens), jax.vmap(begin)(x), keys), setting)
+    ids = np.stack([tokenizer(negatives), tokenizer(prompts)], axis=1)[:, None, :, None]
+    rows = _spread((jnp.asarray(ids), jax.vmap(begin)(x), keys), setting)
+    everywhere, always = np.ones((batch, 1, 1, 1, 1, 1), np.float32), np.zeros((batch, 1), np.float32)
+
+    def draw(params: dict[str, Params], ids: Any, state: Any, keys: Any, *turned: Any) -> Any:
+        words = read_prompts(params["text_encoder"], ids, jnp.ones(ids.shape), ids[0, 0, 0, 0], program=program)
+        return text_to_image(params, Scene(words, everywhere, always), state, keys, *turned, program=program)
+
     grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
     ends = np.int32(0), np.int32(steps), np.int32(steps)
     guidance = np.float32(setting.options["guidance"])
     length = model.text_encoder.max_position_embeddings
     return Work(
-        jax.jit(_gathered(partial(text_to_image, program=program), params, setting)),
-        (params, *rows, grid, *ends, Guidance(*map(jnp.asarray, (guidance, 0.0, np.inf))), np.float32(0), np.int32(1)),
+        jax.jit(_gathered(draw, params, setting)),
+        (
+            params,
+            *rows,
+            grid,
+            *ends,
+            Guidance(guidance, np.float32(0), np.float32(1), np.float32(np.inf)),
+            np.float32(0),
+        ),
         flops.text_encoder(model.text_encoder, 2 * batch)
         + steps * flops.unet(model.unet, 2 * batch, setting.side, setting.side, length)
         + flops.vae_decode(model.vae, batch, setting.size, setting.size),
