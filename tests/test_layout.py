@@ -20,11 +20,12 @@ ALLOWED = {
     "models": {"nn", "types"},
     "sampling": {"diffusion", "types", "config"},
     "data": BASE,
+    "prompts": {"data", *BASE},
     "io": BASE,
     "build": {"models", "nn", *BASE},
     "training": {"diffusion", "models", "build", "io", *BASE},
     "generate": {"build", "models", "diffusion", "sampling", "io", "data", *BASE},
-    "pipeline": {"generate", "build", "models", "nn", "diffusion", "sampling", "io", "data", *BASE},
+    "pipeline": {"generate", "prompts", "build", "models", "nn", "diffusion", "sampling", "io", "data", *BASE},
     "__init__": {"pipeline"},
 }
 
