@@ -120,7 +120,7 @@ def test_the_ends_of_words_are_known(tokenizer):
     (tokens,) = tokenizer.encode(["a red xqzjk, dog"])
     assert tokenizer.ends_word[tokens].sum() == 5
     assert tokenizer.ends_word[tokens[-1]]
-    assert tokens[-2] == tokenizer.comma_id
+    assert tokens.count(tokenizer.comma_id) == 1
 
 
 def test_a_prompt_with_bytes_that_are_no_text_is_still_read(tokenizer):

@@ -8,12 +8,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxdiff"
 
-BASE = {"types", "config", "sharding", "distributed"}
+BASE = {"types", "config", "sharding", "distributed", "decode"}
 ALLOWED = {
     "types": set(),
     "config": set(),
     "sharding": {"types"},
     "distributed": {"config"},
+    "decode": set(),
     "cli": set(),
     "nn": {"types"},
     "diffusion": {"types", "config"},
