@@ -265,7 +265,11 @@ def _network(params: Params, scene: Scene, keys_values: Params, guidance: Guidan
     prompts, parts = _prompts(scene, guidance), scene.weights.shape[-4]
 
     def ask(
-        x: Latent, sigma: Sigma, rows: slice = ALL, deep: Float[Array, "rows h w d"] | None = None, only_deep: bool = False
+        x: Latent,
+        sigma: Sigma,
+        rows: slice = ALL,
+        deep: Float[Array, "rows h w d"] | None = None,
+        only_deep: bool = False,
     ) -> Float[Array, "n h w c2"]:
         """The guesses of x_0; or with `only_deep` the network's deep features."""
         chosen = jnp.array(prompts[rows])

@@ -24,8 +24,8 @@ from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.generate import INVERSIONS, Program, Scene, outline, text_to_image
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import Folder, NetworkConfig, read_folder, write_folder
+from jaxdiff.io.images import feathered
 from jaxdiff.io.programs import enable_compilation_cache, kept, remembered
-from jaxdiff.io.retouch import feathered
 from jaxdiff.io.weights import check_params
 from jaxdiff.nn.conv import prepare
 from jaxdiff.prompts.encode import Words
@@ -157,7 +157,7 @@ class Pipeline:
         images = self._draw(request, program, scene, state, keys, progress, watch)
         if request.image is None or request.mask is None:
             return images
-        drawn = feathered(request.mask, request.settings.feather)[..., None]
+        drawn = np.stack([feathered(mask, request.settings.feather) for mask in request.mask])[..., None]
         mixed = np.round(drawn * images + (1 - drawn) * request.image).astype(np.uint8)
         return np.where(drawn == 0, request.image, mixed)
 

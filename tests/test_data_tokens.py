@@ -110,6 +110,19 @@ def test_a_row_starts_with_start_and_ends_with_end_whatever_is_cut(tokenizer):
     assert tokenizer([]).shape == (0, 32)
 
 
+def test_tokens_alone_are_those_between_start_and_end(tokenizer):
+    for text, tokens in zip(TRICKY, tokenizer.encode(TRICKY), strict=True):
+        row = [tokenizer.bos_id, *tokens, tokenizer.eos_id]
+        assert tokenizer([text])[0, : len(row)].tolist() == [*row[:31], tokenizer.eos_id][: len(row)]
+
+
+def test_the_ends_of_words_are_known(tokenizer):
+    (tokens,) = tokenizer.encode(["a red xqzjk, dog"])
+    assert tokenizer.ends_word[tokens].sum() == 5
+    assert tokenizer.ends_word[tokens[-1]]
+    assert tokens.count(tokenizer.comma_id) == 1
+
+
 def test_a_prompt_with_bytes_that_are_no_text_is_still_read(tokenizer):
     np.testing.assert_array_equal(tokenizer(["a \udcff b"]), tokenizer(["a ? b"]))
 

@@ -8,23 +8,24 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxdiff"
 
-BASE = {"types", "config", "sharding", "distributed"}
+BASE = {"types", "config", "sharding", "distributed", "decode"}
 ALLOWED = {
     "types": set(),
     "config": set(),
     "sharding": {"types"},
     "distributed": {"config"},
+    "decode": set(),
     "cli": set(),
     "nn": {"types"},
     "diffusion": {"types", "config"},
     "models": {"nn", "types"},
     "sampling": {"diffusion", "types", "config"},
     "data": BASE,
+    "prompts": {"data", *BASE},
     "io": BASE,
     "build": {"models", "nn", *BASE},
     "training": {"diffusion", "models", "build", "io", *BASE},
     "generate": {"build", "models", "diffusion", "sampling", "io", "data", *BASE},
-    "prompts": {"data", *BASE},
     "arguments": set(),
     "settings": {"arguments", "config", "sampling"},
     "scenes": {"generate", "io", "prompts", "sampling", "arguments", "settings", *BASE},

@@ -1,59 +1,28 @@
-"""From a file's bytes to a square picture: decoding that trusts nothing, a background, crop and flip."""
+"""From a record's bytes to a picture of the size asked for: a background, crop and flip."""
 
 import dataclasses
-import io
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+import jaxdiff.decode
 from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import COLOURS, Caption
 from jaxdiff.data.record import BadRecord, Record
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""What is decoded, whatever a file is called: some of Pillow's other readers run programs."""
-MAX_PIXELS = 64_000_000
-"""Pictures of more pixels than this are refused before they are decoded: a small file can hold a huge picture."""
-
 
 def decode(data: bytes) -> Image.Image:
-    """The picture as 8-bit RGB, or RGBA where part of it is transparent, upright as its EXIF data says.
+    """`jaxdiff.decode.decode`, for a record.
 
     Raises:
-        BadRecord: where the bytes are no picture of a kind in `FORMATS`, only a part of one, or of more than
-            `MAX_PIXELS`.
+        BadRecord: where the bytes are no picture that can be decoded.
 
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadRecord(f"it is {width}x{height}, more than {MAX_PIXELS} pixels")
-            image = ImageOps.exif_transpose(image)  # decodes all of it; a truncated file raises here
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
-                return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            image = image.convert("RGBA")
-            return image if min(image.getchannel("A").tobytes()) < 255 else image.convert("RGB")
-    except BadRecord:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadRecord("it is no picture") from error
-    except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-        raise BadRecord(f"{type(error).__name__}: {error}") from error
-
-
-def header_size(file: bytes | Path) -> tuple[int, int]:
-    """Width and height of the picture as `decode` gives it, from the head of its file; (0, 0) where it has none."""
-    try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
-    except Exception:  # Pillow's plugins raise nearly anything on damaged files; `decode` will tell
-        return 0, 0
+        return jaxdiff.decode.decode(data)
+    except ValueError as error:
+        raise BadRecord(str(error)) from error
 
 
 def on_background(image: Image.Image, colour: str) -> Image.Image:

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from jaxdiff.config import DataConfig, nearest
 from jaxdiff.data.captions import Caption
-from jaxdiff.data.images import header_size
 from jaxdiff.data.latents import LatentSource
 from jaxdiff.data.prepared import PreparedSource
 from jaxdiff.data.record import BadRecord, Record, Source
+from jaxdiff.decode import header_size
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 

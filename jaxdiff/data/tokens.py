@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 from jaxdiff.config import load_json
@@ -118,11 +119,27 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "b t"]:
         """The texts' tokens; what does not fit is cut (see `cut`)."""
         out = np.full((len(texts), self.max_length), self.pad_id, np.int32)
-        encodings = self._backend.encode_batch([_clean(text) for text in texts], add_special_tokens=False)
-        for row, encoding in zip(out, encodings, strict=True):
-            ids = [self.bos_id, *encoding.ids[: self.max_length - 2], self.eos_id]
+        for row, tokens in zip(out, self.encode(texts), strict=True):
+            ids = [self.bos_id, *tokens[: self.max_length - 2], self.eos_id]
             row[: len(ids)] = ids
         return out
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's tokens alone: no start, no end, no padding, nothing cut."""
+        encodings = self._backend.encode_batch([_clean(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def ends_word(self) -> Bool[np.ndarray, " vocab"]:
+        """For each token, whether a word ends with it."""
+        out = np.zeros(len(self), bool)
+        out[[index for token, index in self._backend.get_vocab().items() if token.endswith("</w>")]] = True
+        return out
+
+    @property
+    def comma_id(self) -> int | None:
+        """The token of a comma that stands alone, if there is one."""
+        return self._backend.token_to_id(",</w>")
 
     def cut(self, text: str) -> str | None:
         """The end of the text that does not fit, or None where all of it does."""

@@ -1,0 +1,96 @@
+"""Pictures, masks and settings from files that nobody vouches for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import ExifTags, Image
+
+from jaxdiff.decode import decode
+from jaxdiff.io.images.write import JSON_CHUNK, JSON_MARK
+
+MAX_BYTES = 256_000_000
+"""Files of more bytes than this are not read."""
+
+
+def read_picture(file: Path | str | bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture in PNG, JPEG, WebP, BMP, GIF (its first frame) or TIFF; what is transparent becomes white.
+
+    Args:
+        file: its path, or its bytes.
+
+    Raises:
+        ValueError: where it cannot be read, is none of these, damaged, or too large.
+    """
+    image = _read(file)
+    if image.mode == "RGBA":
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image).convert("RGB")
+    return np.asarray(image)
+
+
+def read_mask(file: Path | str | bytes, size: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
+    """A picture's grey as a mask: white, 1, is drawn anew, black, 0, is kept, and so is what is transparent.
+
+    Args:
+        file: its path, or its bytes.
+        size: (width, height) of the picture that it is for, in pixels.
+
+    Raises:
+        ValueError: as `read_picture`, and where the mask has another size.
+    """
+    image = _read(file)
+    if image.size != tuple(size):
+        name = "The mask" if isinstance(file, bytes) else f"The mask {file}"
+        raise ValueError(f"{name} is {image.width}x{image.height}, the picture {size[0]}x{size[1]}; "
+                         "they must have one size.")  # fmt: skip
+    mask = np.asarray(image.convert("L"), np.float32) / 255
+    return mask * (np.asarray(image.getchannel("A"), np.float32) / 255) if image.mode == "RGBA" else mask
+
+
+def read_settings(path: Path | str) -> dict[str, Any] | None:
+    """The settings that `write_picture` put into a file; None for a picture that carries none.
+
+    Raises:
+        ValueError: when the file is no PNG, JPEG or WebP, or its settings are damaged.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.format == "PNG":
+                text = image.info.get(JSON_CHUNK)
+            else:
+                told = image.getexif().get(ExifTags.Base.ImageDescription)
+                text = told.removeprefix(JSON_MARK) if isinstance(told, str) and told.startswith(JSON_MARK) else None
+    except Exception as error:  # decoders meet damage with whatever comes to hand
+        raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP: {error}.") from error
+    if text is None:
+        return None
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} carries settings that are not JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} carries settings that are no JSON object.")
+    return settings
+
+
+def _read(file: Path | str | bytes) -> Image.Image:
+    """RGB, or RGBA where part of it is transparent."""
+    data = file
+    if not isinstance(data, bytes):
+        path = Path(data)
+        try:
+            if path.exists() and not path.is_file():  # a pipe would wait for ever
+                raise ValueError(f"{path} is not a file.")
+            if (size := path.stat().st_size) > MAX_BYTES:
+                raise ValueError(f"{path} has {size} bytes, more than {MAX_BYTES}.")
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        return decode(data)
+    except ValueError as error:
+        name = "The picture" if isinstance(file, bytes) else file
+        raise ValueError(f"{name} cannot be read: {error}.") from error

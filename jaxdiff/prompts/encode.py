@@ -1,0 +1,170 @@
+"""From a batch's prompts to the arrays that a text encoder, a sampler and guidance take."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.prompts.grammar import Part, parse, plain
+from jaxdiff.prompts.wildcards import Wildcards
+
+MAX_CHUNKS = 32
+"""A prompt has no more chunks than this; what comes after is left out, with a warning."""
+
+
+class Words(NamedTuple):
+    """What one picture shall show."""
+
+    prompt: str
+    negative_prompt: str = ""
+    regions: tuple[str, ...] = ()
+    """A prompt for each region of the picture."""
+
+
+class Prompts(NamedTuple):
+    """The prompts of a batch. A phase is a run of steps over which no picture's text changes.
+
+    Each picture's are padded to the batch's sizes so that its picture stays the same in any batch: parts with weight
+    0, phases that never begin, and chunks by repeating all of a text's own, which attention over them does not notice.
+    """
+
+    ids: Int32[np.ndarray, "b phases 1+parts chunks length"]
+    """Tokens, for each chunk with start, end and padding; at 0 the negative prompt, then the parts."""
+    token_weights: Float32[np.ndarray, "b phases 1+parts chunks length"]
+    """Each token's weight; 1 for start, end and padding."""
+    part_weights: Float32[np.ndarray, "b phases parts"]
+    """How far each part counts; 0 for padding. The same in all phases."""
+    part_region: Int32[np.ndarray, "b parts"]
+    """The region that a part belongs to; -1 is all of the picture, and padding."""
+    starts: Int32[np.ndarray, "b phases"]
+    """The step at which each phase begins, 0 for the first; padding begins at `steps`, which is never."""
+
+
+def fill(words: Words, wildcards: Wildcards, seed: int) -> tuple[Words, list[str]]:
+    """The words with a line in place of each wildcard, chosen by the picture's seed; and sentences of warning."""
+    texts = {"prompt": words.prompt, "negative": words.negative_prompt}
+    texts |= {f"region{i}": text for i, text in enumerate(words.regions)}
+    filled = {place: wildcards.fill(text, seed, place) for place, text in texts.items()}
+    prompt, negative, *regions = (text for text, _ in filled.values())
+    return Words(prompt, negative, tuple(regions)), _unique(w for _, warnings in filled.values() for w in warnings)
+
+
+def encode(
+    batch: Sequence[Words], tokenizer: Tokenizer, steps: int, *, literal: bool = False
+) -> tuple[Prompts, list[str]]:
+    """The tokens of a batch's prompts and how they are weighed; and sentences of warning, each once.
+
+    A text without syntax that fits gives the one phase, part and chunk that `tokenizer` makes of it. Longer ones go on
+    in further chunks, which end after a comma, or else a word, where one is near; a text's chunks are made a power of
+    two by empty ones. The negative prompt may have weights and schedules; AND in it is text.
+
+    Args:
+        batch: at least one picture's words.
+        tokenizer: the text encoder's.
+        steps: how many steps the pictures are drawn in, at least 1.
+        literal: takes all texts as they are, without any syntax.
+
+    Raises:
+        ValueError: where the batch is empty, or there are no steps.
+    """
+    if not batch:
+        raise ValueError("No prompt was given; give at least one.")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1.")
+    warnings: list[str] = []
+
+    def parts_of(text: str, compose: bool = True) -> list[Part]:
+        if literal:
+            return [plain(text, steps)]
+        parts, told = parse(text, steps, compose=compose)
+        warnings.extend(told)
+        return parts
+
+    negatives = [parts_of(words.negative_prompt, compose=False) for words in batch]
+    regions = [[(-1, words.prompt), *enumerate(words.regions)] for words in batch]
+    owned = [[(region, part) for region, text in texts for part in parts_of(text)] for texts in regions]
+    rows = [[*negative, *(part for _, part in parts)] for negative, parts in zip(negatives, owned, strict=True)]
+
+    starts = [_starts(row, steps) for row in rows]
+    texts = [[[part.at(start) for part in row] for start in begins] for row, begins in zip(rows, starts, strict=True)]
+    known = list(dict.fromkeys(text for phases in texts for row in phases for text in row))
+    chunks = dict(zip(known, _chunks(known, tokenizer, warnings), strict=True))
+
+    n = max(len(ids) for ids, _ in chunks.values())
+    phases, parts = _power_of_two(max(map(len, starts))), max(map(len, owned))
+    shape = len(batch), phases, 1 + parts, n, tokenizer.max_length
+    out = Prompts(
+        ids=np.broadcast_to(tokenizer([""]), shape).astype(np.int32),
+        token_weights=np.ones(shape, np.float32),
+        part_weights=np.zeros((len(batch), phases, parts), np.float32),
+        part_region=np.full((len(batch), parts), -1, np.int32),
+        starts=np.full((len(batch), phases), steps, np.int32),
+    )
+    for b, begins in enumerate(starts):
+        out.starts[b, : len(begins)] = begins
+        for p, (region, part) in enumerate(owned[b]):
+            out.part_weights[b, :, p], out.part_region[b, p] = part.weight, region
+        for phase in range(phases):
+            for p, text in enumerate(texts[b][min(phase, len(begins) - 1)]):
+                ids, weights = chunks[text]
+                out.ids[b, phase, p] = np.tile(ids, (n // len(ids), 1))
+                out.token_weights[b, phase, p] = np.tile(weights, (n // len(ids), 1))
+    return out, _unique(warnings)
+
+
+def _starts(parts: Sequence[Part], steps: int) -> list[int]:
+    """The steps at which any of the parts changes."""
+    ends = {step for part in parts for piece in part.pieces for step in (piece.start, piece.stop)}
+    return sorted({0} | {step for step in ends if step < steps})
+
+
+def _chunks(
+    texts: Sequence[tuple[tuple[str, float], ...]], tokenizer: Tokenizer, warnings: list[str]
+) -> list[tuple[Int32[np.ndarray, "chunks length"], Float32[np.ndarray, "chunks length"]]]:
+    """Each text's tokens and their weights."""
+    room = tokenizer.max_length - 2
+    encoded = iter(tokenizer.encode([piece for text in texts for piece, _ in text]))
+    out = []
+    for text in texts:
+        runs = [(next(encoded), weight) for _, weight in text]
+        tokens = np.array([token for run, _ in runs for token in run], np.int32)
+        weights = np.repeat([weight for _, weight in runs], [len(run) for run, _ in runs]).astype(np.float32)
+        ends = _cuts(tokens, tokenizer)
+        if len(ends) > MAX_CHUNKS:
+            warnings.append(f"A prompt has {len(tokens)} tokens, more than {MAX_CHUNKS} chunks of {room}; what comes "
+                            f"after the first {ends[MAX_CHUNKS - 1]} is left out.")  # fmt: skip
+            ends = ends[:MAX_CHUNKS]
+        n = _power_of_two(len(ends))
+        ids, factors = np.tile(tokenizer([""]), (n, 1)), np.ones((n, tokenizer.max_length), np.float32)
+        for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            ids[i, 1 : end - start + 1], ids[i, end - start + 1] = tokens[start:end], tokenizer.eos_id
+            factors[i, 1 : end - start + 1] = weights[start:end]
+        out.append((ids, factors))
+    return out
+
+
+def _cuts(tokens: Int32[np.ndarray, " n"], tokenizer: Tokenizer) -> list[int]:
+    """Where chunks end: when full, or before, after a comma, or else after a word, that is near (20 tokens of 75)."""
+    room = tokenizer.max_length - 2
+    near = 20 * room // 75
+    ends, start = [], 0
+    while len(tokens) - start > room:
+        full = start + room
+        window = tokens[full - near : full]
+        commas = window == tokenizer.comma_id
+        # A comma that begins the next chunk would leave the words before it nothing to be moved for.
+        found = commas if commas.any() and tokens[full] != tokenizer.comma_id else tokenizer.ends_word[window]
+        start = full - near + int(np.flatnonzero(found)[-1]) + 1 if found.any() else full
+        ends.append(start)
+    return [*ends, len(tokens)]
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _unique(warnings: object) -> list[str]:
+    return list(dict.fromkeys(warnings))  # pyright: ignore
