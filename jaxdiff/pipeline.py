@@ -184,8 +184,8 @@ class Pipeline:
         check_sampler(ask.sampler, ask.grid, ask.eta, ask.cache_interval)
         if image is None and (mask is not None or ask.strength is not None or ask.invert is not None):
             raise ValueError("mask, strength and invert are for an image; give one.")
-        if ask.invert is not None and (mask is not None or ask.strength is not None or latents is not None):
-            raise ValueError("invert finds the noise of the whole image; leave out mask, strength and latents.")
+        if ask.invert is not None and (mask is not None or latents is not None):
+            raise ValueError("invert finds the noise of the whole image; leave out mask and latents.")
         if self._inpaints and mask is None:
             raise ValueError("This model is for inpainting; give an image and a mask.")
         if ask.window is not None and ask.cache_interval > 1:

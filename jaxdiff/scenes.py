@@ -57,10 +57,10 @@ class Request:
     @property
     def begun(self) -> int:
         """The first step: all before is taken as done by the image."""
-        if self.image is None or self.settings.invert is not None:
+        if self.image is None:
             return 0
-        strength = self.settings.strength
-        strength = (0.8 if self.mask is None else 1.0) if strength is None else strength
+        strength, whole = self.settings.strength, self.mask is not None or self.settings.invert is not None
+        strength = (1.0 if whole else 0.8) if strength is None else strength
         return self.steps - int(self.steps * strength + 1e-4)
 
     @property
@@ -94,14 +94,14 @@ def prepare_scene(
         return scene, _at_level(request, noise, known), keys
 
     assert known is not None, "what is inverted is an image"
-    up, steps = backwards(request.levels, request.steps), np.int32(request.steps)
+    up, steps = backwards(request.levels, request.steps), np.int32(request.steps - request.begun)
     found = invert(params, source, _begin(known), up, steps, method=request.settings.invert, program=program)
     state = found
     if request.other_seeds is not None and request.shares is not None:
         other = _drawn(request.other_seeds, request.shape, request)[1]
         state = found._replace(x=on_sphere(found.x, other, request.shares))
         state = state._replace(past=jnp.zeros_like(found.past))  # EDICT's second latent is the first again
-    if request.held:
+    if request.held > request.begun:
         context = jnp.concatenate([scene.context, source.context[:, [0] * scene.context.shape[1], 1:2]], axis=2)
         scene = scene._replace(context=context, keep=jnp.asarray(request.levels.sigmas[request.held - 1]))
         state = State(jnp.stack([found.x, state.x], axis=1), jnp.stack([found.past, state.past], axis=2), state.taken)

@@ -32,7 +32,7 @@ class Settings:
     """Width and height in pixels, as 64x64; None is the image's, or else the model's own."""
     strength: float | None = None
     """How much of the way from noise an image goes, 0 to 1 (Meng et al. 2022, SDEdit): 0 leaves it, 1 begins at the
-    highest level. None is 0.8, or 1 with a mask, which then draws from noise alone."""
+    highest level. None is 0.8, or 1 with invert or a mask, which then draws from noise alone."""
     feather: float = 0.0
     """So many pixels inside of the mask's edge, what is drawn fades over into the image."""
     invert: str | None = None

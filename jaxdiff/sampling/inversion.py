@@ -4,6 +4,7 @@
 """
 
 import jax.numpy as jnp
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.sampling.grids import Grid
@@ -28,8 +29,9 @@ def ddim_inversion(
     4.3): near the noise of the picture, the nearer the more steps."""
 
     def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
-        # The upper level's guess, of x as it would be there: the lower level may be 0, where the model says nothing.
-        return x + (step.sigma_next - step.sigma) * _eps(denoise_fn, x, step.sigma_next), past
+        # The upper level's guess, for the lower may be 0, where the model says nothing; of x at that level's variance.
+        above = x * jnp.sqrt((1 + step.sigma_next**2) / (1 + step.sigma**2))
+        return x + (step.sigma_next - step.sigma) * _eps(denoise_fn, above, step.sigma_next), past
 
     return walk(step_fn, state, grid, start, stop)
 
