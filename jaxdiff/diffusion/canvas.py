@@ -37,7 +37,7 @@ def windowed(network_fn: NetworkFn, window: tuple[int, int]) -> NetworkFn:
         window: height and width in latent pixels; a side no longer than it is one window.
     """
 
-    def network(x_in: Latent, t: Float[Array, ""]) -> Latent:
+    def network(x_in: Float[Array, "b h w c"], t: Float[Array, ""]) -> Float[Array, "b h w c2"]:
         h, w = x_in.shape[-3:-1]
         corners = np.array([(y, x) for y in window_starts(h, window[0]) for x in window_starts(w, window[1])])
         size = min(h, window[0]), min(w, window[1])

@@ -4,7 +4,6 @@
 """
 
 import jax.numpy as jnp
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.sampling.grids import Grid

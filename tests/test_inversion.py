@@ -1,0 +1,68 @@
+"""From a picture to its noise and back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.sampling.ddim import ddim
+from jaxdiff.sampling.grids import model_grid
+from jaxdiff.sampling.inversion import backwards, ddim_inversion, edict, edict_inversion
+from jaxdiff.sampling.walk import begin, silence
+
+CONFIG = SchedulerConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False)
+X_0 = jnp.asarray(np.random.default_rng(0).standard_normal((4, 4, 3)), jnp.float32)
+
+
+def crooked(x, sigma):
+    """A model that is no model of anything."""
+    return 0.9 * jnp.sin(x / jnp.sqrt(1 + sigma**2)) + 0.1 * jnp.roll(x, 1, axis=0) / (1 + sigma)
+
+
+def there_and_back(up, down, steps, denoise_fn=crooked, x_0=X_0):
+    grid = model_grid(CONFIG, make_schedule(CONFIG), steps)
+    noise = up(denoise_fn, begin(x_0), backwards(grid, steps), silence, start=0, stop=steps)
+    state = noise._replace(taken=jnp.zeros((), jnp.int32))
+    return noise, down(denoise_fn, state, grid, silence, start=0, stop=steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_edict_is_undone_exactly_whatever_the_model(steps):
+    _, back = jax.jit(lambda: there_and_back(edict_inversion, edict, steps))()
+    assert np.linalg.norm(back.x - X_0) / np.linalg.norm(X_0) < 3e-5
+
+
+def test_edict_can_be_gone_up_again_and_ends_at_the_same_pair():
+    steps, grid = 9, model_grid(CONFIG, make_schedule(CONFIG), 9)
+    down = edict(crooked, begin(X_0), grid, silence, start=0, stop=steps)
+    state = down._replace(taken=jnp.ones((), jnp.int32))  # it goes on with its own second latent
+    up = edict_inversion(crooked, state, backwards(grid, steps), silence, start=0, stop=steps)
+    np.testing.assert_allclose(up.x, X_0, atol=1e-4)
+    np.testing.assert_allclose(up.past[0], X_0, atol=1e-4)
+
+
+def test_ddim_inversion_errs_half_as_much_with_twice_the_steps():
+    errors = []
+    for steps in (50, 100, 200):
+        _, back = there_and_back(ddim_inversion, ddim, steps)
+        errors.append(float(np.linalg.norm(back.x - X_0)))
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.4)
+    assert errors[1] / errors[2] == pytest.approx(2, abs=0.4)
+
+
+def test_the_noise_of_gaussian_data_is_the_data_stretched():
+    """For data N(0, s^2), D(x, sigma) = s^2 x / (s^2 + sigma^2), and the way up keeps x / sqrt(s^2 + sigma^2)."""
+    s, steps = 0.5, 400
+    noise, _ = there_and_back(ddim_inversion, ddim, steps, lambda x, sigma: s**2 / (s**2 + sigma**2) * x)
+    grid = model_grid(CONFIG, make_schedule(CONFIG), steps)
+    low, high = grid.sigmas_next[steps - 1], grid.sigmas[0]
+    expected = X_0 * jnp.sqrt(1 + low**2) * jnp.sqrt((s**2 + high**2) / (s**2 + low**2)) / jnp.sqrt(1 + high**2)
+    assert np.linalg.norm(noise.x - expected) / np.linalg.norm(expected) < 0.03
+
+
+def test_a_grid_turned_round_twice_is_itself():
+    grid = model_grid(CONFIG, make_schedule(CONFIG), 20)
+    for there, back in zip(grid, backwards(backwards(grid, 20), 20), strict=True):
+        np.testing.assert_array_equal(there, back)
