@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import UInt8
 
@@ -35,18 +36,22 @@ from jaxdiff.sampling.samplers import SAMPLERS, check_sampler, count_steps, make
 from jaxdiff.sampling.walk import State
 from jaxdiff.scenes import Request, prepare_scene
 from jaxdiff.settings import Settings, settings
+from jaxdiff.sharding import batch_sharding, make_mesh
 from jaxdiff.types import Params
 
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
 DTYPES = ("float32", "bfloat16")
 
 
-def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline":
+def load(
+    path: str | Path | None = None, dtype: str | None = None, devices: Sequence[Any] | None = None
+) -> "Pipeline":  # fmt: skip
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
     Args:
         path: a diffusers folder, or a run directory of `train.py`; None is the model that comes with the package.
         dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
+        devices: over which pictures are spread, `jax.local_devices()` for all here; None is the first alone.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
@@ -65,14 +70,16 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> "Pipeline"
     model = read_folder(folder)
     for name in ("unet", "vae", "text_encoder"):
         check_params(model.params[name], _expected(name, getattr(model, name)), folder / name)
-    return Pipeline(model, dtype, name=path.resolve().name)
+    return Pipeline(model, dtype, name=path.resolve().name, devices=devices)
 
 
 class Pipeline:
     """Prompts to pictures. `load` makes one; so does a `Folder` in memory."""
 
-    def __init__(self, model: Folder, dtype: str | None = None, name: str = "") -> None:
-        """Puts the params on the default device, in the type that they are computed in.
+    def __init__(
+        self, model: Folder, dtype: str | None = None, name: str = "", devices: Sequence[Any] | None = None
+    ) -> None:
+        """Puts the params on the default device, or on each of `devices`, in the type that they are computed in.
 
         Raises:
             ValueError: when the model's parts do not fit together.
@@ -89,7 +96,9 @@ class Pipeline:
             raise ValueError(f"The tokenizer has {len(self.tokenizer)} tokens, more than the text encoder's vocab_size "
                              f"{model.text_encoder.vocab_size}.")  # fmt: skip
         host = {name: model.params[name] for name in ("text_encoder", "unet", "vae")}
-        self.params = on_device(host, self._jax_dtype)
+        self._mesh = None if devices is None or len(devices) < 2 else make_mesh(devices=devices)
+        everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        self.params = on_device(host, self._jax_dtype, everywhere)
         # `save` needs no file of the folder read, and no second copy of params that are exact on the device.
         exact = self.params if self.dtype == "float32" and jax.default_backend() != "cpu" else host
         self.model = replace(model, tokenizer=self.tokenizer, params=exact)
@@ -260,13 +269,18 @@ class Pipeline:
 
     def _run(self, arguments: tuple[Any, ...], program: Program) -> tuple[State, Any]:
         params = {name: self.params[name] for name in ("unet", "vae")}
-        ours = SAMPLERS[program.sampler].fn.__module__.startswith("jaxdiff.")  # of others, the source is not known
-        draw = (
-            kept(text_to_image, outline, params, *arguments, program=program)
-            if ours
-            else partial(text_to_image, program=program)
-        )
-        return draw(params, *arguments)
+        scene, state, keys, *rest = arguments
+        if self._mesh is not None and len(state.x) % self._mesh.size == 0:
+            spread = partial(jax.device_put, device=batch_sharding(self._mesh))
+            rows = scene._replace(keep=None)
+            scene = jax.tree.map(spread, rows)._replace(keep=scene.keep)
+            arguments = params, scene, jax.tree.map(spread, state), spread(keys), *rest
+            with jax.set_mesh(self._mesh):  # attention's kernels are split over it
+                return text_to_image(*arguments, program=program)
+        arguments = params, *arguments
+        if not SAMPLERS[program.sampler].fn.__module__.startswith("jaxdiff."):  # of others, the source is not known
+            return text_to_image(*arguments, program=program)
+        return kept(text_to_image, outline, *arguments, program=program)(*arguments)
 
     def _program(self, request: Request) -> Program:
         model, window = self.model, request.settings.window
@@ -374,13 +388,13 @@ def _check_dtype(dtype: str | None) -> None:
         raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}.")
 
 
-def on_device(params: Params, dtype: DTypeLike) -> Params:
-    """The params as pictures are drawn with them: in the networks' types, on the default device.
+def on_device(params: Params, dtype: DTypeLike, device: Any = None) -> Params:
+    """The params as pictures are drawn with them: in the networks' types, on the default device or a sharding's.
 
     On a CPU whose memory has room for them, kernels have their Winograd form beside them, more than twice their size
     (`jaxdiff.nn.conv.prepare`): no tree to save or train.
     """
-    placed = jax.device_put(_in_dtype(params, dtype))
+    placed = jax.device_put(_in_dtype(params, dtype), device)
     if jax.default_backend() != "cpu" or 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(placed)) > _memory():
         return placed
     return prepare(placed)

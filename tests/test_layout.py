@@ -44,6 +44,7 @@ ALLOWED = {
         "data",
         *BASE,
     },
+    "tasks": {"pipeline", "io"},
     "__init__": {"pipeline"},
 }
 

@@ -16,6 +16,7 @@ from jaxdiff.generate import text_to_image
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.sampling.torch_noise import torch_latents
 from jaxdiff.scenes import on_sphere
+from jaxdiff.tasks import fitted, interpolate, outpaint, trajectory, upscale
 
 # The fixtures are arguments of the tests.
 # ruff: noqa: F811
@@ -211,6 +212,15 @@ def test_watching_changes_no_pixel_and_ends_with_the_picture(pipe):
     np.testing.assert_array_equal(seen[5], watched)
 
 
+def test_pictures_spread_over_eight_devices_are_those_of_one(pipe, model, photo, half):
+    spread = Pipeline(model, devices=jax.devices())
+    for settings in ({}, {"image": photo, "mask": half}):
+        images = spread(["a dog", "blue"] * 4, seed=3, steps=3, eta=1.0, **settings)
+        together = pipe(["a dog", "blue"] * 4, seed=3, steps=3, eta=1.0, **settings)
+        assert off(images, together) <= 1
+    assert off(spread("a dog", steps=3), pipe("a dog", steps=3)) <= 1, "one picture alone is drawn by each"
+
+
 @pytest.mark.parametrize("task", ["text", "image", "mask"])
 def test_a_hundred_random_settings_compile_once(pipe, photo, half, task):
     chance = random.Random(0)
@@ -279,3 +289,42 @@ def test_bad_arguments_are_refused_in_a_sentence(pipe, photo, settings, sentence
     given = settings | ({"image": photo} if isinstance(settings.get("image"), str) else {})
     with pytest.raises(ValueError, match=re.escape(sentence)):
         inspect.unwrap(Pipeline.__call__)(pipe, "a dog", **given)
+
+
+def test_an_interpolation_begins_and_ends_with_its_pictures_and_passes_those_between(pipe):
+    prompts, seeds = ["a dog", "blue", "a red apple"], [1, 2, 3]
+    frames = interpolate(pipe, prompts, seeds, frames=2, batch=2, steps=3)
+    assert len(frames) == 5
+    for frame, prompt, seed in zip(frames[::2], prompts, seeds, strict=True):
+        assert off(frame, pipe(prompt, seed=seed, steps=3)[0]) <= 1
+    with pytest.raises(ValueError, match="There are 2 prompts and 1 seeds; give two or more, a seed for each"):
+        interpolate(pipe, prompts[:2], [1])
+
+
+def test_a_trajectory_has_a_frame_for_each_step_and_ends_with_the_picture(pipe):
+    frames = trajectory(pipe, "a dog", steps=4)
+    assert len(frames) == 4
+    np.testing.assert_array_equal(frames[-1], pipe("a dog", steps=4)[0])
+
+
+def test_outpainting_keeps_the_image_and_draws_round_it(pipe, photo):
+    out = outpaint(pipe, photo, "a dog", right=4, top=2, steps=3)
+    assert out.shape == (18, 20, 3)
+    np.testing.assert_array_equal(out[2:, :16], photo)
+
+
+def test_upscaling_draws_the_image_larger_through_windows_of_the_models_size(pipe, photo):
+    out = upscale(pipe, photo, "a dog", steps=4)
+    assert out.shape == (32, 32, 3)
+    soft = np.asarray(fitted(pipe, photo, (32, 32)))
+    np.testing.assert_array_equal(out, pipe("a dog", image=soft, strength=0.35, window=16, steps=4)[0])
+    with pytest.raises(ValueError, match="The factor is 0"):
+        upscale(pipe, photo, "a dog", factor=0)
+
+
+@pytest.mark.parametrize(("size", "fitting"), [((16, 16), (16, 16)), ((100, 50), (32, 16)), ((30, 400), (16, 212)),
+                                               ((8, 8), (16, 16))])  # fmt: skip
+def test_an_image_is_fitted_to_the_models_own_size(pipe, size, fitting):
+    image = fitted(pipe, np.zeros((*size[::-1], 3), np.uint8))
+    assert image.shape == (*fitting[::-1], 3)
+    assert fitted(pipe, np.zeros((*size[::-1], 3), np.uint8), (20, 12)).shape == (12, 20, 3)
