@@ -23,6 +23,7 @@ ALLOWED = {
     "data": BASE,
     "prompts": {"data", *BASE},
     "io": BASE,
+    "rows": {"io", *BASE},
     "build": {"models", "nn", *BASE},
     "training": {"diffusion", "models", "build", "io", *BASE},
     "generate": {"build", "models", "diffusion", "sampling", "io", "data", *BASE},

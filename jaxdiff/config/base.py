@@ -38,7 +38,7 @@ class Checked:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
-            value = _coerce(hints[f.name], getattr(self, f.name), f"{type(self).__name__}.{f.name}")
+            value = coerce(hints[f.name], getattr(self, f.name), f"{type(self).__name__}.{f.name}")
             object.__setattr__(self, f.name, value)
         self._check()
 
@@ -72,7 +72,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
         if name not in names:
             raise ValueError(f"{where}: {cls.__name__} has no field {name!r}{nearest(name, names)}")
     try:
-        return cls(**{name: _coerce(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+        return cls(**{name: coerce(hints[name], value, f"{where}: {name}") for name, value in values.items()})
     except TypeError as error:
         raise ValueError(f"{where}: {cls.__name__} cannot be made: {error}.") from error
 
@@ -104,8 +104,8 @@ def _classes(hint: Any) -> list[type]:
     return [m for m in members if dataclasses.is_dataclass(m)]  # pyright: ignore[reportReturnType]
 
 
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint` wants it (lists become tuples, dicts dataclasses), or a ValueError."""
+def coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint` wants it (lists become tuples, dicts dataclasses), or a ValueError that begins with `where`."""
     if classes := _classes(hint):
         kinds = {c.__name__: c for c in classes}
         if isinstance(value, tuple(classes)):

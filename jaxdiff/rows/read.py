@@ -1,0 +1,196 @@
+"""Prompt files: text, JSON Lines or CSV, read line by line; a bad row concerns itself alone."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from jaxdiff.config import nearest
+from jaxdiff.rows.row import Row
+
+MAX_LINE = 1_000_000
+"""A line of more bytes than this is a bad row."""
+
+
+class Line(NamedTuple):
+    """A row of a file: what it asks for, or why it cannot be."""
+
+    number: int
+    """The line it begins on, from 1."""
+    row: Row | None
+    problem: str = ""
+    """A sentence that begins with the file and the line."""
+
+
+def read_rows(
+    path: Path | str, defaults: Row | None = None, check: Callable[[Row], object] = lambda row: None
+) -> Iterator[Line]:
+    """A prompt file's rows, one at a time, in its order.
+
+    Args:
+        path: `.jsonl` (an object a line) and `.csv` or `.tsv` (with a header) may give each row any field of `Row`; in
+            all others each line is a prompt. Blank lines are none. Paths of images are relative to the file.
+        defaults: where a row's fields come from that are not given; its prompt is not used.
+        check: raises ValueError for a row that cannot be drawn.
+
+    Raises:
+        ValueError: when the file cannot be read, is not UTF-8, is empty, or its header is wrong.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file of prompts.")
+    kind = {".jsonl": _json, ".ndjson": _json, ".csv": _csv, ".tsv": _csv}.get(path.suffix.lower(), _text)
+    try:
+        with path.open("rb") as file:
+            _check_encoding(path, file)
+            empty = True
+            for number, values in kind(path, file):
+                empty = False
+                try:
+                    if isinstance(values, ValueError):
+                        raise values
+                    row = _resolved(Row.of(values, defaults), path.parent)
+                    check(row)
+                except ValueError as error:
+                    yield Line(number, None, f"{path} line {number}: {_short(str(error))}")
+                else:
+                    yield Line(number, row)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    if empty:
+        raise ValueError(f"{path} holds no prompt.")
+
+
+_Rows = Iterator[tuple[int, dict[str, Any] | ValueError]]
+
+
+def _text(path: Path, file: BinaryIO) -> _Rows:
+    for number, line in _lines(file):
+        if isinstance(line, ValueError):
+            yield number, line
+        elif line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _json(path: Path, file: BinaryIO) -> _Rows:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise ValueError(f"It has {name!r} twice.")
+        return values
+
+    def finite(word: str) -> Any:
+        raise ValueError(f"{word} is no number in JSON.")
+
+    for number, line in _lines(file):
+        if isinstance(line, ValueError):
+            yield number, line
+        elif line.strip():
+            try:
+                values = json.loads(line, object_pairs_hook=once, parse_constant=finite)
+                if not isinstance(values, dict):
+                    raise ValueError('It is no JSON object, such as {"prompt": "a red apple"}.')
+                yield number, values
+            except json.JSONDecodeError as error:
+                yield number, ValueError(f"It is not JSON: {error.msg} at character {error.pos + 1}.")
+            except RecursionError:
+                yield number, ValueError("It is nested too deeply.")
+            except ValueError as error:
+                yield number, error
+
+
+def _csv(path: Path, file: BinaryIO) -> _Rows:
+    broken: dict[int, ValueError] = {}
+
+    def lines() -> Iterator[str]:
+        for number, line in _lines(file):
+            if isinstance(line, ValueError):
+                broken[number] = line
+            yield "\n" if isinstance(line, ValueError) else f"{line}\n"
+
+    reader = csv.reader(lines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if header is None:
+                raise ValueError(f"{path}: the header is damaged ({error}).") from error
+            yield number, ValueError(f"Its quotes or cells are damaged ({error}).")
+            continue
+        if lost := [n for n in broken if number <= n]:
+            if header is None:
+                raise ValueError(f"{path}: the header is damaged ({broken[lost[0]]}).")
+            yield lost[0], broken.pop(lost[0])
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            _check_header(path, header)
+        elif len(cells) > len(header):
+            yield number, ValueError(f"It has {len(cells)} cells, the header {len(header)}.")
+        else:
+            yield number, dict(zip(header, cells, strict=False))
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    names = list(Row.__dataclass_fields__)
+    for name in header:
+        if name not in names:
+            raise ValueError(f"{path}: the header has {name!r}, which is no argument{nearest(name, names)}")
+        if header.count(name) > 1:
+            raise ValueError(f"{path}: the header has {name!r} twice.")
+    if "prompt" not in header:
+        raise ValueError(f"{path}: the header has no prompt.")
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, str | ValueError]]:
+    """Each line's number, from 1, and its text without its end, or what is wrong with it."""
+    number = 0
+    while data := file.readline(MAX_LINE):
+        number += 1
+        long = len(data) == MAX_LINE and not data.endswith(b"\n")
+        while long and (more := file.readline(MAX_LINE)) and not more.endswith(b"\n"):
+            pass
+        if long:
+            yield number, ValueError(f"It has more than {MAX_LINE} bytes.")
+            continue
+        try:
+            yield number, data.rstrip(b"\r\n").decode()
+        except UnicodeDecodeError:
+            yield number, ValueError("It is not UTF-8.")
+
+
+def _check_encoding(path: Path, file: BinaryIO) -> None:
+    """Goes past a byte order mark."""
+    start = file.read(3)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path} is UTF-16; save it as UTF-8.")
+    if start != b"\xef\xbb\xbf":
+        file.seek(0)
+
+
+def _resolved(row: Row, folder: Path) -> Row:
+    """The row with its paths as they are seen from here.
+
+    Raises:
+        ValueError: where there is no such file.
+    """
+    found = {}
+    for name in ("image", "mask"):
+        if (given := getattr(row, name)) is not None:
+            found[name] = str(folder / given)
+            if not (folder / given).is_file():
+                raise ValueError(f"{name} is {given!r}, and there is no such file.")
+    return replace(row, **found)
+
+
+def _short(sentence: str) -> str:
+    return sentence if len(sentence) <= 500 else f"{sentence[:497]}..."
