@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ class Pipeline:
         regions: Sequence[tuple[str, Any]] = (),
         to_prompts: str | Sequence[str] | None = None,
         to_seed: int | Sequence[int] | None = None,
-        share: ArrayLike | Sequence[float] = 0.0,
+        share: ArrayLike | Sequence[SupportsFloat] = 0.0,
         wildcards: str | Path | None = None,
         progress: Callable[[int], object] | None = None,
         watch: Callable[[int, UInt8[np.ndarray, "b h w 3"]], object] | None = None,

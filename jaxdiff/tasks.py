@@ -14,7 +14,7 @@ Picture = UInt8[np.ndarray, "h w 3"]
 Frames = UInt8[np.ndarray, "n h w 3"]
 
 
-def fitted(pipe: Pipeline, image: Picture, size: tuple[int, int] | None = None) -> Picture:
+def fitted(pipe: Pipeline, image: Picture, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h2 w2 3"]:
     """The image at a size that the pipeline can draw, its middle if the aspect is another.
 
     Args:
@@ -91,7 +91,7 @@ def trajectory(pipe: Pipeline, prompt: str, **given: Any) -> Frames:
 def outpaint(
     pipe: Pipeline, image: Picture, prompt: str, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0,
     **given: Any,
-) -> Picture:  # fmt: skip
+) -> UInt8[np.ndarray, "h2 w2 3"]:  # fmt: skip
     """The image with more round it, its own pixels as they are.
 
     Args:
@@ -113,7 +113,7 @@ def outpaint(
 
 def upscale(
     pipe: Pipeline, image: Picture, prompt: str, factor: int = 2, strength: float = 0.35, **given: Any
-) -> Picture:
+) -> UInt8[np.ndarray, "h2 w2 3"]:
     """The image `factor` times as wide and high, its detail drawn anew.
 
     It is enlarged, and from its latent at `strength` drawn as an image is, through windows of the model's own size
