@@ -314,11 +314,11 @@ class FeedForward(nn.Module):
         if self.is_initializing() or self.dtype != jnp.float32 or tokens == t:
             return narrow(wide(x))
 
-        def net(params: Params, x: Array) -> Array:
+        def net(params: Params, x: Array) -> Any:
             h = wide.clone(parent=None).apply({"params": params["net_0"]}, x)
             return narrow.clone(parent=None).apply({"params": params["net_2"]}, h)
 
-        return _in_parts(net, tokens)(self.variables["params"], x)
+        return _in_parts(net, tokens)(dict(self.variables["params"]), x)
 
 
 WIDE = 2**23
