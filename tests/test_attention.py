@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdiff.nn import attention, flash
-from jaxdiff.nn.attention import _blockwise, _dense, attend
+from jaxdiff.nn.attention import FeedForward, _blockwise, _dense, attend
 from jaxdiff.sharding import make_mesh
 from jaxdiff.tools import hlo
 
@@ -49,11 +49,34 @@ def relative_errors(found, wanted):
 
 @pytest.mark.parametrize("most", [2**14, 2**19, 2**24])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loops_give_the_output_and_the_gradients_of_the_whole(shape: tuple[int, ...], most: int) -> None:
+def test_loops_give_the_output_and_the_gradients_of_the_whole(
+    shape: tuple[int, ...], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK_NUMBERS", most // 8)  # several blocks of keys, and one
     arrays = inputs(shape)
     out, logsumexp = attention._loop_forward(*arrays[:3], most=most)
     gradients = attention._loop_backward(*arrays[:3], out, logsumexp, arrays[3], most=most)
     assert max(relative_errors((out, *gradients), output_and_gradients(_dense, *arrays))) < 1e-5
+
+
+def test_a_wide_layer_in_parts_is_the_whole_and_so_are_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = FeedForward()
+    x, d_y = (jax.random.normal(jax.random.key(i), (2, 60, 8)) for i in range(2))
+    params = network.init(jax.random.key(2), x)
+
+    def program():
+        return jax.jit(lambda params, x: network.apply(params, x))  # traced anew
+
+    def all_of_it(params, x, d_y):
+        y, pull = jax.vjp(program(), params, x)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves((y, *pull(d_y)))]
+
+    wanted, at_once = all_of_it(params, x, d_y), program().lower(params, x).as_text()
+    monkeypatch.setattr(attention, "WIDE", 2 * 16 * 8 * 15)
+    assert (at_once.count("stablehlo.while"), program().lower(params, x).as_text().count("stablehlo.while")) == (0, 1)
+    assert program().trace(params, x).lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.while") == 0
+    np.testing.assert_allclose(program()(params, x), wanted[0], rtol=1e-5, atol=1e-6)
+    assert max(relative_errors(all_of_it(params, x, d_y), wanted)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES + TILES)

@@ -23,6 +23,7 @@ CASES = {
     "smaller than a tile": ((3, 1, 2, 8, 8), ROUND),
     "right and bottom only": ((2, 9, 6, 8, 8), ((0, 1), (0, 1))),
     "none at all": ((1, 6, 9, 8, 8), ((0, 0), (0, 0))),
+    "many tiles": ((1, 26, 26, 8, 8), ROUND),
 }
 
 
@@ -89,6 +90,21 @@ def test_stride_2_is_the_convolution():
     x, kernel = inputs(*LARGE)
     found = conv3x3(x, kernel, stride=2, padding=((0, 1), (0, 1)))
     np.testing.assert_array_equal(found, plain(x, kernel, ((0, 1), (0, 1)), 2))
+
+
+@pytest.mark.parametrize("case", ["whole tiles", "odd sides", "right and bottom only"])
+def test_stride_2_of_many_channels_is_a_matrix_product_and_the_convolution(case, monkeypatch):
+    shape, padding = CASES[case]
+    x, kernel = inputs(*shape)
+    monkeypatch.setattr(conv, "STRIDED", 1)
+
+    def strided(x, kernel):
+        return conv3x3(x, kernel, stride=2, padding=padding)
+
+    found = output_and_gradients(strided, x, kernel)
+    wanted = output_and_gradients(lambda x, k: plain(x, k, padding, 2), x, kernel)
+    assert max(map(relative_error, found, wanted)) < 1e-5
+    assert "stablehlo.convolution" not in jax.jit(strided).lower(x, kernel).as_text()
 
 
 def test_images_that_vmap_adds_are_a_larger_batch():

@@ -17,12 +17,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.nn.layers import KEPT, Conv1x1, GroupNorm, LayerNorm
-from jaxdiff.types import Context
+from jaxdiff.types import Context, Params
 
 DENSE = 128 * 128
 """Up to so many scores a head, they are simply kept for the backward pass."""
 BLOCK_KEYS = 1024
-"""Others exist in blocks. In loops of JAX's own operations, so many keys meet queries (and heads) at a time,"""
+BLOCK_NUMBERS = 4096 * 64
+"""Others exist in blocks. In loops of JAX's own operations, so many keys, or small ones of so many numbers together,
+meet queries (and heads) at a time,"""
 CPU_SCORES = 512 * 1024
 GPU_SCORES = 16 * 1024**2
 """and so many scores are there: what a CPU's caches hold, and what keeps a GPU busy."""
@@ -164,7 +166,7 @@ _blockwise.defvjp(_blockwise_fwd, lambda kept, d_out: _backward(*kept, d_out))
 
 def _loop_forward(q: Tokens, k: Keys, v: Keys, *, most: int) -> tuple[Tokens, Statistics]:
     (b, t, h, d), scale = q.shape, q.shape[-1] ** -0.5
-    n, queries, keys = _cuts(b * h, t, k.shape[1], most)
+    n, queries, keys = _cuts(b * h, t, k.shape[1], d, most)
 
     def head(arrays: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v = arrays
@@ -196,7 +198,7 @@ def _loop_backward(
     q: Tokens, k: Keys, v: Keys, out: Tokens, logsumexp: Statistics, d_out: Tokens, *, most: int
 ) -> tuple[Tokens, Keys, Keys]:
     (b, t, h, d), s, scale = q.shape, k.shape[1], q.shape[-1] ** -0.5
-    n, queries, keys = _cuts(b * h, t, s, most)
+    n, queries, keys = _cuts(b * h, t, s, d, most)
     inner = jnp.einsum("bthd,bthd->bht", out, d_out, preferred_element_type=jnp.float32)
 
     def head(arrays: tuple[Array, ...]) -> tuple[Array, Array, Array]:
@@ -242,9 +244,9 @@ def _cut(x: Float[Array, "n t *d"], rows: int) -> Float[Array, "m n {rows} *d"]:
     return x.reshape(len(x), -1, rows, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _cuts(heads: int, queries: int, keys: int, most: int) -> tuple[int, int, int]:
+def _cuts(heads: int, queries: int, keys: int, d: int, most: int) -> tuple[int, int, int]:
     """How many heads, queries and keys meet at a time: equal parts."""
-    keys = _part(keys, BLOCK_KEYS)
+    keys = _part(keys, max(BLOCK_KEYS, BLOCK_NUMBERS // d))
     queries = _part(queries, max(1, most // keys))
     return _part(heads, max(1, most // (keys * queries))), queries, keys
 
@@ -313,8 +315,40 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-        c = x.shape[-1]
-        return nn.Dense(c, dtype=self.dtype, name="net_2")(GEGLU(4 * c, self.dtype, name="net_0")(x))
+        b, t, c = x.shape
+        wide, narrow = GEGLU(4 * c, self.dtype, name="net_0"), nn.Dense(c, dtype=self.dtype, name="net_2")
+        tokens = t if b * t * 8 * c <= WIDE else _part(t, WIDE // (16 * b * c))
+        if self.is_initializing() or self.dtype != jnp.float32 or tokens == t:
+            return narrow(wide(x))
+
+        def net(params: Params, x: Array) -> Any:
+            h = wide.clone(parent=None).apply({"params": params["net_0"]}, x)
+            return narrow.clone(parent=None).apply({"params": params["net_2"]}, h)
+
+        return _in_parts(net, tokens)(dict(self.variables["params"]), x)
+
+
+WIDE = 2**23
+"""Numbers between the layers of a feed-forward network: more are worked on in parts on a CPU, of half as many at most.
+
+They stay in its cache then: 4096 tokens of 320 channels take 65 ms in place of 91 (two cores, 32 MB), 8192 take 135 in
+place of 189.
+"""
+
+
+def _in_parts(net: Callable[[Params, Array], Array], tokens: int) -> Callable[[Params, Array], Array]:
+    """`net`, on a CPU of so many tokens at a time. Where gradients are wanted all is computed at once, and kept."""
+
+    @jax.custom_vjp
+    def whole(params: Params, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        def on_cpu(params: Params, x: Array) -> Array:
+            parts = jnp.moveaxis(x.reshape(len(x), -1, tokens, x.shape[-1]), 1, 0)
+            return jnp.moveaxis(jax.lax.map(partial(net, params), parts), 0, 1).reshape(x.shape)
+
+        return jax.lax.platform_dependent(params, x, cpu=on_cpu, default=net)
+
+    whole.defvjp(lambda params, x: jax.vjp(net, params, x), lambda pull, d_y: pull(d_y))
+    return whole
 
 
 class BasicTransformerBlock(nn.Module):

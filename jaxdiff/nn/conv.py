@@ -25,8 +25,11 @@ from jaxdiff.nn.layers import KEPT
 from jaxdiff.types import Params
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
-Transformed = tuple[Float[Array, "a c c2"], ...]
-"""A kernel in Winograd's form: of a x a products, those of one column of the tile in each array."""
+Transformed = tuple[Float[Array, "a c2 c"], ...]
+"""A kernel in Winograd's form: of a x a products, those of one column of the tile in each array.
+
+Channels of the result come first: XLA's products (jax 0.10.2) copy a right operand that lies the other way.
+"""
 
 POINTS = {2: (0, 1, -1), 4: (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)}
 """Where F(m x m, 3 x 3) evaluates its polynomials, beside infinity.
@@ -72,9 +75,10 @@ def conv3x3(
     Gradients go to `x` and `kernel`; `transformed` is the kernel once more and gets none.
     """
     c, c2 = kernel.shape[2:]
-    if stride != 1 or x.dtype != jnp.float32 or min(c, c2) < 64 or max(*padding[0], *padding[1]) > 2:
+    worth = min(c, c2) >= 64 if stride == 1 else c * c2 >= STRIDED
+    if x.dtype != jnp.float32 or not worth or max(*padding[0], *padding[1]) > 2:
         return _plain(x, kernel, padding, stride)
-    return _conv3x3(x, kernel, transformed, padding)
+    return _conv3x3(x, kernel, transformed, padding, stride)
 
 
 # Measured on two cores (Zen 3, AVX2), float32: time over that of PyTorch; kernels transformed before:
@@ -96,7 +100,17 @@ def conv3x3(
 #   8 images of 8 x 8, 256           2.34   1.01    0.70
 #   8 images of 4 x 4, 256           2.00   1.27    1.26
 #
-# Rows of shifted products (three or nine of them, or one after im2col) lie between XLA and Winograd everywhere.
+# Rows of shifted products (three or nine of them, or one after im2col) lie between XLA and Winograd everywhere. At
+# stride 2 one product after im2col takes 0.25 of XLA's time for 1280 channels at 16 x 16, 0.72 for 640 at 32 x 32, and
+# for 320 at 64 x 64 more than it where there are two images.
+#
+# Where tiles are few, kernels are most of what is read. Stored with the result's channels first, and as left operands,
+# they are not copied: 1280 channels at 8 x 8 take 6.7 ms in place of 14.4, 2560 -> 1280 take 12.2 in place of 29.9.
+
+STRIDED = 640 * 640
+"""The product of both numbers of channels from which a convolution with strides is one matrix product."""
+FEW = 32
+"""Tiles; so many or fewer are right operands."""
 
 
 def tile(pixels: int, c: int, c2: int, *, prepared: bool = False) -> int | None:
@@ -142,7 +156,9 @@ def _plain(x: Array, kernel: Array, padding: Padding, stride: int = 1) -> Array:
     )
 
 
-def _on_cpu(x: Array, kernel: Array, transformed: Transformed | None, *, padding: Padding) -> Array:
+def _on_cpu(x: Array, kernel: Array, transformed: Transformed | None, *, padding: Padding, stride: int = 1) -> Array:
+    if stride != 1:
+        return im2col(x, kernel, padding, stride)
     b, h, w = _size(x, padding)
     m = tile(b * h * w, *kernel.shape[2:], prepared=transformed is not None)
     if m is None:
@@ -150,23 +166,23 @@ def _on_cpu(x: Array, kernel: Array, transformed: Transformed | None, *, padding
     return winograd(x, transformed or transform_kernel(kernel, m), padding=padding)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _conv3x3(x: Array, kernel: Array, transformed: Transformed | None, padding: Padding) -> Array:
-    return _conv3x3_fwd(x, kernel, transformed, padding)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _conv3x3(x: Array, kernel: Array, transformed: Transformed | None, padding: Padding, stride: int) -> Array:
+    return _conv3x3_fwd(x, kernel, transformed, padding, stride)[0]
 
 
 def _conv3x3_fwd(
-    x: Array, kernel: Array, transformed: Transformed | None, padding: Padding
+    x: Array, kernel: Array, transformed: Transformed | None, padding: Padding, stride: int
 ) -> tuple[Array, tuple[Array, Array]]:
     def elsewhere(x: Array, kernel: Array, transformed: Transformed | None) -> Array:
-        return _plain(x, kernel, padding)
+        return _plain(x, kernel, padding, stride)
 
-    on_cpu = _fold(partial(_on_cpu, padding=padding))
+    on_cpu = _fold(partial(_on_cpu, padding=padding, stride=stride))
     y = jax.lax.platform_dependent(x, kernel, transformed, cpu=on_cpu, default=elsewhere)
     return checkpoint_name(y, KEPT), (x, kernel)
 
 
-def _conv3x3_bwd(padding: Padding, kept: tuple[Array, Array], d_y: Array) -> tuple[Array, Array, None]:
+def _conv3x3_bwd(padding: Padding, stride: int, kept: tuple[Array, Array], d_y: Array) -> tuple[Array, Array, None]:
     def on_cpu(x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
         (top, bottom), (left, right) = padding
         d_padding = (2 - top, 2 - bottom), (2 - left, 2 - right)
@@ -178,8 +194,9 @@ def _conv3x3_bwd(padding: Padding, kept: tuple[Array, Array], d_y: Array) -> tup
         return d_x, kernel_gradient(x, d_y, m, padding=padding)
 
     def elsewhere(x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
-        return jax.vjp(lambda x, kernel: _plain(x, kernel, padding), x, kernel)[1](d_y)
+        return jax.vjp(lambda x, kernel: _plain(x, kernel, padding, stride), x, kernel)[1](d_y)
 
+    on_cpu = on_cpu if stride == 1 else elsewhere
     d_x, d_kernel = jax.lax.platform_dependent(*kept, d_y, cpu=on_cpu, default=elsewhere)
     return d_x, d_kernel, None
 
@@ -222,7 +239,7 @@ def _matrices(m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def transform_kernel(kernel: Float[Array, "3 3 c c2"], m: int) -> Transformed:
     """G g G^T for each pair of channels (Lavin & Gray 2016, eq. 8), for F(m x m, 3 x 3)."""
     G = _matrices(m)[1]
-    rows = jnp.stack([_combine(r, list(kernel)) for r in G])
+    rows = jnp.stack([_combine(r, list(kernel.swapaxes(2, 3))) for r in G])
     return tuple(_combine(r, list(rows.swapaxes(0, 1))) for r in G)
 
 
@@ -254,7 +271,7 @@ CACHED = 2**24
 
 def winograd(x: Float[Array, "b h w c"], transformed: Transformed, *, padding: Padding) -> Float[Array, "b h2 w2 c2"]:
     """The convolution of stride 1 by F(m x m, 3 x 3): Y = A^T [sum of U * (B^T d B)] A (Lavin & Gray 2016, eq. 12)."""
-    a, c2 = len(transformed), transformed[0].shape[-1]
+    a, c2 = len(transformed), transformed[0].shape[1]
     m = a - 2
     B, _, A = _matrices(m)
     b, h, w = _size(x, padding)
@@ -266,7 +283,7 @@ def winograd(x: Float[Array, "b h w c"], transformed: Transformed, *, padding: P
 
     def band(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         d = _transform(x, B, m, rows, columns)
-        y = [jnp.matmul(d_j, u_j).reshape(a, b, rows, columns, c2) for d_j, u_j in zip(d, transformed, strict=True)]
+        y = [_product(d_j, u_j).reshape(a, b, rows, columns, c2) for d_j, u_j in zip(d, transformed, strict=True)]
         y = jnp.stack([_combine(r, y) for r in A], axis=4).reshape(a, b, rows, columns * m, c2)
         y = jnp.stack([_combine(r, list(y)) for r in A], axis=2)
         return y.reshape(b, rows * m, columns * m, c2)
@@ -280,6 +297,24 @@ def winograd(x: Float[Array, "b h w c"], transformed: Transformed, *, padding: P
 
     y = jnp.moveaxis(jax.lax.map(numbered, jnp.arange(bands)), 0, 1)
     return y.reshape(b, bands * rows * m, columns * m, c2)[:, :h, :w]
+
+
+def _product(d: Float[Array, "a t c"], u: Float[Array, "a c2 c"]) -> Float[Array, "a t c2"]:
+    """Sums over channels, for each of the tile's numbers in a column."""
+    if d.shape[1] > FEW:
+        return jnp.einsum("atc,adc->atd", d, u)
+    # Without the barrier the compiler would make the other product of it.
+    return jax.lax.optimization_barrier(jnp.einsum("adc,atc->adt", u, d)).swapaxes(1, 2)
+
+
+def im2col(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c c2"], padding: Padding, stride: int) -> Array:
+    """The convolution as one matrix product, of the nine pixels under the kernel side by side."""
+    b, h, w = _size(x, padding)
+    rows, columns = -(-h // stride), -(-w // stride)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    nine = [x[:, i : i + h : stride, j : j + w : stride] for i in range(3) for j in range(3)]
+    y = jnp.concatenate(nine, axis=-1).reshape(b * rows * columns, -1) @ kernel.reshape(-1, kernel.shape[-1])
+    return y.reshape(b, rows, columns, -1)
 
 
 def kernel_gradient(
