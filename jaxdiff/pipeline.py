@@ -112,6 +112,11 @@ class Pipeline:
         side = latent * self.model.vae.factor
         return side, side
 
+    @property
+    def spread(self) -> int:
+        """Over how many devices pictures are spread: batches of a multiple of it keep all of them busy."""
+        return 1 if self._mesh is None else self._mesh.size
+
     def __call__(
         self,
         prompts: str | Sequence[str],

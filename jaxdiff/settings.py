@@ -80,7 +80,7 @@ def settings(given: Mapping[str, Any]) -> Settings:
 
 def size_of(name: str, value: Any) -> tuple[int, int]:
     """(width, height) from two whole numbers, or from text as 64x48."""
-    sides = value.lower().split("x") if isinstance(value, str) else value
+    sides = [side.strip() for side in value.lower().split("x")] if isinstance(value, str) else value
     if isinstance(value, str) and (len(sides) != 2 or not all(side.isdecimal() for side in sides)):
         raise ValueError(f"{name} is {value!r}; write it as WIDTHxHEIGHT, such as 64x64.")
     return pair(name, [int(side) for side in sides] if isinstance(value, str) else sides)

@@ -13,6 +13,9 @@ from jaxdiff.pipeline import Pipeline
 Picture = UInt8[np.ndarray, "h w 3"]
 Frames = UInt8[np.ndarray, "n h w 3"]
 
+UPSCALE_STRENGTH = 0.35
+"""How much of an enlarged image is drawn anew, where nothing else is said."""
+
 
 def fitted(pipe: Pipeline, image: Picture, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h2 w2 3"]:
     """The image at a size that the pipeline can draw, its middle if the aspect is another.
@@ -24,11 +27,7 @@ def fitted(pipe: Pipeline, image: Picture, size: tuple[int, int] | None = None) 
             the network halves to whole numbers.
     """
     height, width = image.shape[:2]
-    if size is None:
-        grain = pipe.model.vae.factor * 2 ** (len(pipe.model.unet.block_out_channels) - 1)
-        short = min(pipe.size or (min(height, width),))
-        scale = short / min(height, width)
-        size = tuple(max(1, round(side * scale / grain)) * grain for side in (width, height))  # pyright: ignore
+    size = size or fitted_size(pipe, (width, height))
     across = min(width, height * size[0] / size[1])
     down = min(height, width * size[1] / size[0])
     left, top = (width - across) / 2, (height - down) / 2
@@ -36,6 +35,14 @@ def fitted(pipe: Pipeline, image: Picture, size: tuple[int, int] | None = None) 
     if (width, height) == size:
         return image
     return np.asarray(picture.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + across, top + down)))
+
+
+def fitted_size(pipe: Pipeline, size: tuple[int, int]) -> tuple[int, int]:
+    """The width and height at which `fitted` makes a picture of this width and height fit."""
+    grain = pipe.model.vae.factor * 2 ** (len(pipe.model.unet.block_out_channels) - 1)
+    scale = min(pipe.size or size) / min(size)
+    width, height = (max(1, round(side * scale / grain)) * grain for side in size)
+    return width, height
 
 
 def interpolate(
@@ -112,7 +119,7 @@ def outpaint(
 
 
 def upscale(
-    pipe: Pipeline, image: Picture, prompt: str, factor: int = 2, strength: float = 0.35, **given: Any
+    pipe: Pipeline, image: Picture, prompt: str, factor: int = 2, strength: float = UPSCALE_STRENGTH, **given: Any
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
     """The image `factor` times as wide and high, its detail drawn anew.
 

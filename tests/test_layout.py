@@ -23,7 +23,7 @@ ALLOWED = {
     "data": BASE,
     "prompts": {"data", *BASE},
     "io": BASE,
-    "rows": {"io", *BASE},
+    "rows": {"io", "arguments", "settings", "sampling", *BASE},
     "build": {"models", "nn", *BASE},
     "training": {"diffusion", "models", "build", "io", *BASE},
     "generate": {"build", "models", "diffusion", "sampling", "io", "data", *BASE},
@@ -46,6 +46,7 @@ ALLOWED = {
         *BASE,
     },
     "tasks": {"pipeline", "io"},
+    "batch": {"tasks", "pipeline", "scenes", "rows", "settings", "arguments", "prompts", "io", *BASE},
     "__init__": {"pipeline"},
 }
 

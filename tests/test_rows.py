@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.rows import Line, Row, groups, pictures, read_rows
+from jaxdiff.rows import Line, Region, Row, groups, pictures, read_rows
 from jaxdiff.rows.read import MAX_LINE
+from jaxdiff.settings import Settings
 
 
 @pytest.fixture
@@ -24,6 +25,11 @@ def file(tmp_path):
     return write
 
 
+def asked(prompt: str, **values) -> Row:
+    """A row with any of a row's and of its settings' values."""
+    return Row.of({"prompt": prompt} | values)
+
+
 def rows(path: Path, **options) -> list[Row | None]:
     return [line.row for line in read_rows(path, **options)]
 
@@ -34,8 +40,8 @@ def problems(path: Path, **options) -> dict[int, str]:
 
 def test_a_text_files_lines_are_prompts(file):
     path = file("p.txt", "\ufeffa red apple\r\n\n  a dog, (big:1.2)  \n# not a comment\nlast")
-    lines = list(read_rows(path, Row("", steps=7)))
-    assert [(line.number, line.row.prompt, line.row.steps) for line in lines if line.row] == [
+    lines = list(read_rows(path, asked("", steps=7)))
+    assert [(line.number, line.row.prompt, line.row.settings.steps) for line in lines if line.row] == [
         (1, "a red apple", 7), (3, "a dog, (big:1.2)", 7), (4, "# not a comment", 7), (5, "last", 7),
     ]  # fmt: skip
 
@@ -47,8 +53,8 @@ def test_json_lines_give_any_argument(file):
         '{"prompt": "b", "negative_prompt": "", "seed": null, "size": "64X48", "guidance_interval": [0.5, 2]}\n',
     )
     assert rows(path, defaults=Row("", negative_prompt="ugly", seed=9)) == [
-        Row("a", negative_prompt="ugly", seed=3, n=2, guidance=4.0, size=(512, 256)),
-        Row("b", negative_prompt="", seed=9, size=(64, 48), guidance_interval=(0.5, 2.0)),
+        asked("a", negative_prompt="ugly", seed=3, n=2, guidance=4.0, size=(512, 256)),
+        asked("b", negative_prompt="", seed=9, size=(64, 48), guidance_interval=(0.5, 2.0)),
     ]
 
 
@@ -60,7 +66,7 @@ def test_csv_has_a_header_and_quotes(file, name, comma):
     lines = list(read_rows(path))
     assert [line.number for line in lines] == [2, 5]
     assert [line.row for line in lines] == [
-        Row('a "red" apple\non two lines', seed=7, size=(64, 48), guidance_interval=(0.5, 2.0), eta=0.5),
+        asked('a "red" apple\non two lines', seed=7, size=(64, 48), guidance_interval=(0.5, 2.0), eta=0.5),
         Row("dog"),
     ]
 
@@ -83,16 +89,34 @@ def test_csv_has_a_header_and_quotes(file, name, comma):
         ('{"prompt": "a", "steps": 0}', "steps is 0; it must be at least 1."),
         ('{"prompt": "a", "n": -1}', "n is -1; it must be at least 1."),
         ('{"prompt": "a", "guidance": 1e999}', "guidance is inf; it must be a finite number."),
-        ('{"prompt": "a", "eta": "1.5"}', "eta is 1.5; it must be from 0 to 1."),
-        ('{"prompt": "a", "strength": 0}', "strength is 0.0; it must be above 0, to 1."),
+        ('{"prompt": "a", "eta": "1.5"}', "eta is 1.5; it must lie from 0 to 1."),
+        ('{"prompt": "a", "strength": -0.1}', "strength is -0.1; it must lie from 0 to 1."),
+        ('{"prompt": "a", "strength": 0.5}', "strength is 0.5, and there is no image that it is for."),
+        (
+            '{"prompt": "a", "sampler": "pndm", "grid": "karras"}',
+            "pndm cannot use the grid 'karras'; it can use: model.",
+        ),
+        ('{"prompt": "a", "sampler": "euler", "eta": 1}', "eta is 1, which the sampler euler does not take"),
+        ('{"prompt": "a", "literal": 1}', "literal is 1; it must be true or false."),
+        ('{"prompt": "a", "source_prompt": "b"}', "say how, by invert."),
+        ('{"prompt": "a", "to_seed": -1}', "to_seed is -1; it must be from 0 to 4294967295."),
+        ('{"prompt": "a", "share": 2}', "share is 2.0; it must be from 0 to 1."),
+        ('{"prompt": "a", "outpaint": [1, 2]}', "outpaint is (1, 2); it must be four numbers of pixels"),
+        ('{"prompt": "a", "outpaint": [1, 2, 3, 4]}', "outpaint is (1, 2, 3, 4), and there is no image"),
+        ('{"prompt": "a", "upscale": 0}', "upscale is 0; it must be at least 1."),
+        ('{"prompt": "a", "regions": "left"}', "regions is 'left'; it must be a list of {\"prompt\""),
+        ('{"prompt": "a", "regions": [{"prompt": "b"}]}', "regions[0] is {'prompt': 'b'}; it must be"),
+        ('{"prompt": "a", "regions": [{"prompt": "b", "box": [0, 0, 2, 1]}]}', "regions[0].box is [0, 0, 2, 1]"),
+        ('{"prompt": "a", "regions": [{"prompt": "b", "box": {"l": [0]}}]}', "regions[0].box is {'l': [0]}"),
+        ('{"prompt": "a", "settings": {"steps": 3}}', "There is no argument 'settings'"),
         ('{"prompt": "a", "seed": -1}', "seed is -1; it must be from 0 to 4294967295, for 1 pictures."),
         ('{"prompt": "a", "seed": 4294967295, "n": 2}', "it must be from 0 to 4294967294, for 2 pictures."),
-        ('{"prompt": "a", "size": "64"}', "size is (64,); it must be width and height, such as 512x512."),
-        ('{"prompt": "a", "size": "wide"}', "size is 'wide'; it must be a list of whole numbers or None."),
-        ('{"prompt": "a", "size": [0, 64]}', "size is (0, 64); it must be width and height, such as 512x512."),
+        ('{"prompt": "a", "size": "64"}', "size is '64'; write it as WIDTHxHEIGHT, such as 64x64."),
+        ('{"prompt": "a", "size": "wide"}', "size is 'wide'; write it as WIDTHxHEIGHT, such as 64x64."),
+        ('{"prompt": "a", "size": [64]}', "size is [64]; it must be (width, height), in pixels."),
         ('{"prompt": "a", "guidance_interval": [2, 1]}', "it must be two noise levels (sigma)"),
         ('{"prompt": "a", "image": "gone.png"}', "image is 'gone.png', and there is no such file."),
-        ('{"prompt": "a", "mask": "m.png"}', "mask is 'm.png', and there is no image that it is for."),
+        ('{"prompt": "a", "mask": "p.jsonl"}', "p.jsonl', and there is no image that it is for."),
         ('{"prompt": "a", "steps": ' + "9" * 5000 + "}", "Exceeds the limit"),
         ('{"prompt": "a", "' + "x" * 5000 + '": 1}', "There is no argument 'xxxx"),
     ],
@@ -170,10 +194,10 @@ def test_images_are_sought_beside_the_file(file, tmp_path):
 
 def test_a_caller_can_refuse_rows(file):
     def check(row: Row) -> None:
-        if row.sampler == "magic":
+        if row.settings.sampler == "euler":
             raise ValueError("There is no magic.")
 
-    path = file("p.jsonl", '{"prompt": "a", "sampler": "magic"}\n{"prompt": "b"}')
+    path = file("p.jsonl", '{"prompt": "a", "sampler": "euler"}\n{"prompt": "b"}')
     assert problems(path, check=check) == {1: f"{path} line 1: There is no magic."}
 
 
@@ -206,7 +230,11 @@ def test_no_file_raises_anything_but_a_sentence(file):
 
 def test_text_stands_for_values():
     row = Row.of({"prompt": "a", "steps": " 20 ", "guidance": "4", "size": "64 x 48", "seed": "", "image": None})
-    assert row == Row("a", steps=20, guidance=4.0, size=(64, 48))
+    assert row == Row("a", settings=Settings(steps=20, guidance=4.0, size=(64, 48)))
+    box = '[{"prompt": "b", "box": [0, 0, 0.5, 1]}]'
+    row = Row.of({"prompt": "a", "regions": box, "literal": "True", "guidance_interval": "0.5 2", "to_seed": "3"})
+    how = Settings(literal=True, guidance_interval=(0.5, 2.0))
+    assert row == Row("a", regions=(Region("b", (0, 0, 0.5, 1)),), to_seed=3, settings=how)
     assert Row.of({"prompt": "a\ud800", "negative_prompt": ""}, Row("", negative_prompt="b")) == Row("a?")
 
 
@@ -233,7 +261,7 @@ def test_like_pictures_are_drawn_together_each_once():
     found = []
     for i in range(60):
         found.append(
-            Row(f"p{i}", n=int(rng.integers(1, 4)), size=[None, (64, 64), (64, 32)][rng.integers(3)],
+            asked(f"p{i}", n=int(rng.integers(1, 4)), size=[None, (64, 64), (64, 32)][rng.integers(3)],
                 steps=int(rng.choice([20, 30])), sampler=["ddim", "euler"][rng.integers(2)])
         )  # fmt: skip
     wanted = list(pictures(lines_of(*found)))
@@ -243,7 +271,7 @@ def test_like_pictures_are_drawn_together_each_once():
         assert sorted(p.index for p in new) == [p.index for p in wanted]
         sizes = {}
         for batch in batches:
-            rows_of = [p.row for p in batch.pictures]
+            rows_of = [p.row.settings for p in batch.pictures]
             assert len({(r.size, r.steps, r.sampler) for r in rows_of}) == 1
             assert [p.index for p in batch.pictures[: batch.new]] == sorted(
                 p.index for p in batch.pictures[: batch.new]
@@ -264,14 +292,29 @@ def test_batches_are_even_where_all_are_alike():
         list(groups(wanted, 3, 4))
 
 
-def test_images_of_one_size_are_drawn_together(tmp_path):
-    for name, size in (("a", (8, 4)), ("b", (8, 4)), ("c", (4, 8))):
-        Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    found = [Row(name, image=str(tmp_path / f"{name}.png")) for name in "abc"]
+def test_how_many_are_drawn_at_once_and_which_are_alike_may_depend_on_the_row():
+    found = [asked("a", n=6), asked("long", n=3), asked("b", n=2)]
+    batches = groups(
+        pictures(lines_of(*found)), lambda row: 3 if row.prompt == "long" else 4, shape=lambda row: len(row.prompt)
+    )
+    assert [("".join(p.row.prompt for p in b.pictures[: b.new]), len(b.pictures)) for b in batches] == [
+        ("aaaa", 4), ("aabb", 4), ("longlonglong", 3),
+    ]  # fmt: skip
+
+
+def test_pictures_that_one_call_cannot_take_together_are_drawn_apart(tmp_path):
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png")
+    image = {"image": str(tmp_path / "a.png")}
+    box = [{"prompt": "b", "box": (0, 0, 1, 0.5)}]
+    kinds = [{}, image, image | {"mask": image["image"]}, image | {"invert": "ddim"}, {"regions": box}, {"to_seed": 1},
+             {"to_prompt": "b"}, {"cache_interval": 2}, {"guidance": 1.0}, {"literal": True}]  # fmt: skip
+    found = [asked(f"p{i}", **kind) for i in range(2) for kind in kinds]
     batches = list(groups(pictures(lines_of(*found)), 4))
-    assert [[p.row.prompt for p in b.pictures[: b.new]] for b in batches] == [["a", "b"], ["c"]]
+    assert [[p.index for p in batch.pictures] for batch in batches] == [[i, i + len(kinds)] for i in range(len(kinds))]
 
 
-def test_a_row_is_json_and_back():
-    row = Row("a", size=(64, 48), guidance_interval=(0.5, 2.0), seed=3)
-    assert Row.of(json.loads(json.dumps({k: v for k, v in vars(row).items()}))) == row
+def test_a_row_is_json_and_back(tmp_path):
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png")
+    box = [{"prompt": "b", "box": (0, 0, 1, 0.5)}]
+    row = asked("a", size=(64, 48), guidance_interval=(0.5, 2.0), seed=3, regions=box, image=str(tmp_path / "a.png"))
+    assert Row.of(json.loads(json.dumps(row.values()))) == row

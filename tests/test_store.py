@@ -17,6 +17,7 @@ from PIL import Image
 
 from jaxdiff.io.images import read_picture, read_settings
 from jaxdiff.rows import Line, Picture, Row, Store, fingerprint, pictures
+from jaxdiff.rows.row import HINTS
 
 HOSTILE = "<script>alert(1)</script>\"'&lt; {0} {n} </figure><!-- \u202e 日本 \\"
 
@@ -60,7 +61,7 @@ def check_whole(folder: Path, those: list[Picture], indices: int = 1) -> None:
             assert read_settings(folder / name) == settings(picture)
         assert [entry["file"] for entry in store.entries()] == names
     there = {name for name in contents(folder) if not name.endswith(".jsonl")}
-    assert there - {"index.html"} == {*names, "batch.json"}
+    assert there - {"index.html", "contact-sheet.png"} == {*names, "batch.json"}
 
 
 def test_pictures_are_named_by_line_and_seed_and_listed_once_they_are_whole(tmp_path):
@@ -179,18 +180,22 @@ def test_a_fingerprint_changes_with_any_argument_and_the_images_contents(tmp_pat
     Image.new("RGB", (2, 2)).save(image)
 
     def of(**arguments) -> str:
-        return fingerprint(pictures([Line(1, Row(**{"prompt": "a", "image": str(image)} | arguments))]))
+        return fingerprint(pictures([Line(1, Row.of({"prompt": "a", "image": str(image)} | arguments))]))
 
     base = of()
     assert of() == base
     moved = tmp_path / "b.png"
     moved.write_bytes(image.read_bytes())
     assert of(image=str(moved)) == base
+    box = [{"prompt": "b", "box": [0, 0, 1, 0.5]}]
     changed = [{"prompt": "b"}, {"negative_prompt": "b"}, {"seed": 7}, {"n": 2}, {"steps": 7}, {"guidance": 1.0},
                {"guidance_interval": (0.0, 1.0)}, {"sampler": "euler"}, {"grid": "karras"}, {"eta": 0.5},
-               {"cache_interval": 2}, {"size": (2, 4)}, {"strength": 0.5}, {"mask": str(image)},
-               {"image": None}]  # fmt: skip
-    assert {*Row.__dataclass_fields__} == {name for change in changed for name in change}
+               {"cache_interval": 2}, {"size": (2, 4)}, {"strength": 0.5}, {"mask": str(image)}, {"image": None},
+               {"invert": "ddim"}, {"invert": "exact", "source_prompt": "b"}, {"invert": "exact", "keep": 0.5},
+               {"regions": box}, {"outpaint": (0, 2, 0, 0)}, {"upscale": 2}, {"to_prompt": "b"}, {"to_seed": 1},
+               {"share": 0.25}, {"feather": 1}, {"window": 8}, {"noise": "torch"}, {"rescale": 0.5}, {"parallel": 0},
+               {"limit": 1}, {"perturbed": 3}, {"literal": True}]  # fmt: skip
+    assert {*HINTS} == {name for change in changed for name in change}
     assert len({base, *(of(**change) for change in changed)}) == 1 + len(changed)
     Image.new("RGB", (2, 2), "red").save(image)
     assert of() != base
@@ -338,7 +343,8 @@ def test_the_page_shows_every_picture_and_believes_no_prompt(tmp_path):
     those = wanted("a dog", HOSTILE, "a cat")
     with opened(tmp_path, those) as store:
         draw(store)
-        path = store.finish("<b>title</b>")
+        path, sheet = store.finish("<b>title</b>")
+    assert read_picture(sheet).shape[2] == 3
     text = path.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
@@ -359,7 +365,7 @@ def test_the_page_shows_every_picture_and_believes_no_prompt(tmp_path):
 
 def test_the_page_is_there_without_pictures(tmp_path):
     with opened(tmp_path, wanted("a")) as store:
-        assert "0 of 0" in store.finish().read_text()
+        assert "0 of 0" in store.finish()[0].read_text()
         assert store.sheet() is None
 
 

@@ -1,17 +1,10 @@
 """Which picture comes from which row, and which are drawn at once."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxdiff.decode import header_size
 from jaxdiff.rows.read import Line
 from jaxdiff.rows.row import SEEDS, Row
-
-OWN = frozenset({"prompt", "negative_prompt", "seed", "n", "image", "mask"})
-"""What pictures that are drawn at once need not share."""
 
 
 class Picture(NamedTuple):
@@ -56,33 +49,41 @@ def pictures(lines: Iterable[Line], first_seed: int = 0) -> Iterator[Picture]:
             index += 1
 
 
-def groups(wanted: Iterable[Picture], most: int, multiple: int = 1) -> Iterator[Batch]:
-    """Batches of pictures that share all but `OWN`, first come, first drawn.
+def groups(
+    wanted: Iterable[Picture],
+    most: int | Callable[[Row], int],
+    multiple: int = 1,
+    shape: Callable[[Row], Hashable] = lambda row: row.settings.size,
+) -> Iterator[Batch]:
+    """Batches of pictures that share what one call of a pipeline has for all, first come, first drawn.
 
     All batches of one compiled program have one size, not to compile it again: what the largest set of like pictures
-    needs. Each set's last batch is filled up with its last picture.
+    needs. Each set's last batch is filled up with its last picture. What pictures are there already plays no part, so
+    that a picture has the same neighbours, and is the same to the last bit, whenever it is drawn.
 
     Args:
         wanted: the pictures.
-        most: how many are drawn at once, at most; at least `multiple`.
+        most: how many are drawn at once, at most; or says it for a row. At least `multiple` are.
         multiple: of this number, that of the devices, the sizes are multiples.
+        shape: says what of a row makes other arrays: the picture's size, and how its prompts are laid out.
 
     Raises:
-        ValueError: where `most` is below `multiple`, or that below 1.
+        ValueError: where `most` is a number below `multiple`, or that below 1.
     """
-    if not 1 <= multiple <= most:
+    if not 1 <= multiple <= (multiple if callable(most) else most):
         raise ValueError(f"Batches of {most} pictures at most cannot be multiples of {multiple}.")
     sets: dict[tuple[Any, ...], list[Picture]] = {}
     for picture in wanted:
-        sets.setdefault(_alike(picture.row), []).append(picture)
-    sizes: dict[tuple[Any, ...], int] = {}
-    for alike in sets.values():
-        program = _program(alike[0].row)
-        batches = -(-len(alike) // (most // multiple * multiple))
+        program = _program(picture.row, shape(picture.row))
+        sets.setdefault((program, picture.row.settings, picture.row.regions), []).append(picture)
+    sizes: dict[Any, int] = {}
+    for (program, *_), alike in sets.items():
+        limit = most(alike[0].row) if callable(most) else most
+        batches = -(-len(alike) // (max(limit, multiple) // multiple * multiple))
         even = -(-len(alike) // (batches * multiple)) * multiple
         sizes[program] = max(sizes.get(program, 0), even)
-    for alike in sets.values():
-        yield from _batches(alike, sizes[_program(alike[0].row)])
+    for (program, *_), alike in sets.items():
+        yield from _batches(alike, sizes[program])
 
 
 def _batches(alike: Sequence[Picture], size: int) -> Iterator[Batch]:
@@ -91,18 +92,11 @@ def _batches(alike: Sequence[Picture], size: int) -> Iterator[Batch]:
         yield Batch(new + new[-1:] * (size - len(new)), len(new))
 
 
-def _alike(row: Row) -> tuple[Any, ...]:
-    """What pictures share that are drawn in one call."""
-    return *(getattr(row, field.name) for field in fields(row) if field.name not in OWN), *_program(row)
-
-
-def _program(row: Row) -> tuple[Any, ...]:
+def _program(row: Row, shape: Hashable) -> tuple[Any, ...]:
     """What a program is compiled for."""
-    size = row.size or (row.image and _image_size(row.image))
-    parts = row.guidance_interval is not None, row.cache_interval > 1, row.image is not None, row.mask is not None
-    return size, row.sampler, *parts
-
-
-@lru_cache(100_000)
-def _image_size(path: str) -> tuple[int, int]:
-    return header_size(Path(path))
+    ask = row.settings
+    given = row.image, row.mask or row.outpaint, ask.guidance_interval, ask.perturbed, row.to_prompt, row.to_seed
+    return (
+        shape, ask.sampler, ask.window, ask.noise, ask.invert, ask.keep > 0, ask.cache_interval > 1, bool(row.regions),
+        *(value is not None for value in given),
+    )  # fmt: skip

@@ -3,12 +3,11 @@
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxdiff.config import nearest
-from jaxdiff.rows.row import Row
+from jaxdiff.rows.row import HINTS, Row
 
 MAX_LINE = 1_000_000
 """A line of more bytes than this is a bad row."""
@@ -30,8 +29,9 @@ def read_rows(
     """A prompt file's rows, one at a time, in its order.
 
     Args:
-        path: `.jsonl` (an object a line) and `.csv` or `.tsv` (with a header) may give each row any field of `Row`; in
-            all others each line is a prompt. Blank lines are none. Paths of images are relative to the file.
+        path: `.jsonl` (an object a line) and `.csv` or `.tsv` (with a header) may give each row any field of `Row`
+            and of `Settings`; in all others each line is a prompt. Blank lines are none. Paths of images are relative
+            to the file.
         defaults: where a row's fields come from that are not given; its prompt is not used.
         check: raises ValueError for a row that cannot be drawn.
 
@@ -51,7 +51,7 @@ def read_rows(
                 try:
                     if isinstance(values, ValueError):
                         raise values
-                    row = _resolved(Row.of(values, defaults), path.parent)
+                    row = Row.of(_resolved(values, path.parent), defaults)
                     check(row)
                 except ValueError as error:
                     yield Line(number, None, f"{path} line {number}: {_short(str(error))}")
@@ -141,10 +141,9 @@ def _csv(path: Path, file: BinaryIO) -> _Rows:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    names = list(Row.__dataclass_fields__)
     for name in header:
-        if name not in names:
-            raise ValueError(f"{path}: the header has {name!r}, which is no argument{nearest(name, names)}")
+        if name not in HINTS:
+            raise ValueError(f"{path}: the header has {name!r}, which is no argument{nearest(name, list(HINTS))}")
         if header.count(name) > 1:
             raise ValueError(f"{path}: the header has {name!r} twice.")
     if "prompt" not in header:
@@ -177,19 +176,19 @@ def _check_encoding(path: Path, file: BinaryIO) -> None:
         file.seek(0)
 
 
-def _resolved(row: Row, folder: Path) -> Row:
-    """The row with its paths as they are seen from here.
+def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values with their paths as they are seen from here.
 
     Raises:
         ValueError: where there is no such file.
     """
     found = {}
     for name in ("image", "mask"):
-        if (given := getattr(row, name)) is not None:
+        if (given := values.get(name)) and isinstance(given, str):
             found[name] = str(folder / given)
-            if not (folder / given).is_file():
+            if "\0" in given or not (folder / given).is_file():
                 raise ValueError(f"{name} is {given!r}, and there is no such file.")
-    return replace(row, **found)
+    return values | found
 
 
 def _short(sentence: str) -> str:

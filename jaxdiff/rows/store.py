@@ -3,11 +3,11 @@
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxdiff.io.images import FORMATS, contact_sheet, encode_picture, read_pictu
 from jaxdiff.rows.group import Picture
 from jaxdiff.rows.page import page
 
-_RUN = "batch.json"
+_RUN, _PAGE, _SHEET = "batch.json", "index.html", "contact-sheet.png"
 
 
 def fingerprint(wanted: Iterable[Picture]) -> str:
@@ -34,7 +34,7 @@ def fingerprint(wanted: Iterable[Picture]) -> str:
 
     digest = hashlib.sha256()
     for picture in wanted:
-        row = asdict(picture.row)
+        row = picture.row.values()
         row |= {name: content(row[name]) for name in ("image", "mask")}
         digest.update(json.dumps([picture.line, picture.seed, row]).encode())
     return digest.hexdigest()[:16]
@@ -106,9 +106,13 @@ class Store:
         words = f"{slug(picture.row.prompt)}-" if self.metadata else ""
         return f"{picture.line:05d}-{words}{picture.seed}.{FORMATS[self.format]}"
 
+    def has(self, picture: Picture) -> bool:
+        """Whether the picture is there already."""
+        return self.name(picture) in self.done
+
     def missing(self) -> list[Picture]:
         """This process's pictures that are not there yet."""
-        return [picture for picture in self.wanted if self.name(picture) not in self.done]
+        return [picture for picture in self.wanted if not self.has(picture)]
 
     def add(self, picture: Picture, image: UInt8[np.ndarray, "h w 3"], settings: Mapping[str, Any]) -> Path:
         """Writes a picture, and then the line that says so. Threads may call this at once.
@@ -146,11 +150,19 @@ class Store:
                     found[entry["file"]] = entry
         return sorted(found.values(), key=lambda entry: (entry["line"], entry["seed"]))
 
-    def finish(self, title: str = "") -> Path:
-        """Writes `index.html`, a page to look through the pictures that are there; returns its path."""
-        path = self.folder / "index.html"
-        self._write(path, page(self.entries(), title or self.folder.resolve().name))
-        return path
+    def finish(self, title: str = "") -> list[Path]:
+        """Writes what shows the pictures that are there, and returns the paths.
+
+        `index.html` is a page to look through them, and `contact-sheet.png`, where there are several, has the first.
+        """
+        title = title or self.folder.resolve().name
+        while True:
+            entries, sheet = self.entries(), self.sheet()
+            written = [self._write(self.folder / _PAGE, page(entries, title).encode("utf-8", "replace"))]
+            if sheet is not None:
+                written.append(self._write(self.folder / _SHEET, encode_picture(sheet)))
+            if len(entries) == len(self.entries()):  # else another process has ended meanwhile, and may have been first
+                return written
 
     def sheet(self, most: int = 100) -> UInt8[np.ndarray, "h w 3"] | None:
         """A contact sheet of the first pictures that are there; None where there are fewer than two."""
@@ -178,13 +190,14 @@ class Store:
         path = self.folder / _RUN
         batch = json.loads(json.dumps(batch))
         if not path.exists():
-            taken = next((name for name in map(self.name, everything) if (self.folder / name).exists()), None)
+            names = itertools.chain(map(self.name, everything), (_PAGE, _SHEET, "images.jsonl"))
+            taken = next((name for name in names if (self.folder / name).exists()), None)
             if not path.exists():  # another process may have begun meanwhile
                 if taken is not None:
                     raise ValueError(
                         f"{self.folder} has a file {taken} that is not of this batch; choose another folder."
                     )
-                self._write(path, json.dumps(batch, indent=2) + "\n")
+                self._write(path, f"{json.dumps(batch, indent=2)}\n".encode())
         there = load_json(path)
         if there != batch:
             names = sorted(name for name in {*there, *batch} if there.get(name) != batch.get(name))
@@ -224,11 +237,11 @@ class Store:
             os.ftruncate(file, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _write(self, path: Path, text: str) -> None:
+    def _write(self, path: Path, data: bytes) -> Path:
         partial = self.folder / f".{path.name}{self._mark}"
         try:
-            partial.write_text(text, encoding="utf-8", errors="replace")
-            partial.replace(path)
+            partial.write_bytes(data)
+            return partial.replace(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
 

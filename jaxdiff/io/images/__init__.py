@@ -1,7 +1,7 @@
 """Pictures on disk and beside each other: reading what is not trusted, writing what says how it was made."""
 
 from jaxdiff.io.images.masks import feathered, outpaint_canvas
-from jaxdiff.io.images.read import read_mask, read_picture, read_settings
+from jaxdiff.io.images.read import read_bytes, read_mask, read_picture, read_settings
 from jaxdiff.io.images.sheets import contact_sheet, film_strip
 from jaxdiff.io.images.write import FORMATS, encode_picture, slug, webui_parameters, write_gif, write_picture, write_png
 
@@ -12,6 +12,7 @@ __all__ = [
     "feathered",
     "film_strip",
     "outpaint_canvas",
+    "read_bytes",
     "read_mask",
     "read_picture",
     "read_settings",

@@ -76,19 +76,26 @@ def read_settings(path: Path | str) -> dict[str, Any] | None:
     return settings
 
 
+def read_bytes(path: Path | str) -> bytes:
+    """A file of a size that a picture can have.
+
+    Raises:
+        ValueError: where it cannot be read, is no file, or too large.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise ValueError(f"{path} is not a file.")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{path} has {size} bytes, more than {MAX_BYTES}.")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+
+
 def _read(file: Path | str | bytes) -> Image.Image:
     """RGB, or RGBA where part of it is transparent."""
-    data = file
-    if not isinstance(data, bytes):
-        path = Path(data)
-        try:
-            if path.exists() and not path.is_file():  # a pipe would wait for ever
-                raise ValueError(f"{path} is not a file.")
-            if (size := path.stat().st_size) > MAX_BYTES:
-                raise ValueError(f"{path} has {size} bytes, more than {MAX_BYTES}.")
-            data = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    data = file if isinstance(file, bytes) else read_bytes(file)
     try:
         return decode(data)
     except ValueError as error:
