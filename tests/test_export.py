@@ -182,6 +182,7 @@ def test_the_program_is_for_all_platforms_and_asks_for_nothing_but_stablehlo(fol
     text = load.lowered((folder / load.PROGRAM).read_bytes(), about).as_text()
     assert "custom_call" not in text
     assert "stablehlo.case" in text, "each platform takes its own branch"
+    assert str(Path(jaxdiff.__file__).parents[1]).encode() not in (folder / load.PROGRAM).read_bytes()
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -194,6 +195,26 @@ def test_the_program_of_one_platform_has_nothing_that_only_another_knows(pipe, p
 def test_with_kernels_the_program_of_a_tpu_has_its_own(pipe):  # noqa: F811
     pytest.importorskip("libtpu")
     assert custom_calls(exported(pipe, ("tpu",), kernels=True)) == ["tpu_custom_call"]
+
+
+COMPILE = """
+import sys
+from pathlib import Path
+from jax.experimental import topologies
+from jaxdiff.tools.export import load
+chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+folder = Path(sys.argv[1])
+load.lowered((folder / load.PROGRAM).read_bytes(), load.read_about(folder / "program.json"), chip).compile()
+"""
+
+
+@pytest.mark.tpu_compile
+def test_the_tpu_compiler_takes_the_program_that_a_cpu_wrote(folder):
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(folder)], cwd=Path(__file__).parents[1],
+                          env=os.environ | settings, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_program_for_another_platform_is_told_apart(pipe, tmp_path):  # noqa: F811
@@ -369,7 +390,7 @@ def test_a_file_that_was_made_wrong_is_refused_in_a_sentence_though_its_checksum
     ({"weights": {}}, "tensors are missing, unknown or of another shape"),
     ({"inputs": {}}, "what it says of inputs"),
     ({"outputs": {"images": {"shape": [1], "dtype": "uint8"}}}, "what it says of outputs"),
-    ({"calling_convention_version": 10_000}, "is no program that jax"),
+    ({"calling_convention_version": 10_000}, "has the calling convention 10000; jax"),
     ({"tokenizer": {"length": 24}}, "what it says of tokenizer"),
     ({"platforms": ["cpu"]}, "is no program that jax"),
 ])  # fmt: skip

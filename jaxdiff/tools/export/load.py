@@ -69,13 +69,7 @@ class Model:
             wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
             raise ValueError(f"{folder / WEIGHTS} does not fit program.json: {len(wrong)} tensors are missing, unknown "
                              f"or of another shape, {', '.join(wrong[:5])} among them.")  # fmt: skip
-        levels = read_safetensors(folder / LEVELS)
-        self._levels = tuple(levels.get(name) for name in ("sigmas", "sigmas_next", "ends"))
-        ends = self._levels[2]
-        if any(part is None or part.ndim != 1 for part in self._levels) or ends is None or (np.diff(ends) < 0).any():
-            raise ValueError(f"{folder / LEVELS} holds no noise levels; export the model again.")
-        if not len(ends) or ends[0] or any(len(part) != ends[-1] for part in self._levels[:2]):  # pyright: ignore
-            raise ValueError(f"{folder / LEVELS} holds levels that do not end where it says; export the model again.")
+        self._levels = read_levels(folder / LEVELS)
         text = about["tokenizer"]
         self.tokenizer = Tokenizer(read_json(folder / VOCAB), read_merges(folder / MERGES), **text)
         self._lowered = lowered((folder / PROGRAM).read_bytes(), about)
@@ -162,7 +156,7 @@ class Model:
 
     def levels(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """The noise levels of so many steps: where each step begins, and where it ends."""
-        sigmas, sigmas_next, ends = (np.asarray(part) for part in self._levels)
+        sigmas, sigmas_next, ends = self._levels
         counts = np.diff(ends)
         if not 1 <= steps <= len(counts) or not counts[steps - 1]:
             able = np.flatnonzero(counts) + 1
@@ -181,8 +175,8 @@ class Model:
         return self.about["inputs"]["sigmas"]["shape"][0]
 
 
-def lowered(program: bytes, about: dict[str, Any]) -> Any:
-    """The module as a function of (weights, inputs), ready to be compiled for the device at hand.
+def lowered(program: bytes, about: dict[str, Any], device: Any = None) -> Any:
+    """The module as a function of (weights, inputs), ready to be compiled for the device, or else the one at hand.
 
     JAX's own form of an exported function needs the package flatbuffers; here is the module alone. All that there is
     beside it is said by arguments and results, so those of a stand-in will do.
@@ -191,9 +185,16 @@ def lowered(program: bytes, about: dict[str, Any]) -> Any:
         ValueError: where this version of jax cannot read it, or it is for other arguments.
     """
 
-    def arrays(entries: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    found = about["calling_convention_version"]
+    low, high = (getattr(jax.export, f"{end}_supported_calling_convention_version") for end in ("minimum", "maximum"))
+    if not low <= found <= high:
+        raise ValueError(f"{PROGRAM} has the calling convention {found}; jax {jax.__version__} knows {low} to {high}.")
+    place = None if device is None else jax.sharding.SingleDeviceSharding(device)
+
+    def arrays(entries: dict[str, Any], sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            name: jax.ShapeDtypeStruct(entry["shape"], jnp.dtype(entry["dtype"])) for name, entry in entries.items()
+            name: jax.ShapeDtypeStruct(entry["shape"], jnp.dtype(entry["dtype"]), sharding=sharding)
+            for name, entry in entries.items()
         }
 
     def stand_in(weights: Any, inputs: Any) -> Any:
@@ -206,9 +207,9 @@ def lowered(program: bytes, about: dict[str, Any]) -> Any:
             mlir_module_serialized=program,
             calling_convention_version=about["calling_convention_version"],
         )
-        return jax.jit(exported.call).lower(arrays(about["weights"]), arrays(about["inputs"]))
+        return jax.jit(exported.call).lower(arrays(about["weights"], place), arrays(about["inputs"], place))
     except Exception as error:  # whatever reading a module raises
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0].rstrip(":.") or type(error).__name__
         raise ValueError(f"{PROGRAM} is no program that jax {jax.__version__} can run with this program.json: "
                          f"{reason}. It was made by jax {about['made_by'].get('jax')}.") from error  # fmt: skip
 
@@ -270,7 +271,13 @@ def read_about(path: Path) -> dict[str, Any]:
             and about["inputs"]["ids"]["shape"][:2] == [*about["inputs"]["seeds"]["shape"], 2]
             and 0 not in about["inputs"]["ids"]["shape"]
         ),
-        "outputs": lambda _: has("outputs", ("images", 4), ("finite", 1)),
+        "outputs": lambda _: (
+            has("outputs", ("images", 4), ("finite", 1))
+            and len(about["outputs"]) == 2
+            and about["outputs"]["images"]["dtype"] == "uint8"
+            and about["outputs"]["images"]["shape"][::3] == [about["inputs"]["ids"]["shape"][0], 3]
+            and about["outputs"]["finite"] == {"shape": about["inputs"]["ids"]["shape"][:1], "dtype": "bool"}
+        ),
         "tokenizer": lambda _: (
             isinstance(text, dict)
             and text.keys() == {"length", "start", "end", "pad", "special"}
@@ -337,6 +344,22 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
                     continue
         raise ValueError(f"{damaged}: its entry for {name} makes no sense.")
     return tensors
+
+
+def read_levels(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The levels of all numbers of steps, those that each step ends at, and where the levels of each number end.
+
+    Raises:
+        ValueError: where there are none, or they do not go together.
+    """
+    tensors = read_safetensors(path)
+    kinds = {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors.items()}
+    if kinds != {"sigmas": (np.float32, 1), "sigmas_next": (np.float32, 1), "ends": (np.int32, 1)}:
+        raise ValueError(f"{path} holds no noise levels; export the model again.")
+    sigmas, sigmas_next, ends = (tensors[name] for name in ("sigmas", "sigmas_next", "ends"))
+    if not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or {len(sigmas), len(sigmas_next)} != {int(ends[-1])}:
+        raise ValueError(f"{path} holds noise levels that do not go together; export the model again.")
+    return sigmas, sigmas_next, ends
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:

@@ -109,9 +109,15 @@ def export(
 
     allowed = [jax.export.DisabledSafetyCheck.custom_call(kernel) for kernel in KERNELS] if kernels else []
     arguments = {name: jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype)) for name, entry in inputs.items()}
-    with portable(not kernels):
-        jitted = jax.jit(whole, keep_unused=True)
-        return jax.export.export(jitted, platforms=platforms, disabled_checks=allowed)(weights, arguments)
+    limit = "jax_traceback_in_locations_limit"
+    before = jax.config.values[limit]
+    try:
+        jax.config.update(limit, 0)  # where the sources lie on this machine is nobody's business
+        with portable(not kernels):
+            jitted = jax.jit(whole, keep_unused=True)
+            return jax.export.export(jitted, platforms=platforms, disabled_checks=allowed)(weights, arguments)
+    finally:
+        jax.config.update(limit, before)
 
 
 def custom_calls(exported: jax.export.Exported) -> list[str]:
