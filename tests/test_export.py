@@ -122,7 +122,7 @@ def test_other_levels_and_weights_of_tokens_are_arguments_too(loaded, pipe):  # 
     sigmas, sigmas_next = (np.pad(part, (0, 1000 - 3)) for part in loaded.levels(3))
     ids = np.stack([loaded.tokenizer(["", "a dog"])] * 2)
     token_weights = np.ones(ids.shape)
-    token_weights[:, 1, 1:3] = 1.5
+    token_weights[:, 1, 1 : 1 + len(loaded.tokenizer.encode("a dog"))] = 1.5
     ours = loaded.draw(ids=ids, token_weights=token_weights, seeds=[3, 4], sigmas=sigmas, sigmas_next=sigmas_next,
                        steps=3, guidance=7.5, rescale=0, parallel=1, limit=np.inf, eta=0)  # fmt: skip
     assert off(ours, pipe(["(a dog:1.5)"] * 2, size=SIZE, steps=3, seed=3)) <= 1

@@ -267,7 +267,7 @@ def read_about(path: Path) -> dict[str, Any]:
         "weights": lambda _: has("weights"),
         "inputs": lambda _: (
             has("inputs", ("ids", 3), ("sigmas", 1), ("sigmas_next", 1), ("seeds", 1), ("steps", 0))
-            and about["inputs"]["sigmas"] == about["inputs"]["sigmas_next"]
+            and about["inputs"]["sigmas"]["shape"] == about["inputs"]["sigmas_next"]["shape"]
             and about["inputs"]["ids"]["shape"][:2] == [*about["inputs"]["seeds"]["shape"], 2]
             and 0 not in about["inputs"]["ids"]["shape"]
         ),
