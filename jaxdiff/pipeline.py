@@ -166,7 +166,7 @@ class Pipeline:
             prompts, negative_prompt, seed, latents, image, mask, source_prompt, regions, to_prompts, to_seed, share,
             wildcards, settings(turned),
         )  # fmt: skip
-        program = self._program(request)
+        program = self.program(request.settings.sampler, request.settings.window)
         scene, state, keys = prepare_scene(request, self.tokenizer, self.params, program)
         images = self._draw(request, program, scene, state, keys, progress, watch)
         if request.image is None or request.mask is None:
@@ -287,8 +287,13 @@ class Pipeline:
             return text_to_image(*arguments, program=program)
         return kept(text_to_image, outline, *arguments, program=program)(*arguments)
 
-    def _program(self, request: Request) -> Program:
-        model, window = self.model, request.settings.window
+    def program(self, sampler: str, window: int | None = None) -> Program:
+        """What pictures are drawn by: the networks, with a sampler and a window in pixels (see `Settings`).
+
+        Raises:
+            ValueError: where the model cannot look through such a window.
+        """
+        model = self.model
         if window is not None:
             fits("window", (window, window), model.vae.factor * 2 ** (len(model.unet.block_out_channels) - 1))
             window //= model.vae.factor
@@ -298,7 +303,7 @@ class Pipeline:
             vae=build.vae(model.vae, self._jax_dtype),
             scheduler=model.scheduler,
             scaling_factor=model.vae.scaling_factor,
-            sampler=request.settings.sampler,
+            sampler=sampler,
             window=None if window is None else (window, window),
             inpaints=self._inpaints,
         )
@@ -399,17 +404,17 @@ def on_device(params: Params, dtype: DTypeLike, device: Any = None) -> Params:
     On a CPU whose memory has room for them, kernels have their Winograd form beside them, more than twice their size
     (`jaxdiff.nn.conv.prepare`): no tree to save or train.
     """
-    placed = jax.device_put(_in_dtype(params, dtype), device)
+    placed = jax.device_put(in_dtype(params, dtype), device)
     if jax.default_backend() != "cpu" or 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(placed)) > _memory():
         return placed
     return prepare(placed)
 
 
-def _in_dtype(params: Params, dtype: DTypeLike) -> Params:
+def in_dtype(params: Params, dtype: DTypeLike) -> Params:
     """The params as the networks would cast them at every step: norms in float32, all else in `dtype`."""
     kept = np.float32 if "scale" in params else dtype
     return {
-        name: _in_dtype(leaf, dtype) if isinstance(leaf, dict) else leaf.astype(kept, copy=False)
+        name: in_dtype(leaf, dtype) if isinstance(leaf, dict) else leaf.astype(kept, copy=False)
         for name, leaf in params.items()
     }
 

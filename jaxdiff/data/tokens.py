@@ -137,6 +137,11 @@ class Tokenizer:
         return out
 
     @property
+    def special(self) -> dict[str, int]:
+        """The tokens that stand for themselves where they are typed in a text."""
+        return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
+
+    @property
     def comma_id(self) -> int | None:
         """The token of a comma that stands alone, if there is one."""
         return self._backend.token_to_id(",</w>")

@@ -163,7 +163,8 @@ _SCHEDULER_ONLY: dict[str, tuple[Any, ...]] = {
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json")  # fmt: skip
-_MARK = {"_written_by": "jaxdiff"}
+MARK = {"_written_by": "jaxdiff"}
+"""Stands in a JSON file of each folder that is ours to replace."""
 # The layout is this version's; below 0.9 diffusers would change `sample_size` on reading.
 _VERSION = {"_diffusers_version": "0.42.0"}
 
@@ -266,7 +267,7 @@ def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32
         logger.warning("diffusers' StableDiffusionPipeline takes steps_offset as 1 and clip_sample as False, "
                        "this model has %s and %s: its pictures will differ there.",
                        folder.scheduler.steps_offset, folder.scheduler.clip_sample)  # fmt: skip
-    with _replaced(Path(path), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}) as new:
+    with replaced(Path(path), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}) as new:
         for name, network in NETWORKS.items():
             (new / name).mkdir()
             _write_network(new / name, network, getattr(folder, name), folder.params[name], dtype)
@@ -282,7 +283,7 @@ def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32
         else:
             folder.tokenizer.save(new / "tokenizer")
         _write_json(new / "model_index.json", {
-            "_class_name": "StableDiffusionPipeline", **_VERSION, **_MARK,
+            "_class_name": "StableDiffusionPipeline", **_VERSION, **MARK,
             "feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
             "scheduler": ["diffusers", cls], "tokenizer": ["transformers", "CLIPTokenizer"],
             **{name: [network.library, network.cls] for name, network in NETWORKS.items()},
@@ -305,7 +306,7 @@ def write_network(
         ValueError: as `write_folder`.
     """
     network = NETWORKS[name]
-    with _replaced(Path(path) / name, "config.json", {f"{network.stem}.safetensors"}) as new:
+    with replaced(Path(path) / name, "config.json", {f"{network.stem}.safetensors"}) as new:
         _write_network(new, network, config, params, dtype)
 
 
@@ -366,9 +367,9 @@ def _write_network(folder: Path, network: _Network, config: NetworkConfig, param
     if isinstance(config, UNetConfig):  # diffusers reads heads from `attention_head_dim` only
         values |= {"attention_head_dim": list(config.heads), "num_attention_heads": None}
     if network.library == "diffusers":
-        values = {"_class_name": network.cls} | _VERSION | _MARK | values
+        values = {"_class_name": network.cls} | _VERSION | MARK | values
     else:
-        values |= {"architectures": [network.cls], "model_type": "clip_text_model", "dtype": dtype.name} | _MARK
+        values |= {"architectures": [network.cls], "model_type": "clip_text_model", "dtype": dtype.name} | MARK
     _write_json(folder / "config.json", values)
     weights = folder / f"{network.stem}.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -380,16 +381,22 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
+def replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
     """A fresh folder to fill, which takes the place of `path` at the end, or vanishes when the filling fails.
 
-    An older folder gives way only if it has nothing but `marked`, a JSON file with our mark, and `others`.
+    Args:
+        path: a new or empty folder, or an older one of ours.
+        marked: a JSON file with `MARK`, which says that a folder is ours.
+        others: what else may be in a folder that gives way.
+
+    Raises:
+        ValueError: where the folder holds anything else, or cannot be written.
     """
     path = path.absolute()
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; choose a folder that is new or empty.")
     if path.exists() and (there := {p.name for p in path.iterdir()}):
-        ours = marked in there and _MARK.items() <= load_json(path / marked).items()
+        ours = marked in there and MARK.items() <= load_json(path / marked).items()
         if not ours or there - others - {marked}:
             raise ValueError(f"{path} holds files that are not ours to replace; choose a folder that is new or empty.")
     new, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))

@@ -31,6 +31,10 @@ GPU_SCORES = 16 * 1024**2
 CONTEXT_KEYS = ("to_k", "to_v")
 """The projections of what is attended to."""
 
+portable = jax.make_user_context(False)
+"""`with portable(True)`, programs are traced without kernels: of XLA's operations alone, which other platforms and later
+versions know, too."""
+
 Tokens = Float[Array, "b t h d"]
 Keys = Float[Array, "b s h d"]
 Statistics = Float[Array, "b h t"]
@@ -46,7 +50,7 @@ def attend(q: Tokens, k: Keys, v: Keys, mask: Bool[Array, "t s"] | None = None) 
     """
     if mask is not None or q.shape[1] * k.shape[1] <= DENSE:
         return _dense(q, k, v, mask)
-    if not _cudnn_takes(q.shape, k.shape, jnp.dtype(q.dtype)):
+    if portable.value or not _cudnn_takes(q.shape, k.shape, jnp.dtype(q.dtype)):
         return _blockwise(q, k, v)
     return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=_blockwise)
 
@@ -145,7 +149,7 @@ def _backward(
 def _by_platform(name: str, loop: Callable[..., Any]) -> Callable[..., Any]:
     """The loop, or the kernel of this name where a TPU's compiler is there; without one, why import and trace it?"""
     kernels = {"cpu": partial(loop, most=CPU_SCORES)}
-    if find_spec("libtpu"):
+    if find_spec("libtpu") and not portable.value:
         from jaxdiff.nn import flash
 
         kernels["tpu"] = getattr(flash, name)
