@@ -1,0 +1,121 @@
+"""The command line: `python -m jaxdiff.tools.serve`, then a browser at http://127.0.0.1:7860."""
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+import jaxdiff
+from jaxdiff.cli import exit_code
+from jaxdiff.tools.serve.ask import Limits
+
+
+@dataclass(frozen=True)
+class Args:
+    """Serves a page to try a model, on this machine alone unless --host says otherwise. Ctrl-C ends it."""
+
+    model: Path | None = None
+    """A diffusers folder or a run directory; without it, the model that comes with the package."""
+    host: str = "127.0.0.1"
+    """The address to listen at; 0.0.0.0 is all that this machine has."""
+    port: int = 7860
+    """The port to listen at; 0 takes a free one."""
+    names: tuple[str, ...] = ()
+    """Host names besides localhost that browsers may reach it by."""
+    dtype: str | None = None
+    """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
+    out: Path | None = None
+    """Write the pictures into this folder, too; without it nothing is written."""
+    limits: Limits = field(default_factory=Limits)
+
+
+def main(args: Args) -> None:
+    """Listens, loads, and serves until it is ended."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ValueError("The page needs the serve extra: pip install 'jaxdiff[serve]'.") from error
+    from jaxdiff.tools.serve.app import make_app
+    from jaxdiff.tools.serve.studio import Studio
+
+    class Server(uvicorn.Server):
+        """Ends at once on Ctrl-C, instead of waiting for pictures."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Leaves signals alone."""
+            yield
+
+    with listen(args.host, args.port) as listener:  # before the model is read, which takes longer
+        if args.out is not None:
+            check_writable(args.out)
+        studio = Studio(jaxdiff.load(args.model, args.dtype), args.limits, args.out)
+        studio.start()
+        host, port, *_ = listener.getsockname()
+        is_open = not ipaddress.ip_address(host).is_loopback
+        if is_open:
+            print(f"warning: Whoever reaches port {port} of {host} can use this model, and this machine's time.",
+                  file=sys.stderr)  # fmt: skip
+        config = uvicorn.Config(
+            make_app(studio, args.names, is_open), http="h11", ws="none", lifespan="off", log_level="warning",
+            access_log=False, server_header=False, proxy_headers=False, limit_concurrency=256,
+        )  # fmt: skip
+        print(f"{studio.pipe.name} is at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        asyncio.run(Server(config).serve(sockets=[listener]))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ValueError: where there is no such address or port, or it is taken.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port is {port}; it must lie from 0 to {2**16 - 1}.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(128)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise ValueError(f"Port {port} of {host} is taken; choose another by --port.") from error
+        raise ValueError(f"{host}, port {port}, cannot be listened at: {error}.") from error
+    return listener
+
+
+def check_writable(folder: Path) -> None:
+    """Finds out before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to: {error.strerror}.") from error
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """The command line; errors are a sentence and exit code 2."""
+    args = tyro.cli(Args, args=argv, prog="serve", description=__doc__)
+    return exit_code(lambda: main(args))
+
+
+if __name__ == "__main__":
+    code = cli()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: Python would wait for what is being compiled or drawn

@@ -1,0 +1,218 @@
+"""The one thread that draws, and the queue before it."""
+
+import base64
+import hashlib
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import jaxdiff
+from jaxdiff.io.images import encode_picture, slug, write_picture
+from jaxdiff.pipeline import Pipeline
+from jaxdiff.scenes import PromptWarning
+from jaxdiff.tools.serve.ask import Ask, Limits, Refused
+
+TellFn = Callable[[str, dict[str, Any]], object]
+"""Takes an event's name and what it says, from any thread."""
+
+
+class Job:
+    """A request on its way. `tell` hears of it:
+
+    queued: how many pictures are `ahead` of its first; at once, and whenever that changes
+    started: the `pictures` (their numbers) that are drawn now, `together` with others' so many
+    progress: `done` of `steps` for these `pictures`, and where wanted `guesses`, a JPEG in base64 for each
+    picture: one is there, its number `index`, `seed`, `settings` and its file `png` in base64
+    done: all are
+    error: there will be no more, and why, in the sentence `error`
+    """
+
+    def __init__(self, ask: Ask, tell: TellFn) -> None:
+        self.ask, self.tell = ask, tell
+        self.ended = False
+        """Whether nobody waits for it any more."""
+        self._ahead: int | None = None
+        self._left = len(ask.seeds)
+
+    def wait(self, ahead: int) -> None:
+        """Says how many pictures are ahead, if that is news."""
+        if ahead != self._ahead:
+            self._ahead = ahead
+            self.tell("queued", {"ahead": ahead})
+
+    def deliver(self, index: int, png: bytes, told: dict[str, Any]) -> None:
+        """One picture is there."""
+        data = base64.b64encode(png).decode()
+        self.tell("picture", {"index": index, "seed": self.ask.seeds[index], "settings": told, "png": data})
+        self._left -= 1
+        if not self._left:
+            self.ended = True
+            self.tell("done", {})
+
+    def fail(self, sentence: str) -> None:
+        """There will be no more pictures."""
+        if not self.ended:
+            self.ended = True
+            self.tell("error", {"error": sentence})
+
+
+class Row(NamedTuple):
+    """One picture to be drawn."""
+
+    job: Job
+    index: int
+
+
+class _NobodyWaits(Exception):
+    """Those who asked for the pictures that are being drawn have gone."""
+
+
+class Studio(threading.Thread):
+    """Draws what is asked for, first come first served. The pipeline is this thread's alone.
+
+    A picture depends on its own seed, not on what is drawn beside it: waiting pictures whose settings are equal are
+    drawn in one call, up to `limits.batch`, in batches filled up to a power of two so that few programs are compiled.
+    """
+
+    def __init__(self, pipe: Pipeline, limits: Limits, out: Path | None = None) -> None:
+        super().__init__(name="studio", daemon=True)
+        self.pipe, self.limits, self.out = pipe, limits, out
+        self._rows: list[Row] = []
+        self._changed = threading.Condition()
+
+    def submit(self, job: Job) -> None:
+        """Lets the job wait for its turn.
+
+        Raises:
+            Refused: when too many wait.
+        """
+        n = len(job.ask.seeds)
+        with self._changed:
+            ahead = len(self._awaited())
+            if ahead + n > self.limits.waiting:
+                raise Refused(503, f"{ahead} pictures are waiting to be drawn, and there is room for "
+                                   f"{self.limits.waiting}; try again later.")  # fmt: skip
+            job.wait(ahead)
+            self._rows = [*self._awaited(), *(Row(job, index) for index in range(n))]
+            self._changed.notify()
+
+    @property
+    def waiting(self) -> int:
+        """How many pictures wait."""
+        with self._changed:
+            return len(self._awaited())
+
+    def run(self) -> None:
+        """Draws for ever."""
+        while True:
+            self._draw(self._next())
+
+    def _awaited(self) -> list[Row]:
+        return [row for row in self._rows if not row.job.ended]
+
+    def _next(self) -> list[Row]:
+        """The first that waits, with those that can be drawn beside it."""
+        with self._changed:
+            while not (awaited := self._awaited()):
+                self._rows = []
+                self._changed.wait()
+            key = awaited[0].job.ask.key
+            rows = [row for row in awaited if row.job.ask.key == key][: self.limits.batch]
+            self._rows = [row for row in awaited if row not in rows]
+            for ahead, row in reversed([*enumerate(self._rows)]):
+                if row.index == 0:
+                    row.job.wait(ahead)
+        return rows
+
+    def _draw(self, rows: Sequence[Row]) -> None:
+        jobs = list(dict.fromkeys(row.job for row in rows))
+        for job, indices in _of_each(rows):
+            job.tell("started", {"pictures": indices, "together": len(rows)})
+        try:
+            images = self._call(rows)
+            for row, image in zip(rows, images, strict=True):
+                if not row.job.ended:
+                    self._deliver(row, image)
+        except _NobodyWaits:
+            return
+        except Exception as error:  # whatever it is, the next request shall be drawn
+            if len(jobs) > 1:  # one of them is to blame, and the others shall not suffer
+                for job in jobs:
+                    self._draw([row for row in rows if row.job is job])
+            else:
+                jobs[0].fail(_sentence(error))
+
+    def _call(self, rows: Sequence[Row]) -> np.ndarray:
+        n = len(rows)
+        padded = [*rows, *[rows[-1]] * (min(self.limits.batch, 1 << (n - 1).bit_length()) - n)]
+        asks = [row.job.ask for row in padded]
+        ask, told = asks[0].settings, _of_each(rows)
+
+        def tell(done: int, guesses: np.ndarray | None = None) -> None:
+            if all(job.ended for job, _ in told):
+                raise _NobodyWaits
+            for job, indices in told:
+                event: dict[str, Any] = {"pictures": indices, "done": min(done, ask.steps), "steps": ask.steps}
+                if guesses is not None and done < ask.steps:
+                    mine = [i for i, row in enumerate(rows) if row.job is job]
+                    event["guesses"] = [
+                        base64.b64encode(encode_picture(guesses[i], None, "jpeg")).decode() for i in mine
+                    ]
+                job.tell("progress", event)
+
+        # Looking on after each step would compute the kept features at each step, and draw another picture.
+        looks = asks[0].preview and ask.cache_interval == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptWarning)  # each request has heard of its own
+            return self.pipe(
+                [a.prompt for a in asks],
+                [a.negative_prompt for a in asks],
+                [a.seeds[row.index] for a, row in zip(asks, padded, strict=True)],
+                image=_stacked([a.image for a in asks]),
+                mask=_stacked([a.mask for a in asks]),
+                progress=None if looks else tell,
+                watch=tell if looks else None,
+                **vars(ask),
+            )[:n]
+
+    def _deliver(self, row: Row, image: np.ndarray) -> None:
+        ask = row.job.ask
+        told = {
+            "prompt": ask.prompt, "negative_prompt": ask.negative_prompt, "seed": ask.seeds[row.index],
+            **{name: value for name, value in vars(ask.settings).items() if name != "size"},
+            **{f"{name}_sha256": hashlib.sha256(array.tobytes()).hexdigest()
+               for name, array in (("image", ask.image), ("mask", ask.mask)) if array is not None},
+            "width": image.shape[1], "height": image.shape[0], "model": self.pipe.name, "dtype": self.pipe.dtype,
+            "version": f"jaxdiff {jaxdiff.__version__}",
+        }  # fmt: skip
+        if self.out is not None:
+            write_picture(self.out, f"{slug(ask.prompt)}-{ask.seeds[row.index]}", image, told)
+        row.job.deliver(row.index, encode_picture(image, told), told)
+
+
+def _of_each(rows: Sequence[Row]) -> list[tuple[Job, list[int]]]:
+    """Each job among the rows, with the numbers of its pictures."""
+    jobs: dict[Job, list[int]] = {}
+    for row in rows:
+        jobs.setdefault(row.job, []).append(row.index)
+    return list(jobs.items())
+
+
+def _stacked(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    given = [array for array in arrays if array is not None]
+    return np.stack(given) if given else None
+
+
+def _sentence(error: Exception) -> str:
+    """What a user is told of an error; one that is no user's is printed as well."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "There is not enough memory; try a smaller size, or fewer pictures."
+    traceback.print_exception(error)
+    return f"The picture could not be drawn ({type(error).__name__}); the server's terminal says more."

@@ -1,0 +1,482 @@
+"""The page's server: a real one on a free port, asked by the standard library as a browser would ask it."""
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+from shell import ROOT, ended, free_port
+from test_generate import model, off, pipe  # noqa: F401  (fixtures)
+
+from jaxdiff.io.images import encode_picture
+from jaxdiff.tools.serve.__main__ import cli, listen
+from jaxdiff.tools.serve.app import make_app
+from jaxdiff.tools.serve.ask import Limits
+from jaxdiff.tools.serve.studio import Studio
+
+LIMITS = Limits(body=100_000, pixels=32 * 32, pictures=8, steps=400, waiting=10, batch=4)
+
+
+class Site:
+    """A server that is asked."""
+
+    def __init__(self, studio: Studio, port: int) -> None:
+        self.studio, self.port = studio, port
+
+    def ask(self, method: str, path: str, body: bytes | str | None = None, **headers: str) -> tuple[int, bytes]:
+        """The answer's status and body; headers are given as `content_type="..."`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            connection.request(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def draw(self, headers: dict[str, str] | None = None, **asked: object) -> tuple[int, dict[str, list[dict]]]:
+        """The status, and what is said by each kind of event; for a refusal, of "error"."""
+        headers = {"content_type": "application/json"} | (headers or {})
+        status, body = self.ask("POST", "/api/draw", json.dumps(asked), **headers)
+        if status != 200:
+            return status, {"error": [json.loads(body)]}
+        return status, told(body.decode())
+
+    def draws(self, *asks: dict) -> list[dict[str, list[dict]]]:
+        """Asks that wait in this order until all are there, and then are drawn."""
+        answers: list[dict] = [{}] * len(asks)
+
+        def ask(i: int) -> None:
+            answers[i] = self.draw(**asks[i])[1]
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asks))]
+        counts = np.cumsum([one.get("n", 1) for one in asks])
+        for thread, wanted in zip(threads, counts, strict=True):
+            thread.start()
+            until(lambda wanted=wanted: self.studio.waiting == wanted)
+        self.studio.start()
+        for thread in threads:
+            thread.join(120)
+        return answers
+
+
+@contextlib.contextmanager
+def asking(port: int, **asked: object) -> Iterator[socket.socket]:
+    """A client that has asked for pictures, and goes at the end."""
+    body = json.dumps(asked)
+    head = (
+        f"POST /api/draw HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(f"{head}\r\n\r\n{body}".encode())
+        yield client
+
+
+def told(text: str) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for name, data in re.findall(r"event: (\w+)\ndata: (.*)\n\n", text):
+        found.setdefault(name, []).append(json.loads(data))
+    return found
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def picture(event: dict) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(event["png"]))))
+
+
+def file(image: np.ndarray) -> str:
+    return base64.b64encode(encode_picture(image)).decode()
+
+
+@contextlib.contextmanager
+def serving(studio: Studio, **options) -> Iterator[Site]:
+    """A server in a thread; its studio does not draw yet."""
+    with listen("127.0.0.1", 0) as listener:
+        config = uvicorn.Config(make_app(studio, **options), ws="none", lifespan="off", log_level="warning",
+                                timeout_graceful_shutdown=1)  # fmt: skip
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        try:
+            until(lambda: server.started)
+            yield Site(studio, listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+
+@pytest.fixture
+def waiting(pipe):  # noqa: F811
+    """A site whose studio draws when it is started."""
+    with serving(Studio(pipe, LIMITS)) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def site(pipe):  # noqa: F811
+    """A site that draws."""
+    with serving(Studio(pipe, LIMITS)) as site:
+        site.studio.start()
+        yield site
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(3).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def test_the_page_comes_whole_and_asks_nobody_else(site):
+    status, page = site.ask("GET", "/")
+    assert status == 200
+    assert b"<title>jaxdiff</title>" in page
+    assert set(re.findall(rb"https?://[^'\"\s]+", page)) <= {b"http://www.w3.org/2000/svg"}, "a name, not an address"
+    connection = http.client.HTTPConnection("127.0.0.1", site.port)
+    connection.request("GET", "/")
+    headers = connection.getresponse().headers
+    connection.close()
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert policy.count("'sha256-") == 2
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_page_is_told_what_it_can_turn(site):
+    about = json.loads(site.ask("GET", "/api/info")[1])
+    assert (about["size"], about["factor"]) == ([16, 16], 2)
+    assert about["defaults"]["steps"] == 30
+    assert about["samplers"]["lcm"] == ["model"]
+    assert about["limits"]["waiting"] == 10
+
+
+def test_a_picture_is_the_pipelines_own_and_its_file_says_how_it_was_made(site, pipe):  # noqa: F811
+    settings = {"negative_prompt": "blue", "seed": 5, "steps": 4, "guidance": 3.0, "sampler": "euler", "grid": "karras"}
+    status, said = site.draw(prompt="a dog", **settings)
+    assert status == 200
+    (event,) = said["picture"]
+    np.testing.assert_array_equal(picture(event), pipe("a dog", **settings)[0])
+    inside = json.loads(Image.open(io.BytesIO(base64.b64decode(event["png"]))).info["jaxdiff"])
+    assert {"prompt": "a dog", "width": 16, "height": 16, "dtype": "float32", **settings}.items() <= inside.items()
+    assert inside == event["settings"]
+    assert said["done"] == [{}]
+    assert [event["done"] for event in said["progress"]] == [1, 2, 3, 4]
+
+
+def test_a_preview_is_the_models_guess_after_each_step_and_changes_no_pixel(site, pipe):  # noqa: F811
+    guesses = []
+    pipe("a dog", steps=3, seed=2, watch=lambda done, images: guesses.append(images[0]))
+    _, said = site.draw(prompt="a dog", steps=3, seed=2, preview=True)
+    shown = [event["guesses"][0] for event in said["progress"] if "guesses" in event]
+    assert len(shown) == 2, "the last is the picture itself"
+    for guess, data in zip(guesses, shown, strict=False):
+        seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+        assert np.abs(seen.astype(int) - guess).mean() < 8, "a JPEG of it"
+    np.testing.assert_array_equal(picture(said["picture"][0]), guesses[-1])
+
+
+def test_kept_features_draw_the_same_picture_with_a_preview(site, pipe):  # noqa: F811
+    _, said = site.draw(prompt="a dog", steps=6, cache_interval=3, preview=True)
+    np.testing.assert_array_equal(picture(said["picture"][0]), pipe("a dog", steps=6, cache_interval=3)[0])
+
+
+def test_images_and_masks_do_what_the_pipeline_does_with_them(site, pipe, image):  # noqa: F811
+    _, said = site.draw(prompt="a dog", steps=5, image=file(image), strength=0.5)
+    np.testing.assert_array_equal(picture(said["picture"][0]), pipe("a dog", steps=5, image=image, strength=0.5)[0])
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    _, said = site.draw(
+        prompt="a dog",
+        steps=5,
+        image="data:image/png;base64," + file(image),
+        mask=file(np.stack([mask] * 3, -1)),
+        feather=2,
+    )
+    drawn = picture(said["picture"][0])
+    np.testing.assert_array_equal(drawn, pipe("a dog", steps=5, image=image, mask=mask, feather=2)[0])
+    np.testing.assert_array_equal(drawn[:, :8], image[:, :8])
+    assert off(drawn[:, 8:], image[:, 8:]) > 8
+    assert len(said["picture"][0]["settings"]["mask_sha256"]) == 64
+
+
+def test_requests_that_wait_are_drawn_together_and_get_the_pictures_that_they_get_alone(waiting, pipe):  # noqa: F811
+    asks = [
+        {"prompt": "a dog", "seed": 3, "steps": 4},
+        {"prompt": "blue", "seed": 3, "steps": 5},  # of other settings
+        {"prompt": "a red apple", "seed": 7, "steps": 4, "negative_prompt": "blue"},
+        {"prompt": "blue", "seed": 9, "steps": 4, "n": 3},
+    ]
+    answers = waiting.draws(*asks)
+    together = [[(event["pictures"], event["together"]) for event in answer["started"]] for answer in answers]
+    assert together == [[([0], 4)], [([0], 1)], [([0], 4)], [([0, 1], 4), ([2], 1)]]
+    for ask, answer in zip(asks, answers, strict=True):
+        assert [event["seed"] for event in answer["picture"]] == [ask["seed"] + i for i in range(ask.get("n", 1))]
+        for event in answer["picture"]:
+            alone = pipe(ask["prompt"], ask.get("negative_prompt"), seed=event["seed"], steps=ask["steps"])[0]
+            assert off(picture(event), alone) <= 1, "batched convolutions round differently, and no more"
+
+
+def test_three_pictures_are_drawn_by_the_program_for_four(waiting, pipe, monkeypatch):  # noqa: F811
+    sizes = []
+    call = type(pipe).__call__
+    monkeypatch.setattr(type(pipe), "__call__", lambda self, p, *a, **k: sizes.append(len(p)) or call(self, p, *a, **k))
+    (answer,) = waiting.draws({"prompt": "a dog", "steps": 2, "n": 7})
+    assert sizes == [4, 4]
+    assert len(answer["picture"]) == 7
+
+
+def test_who_waits_hears_how_many_are_ahead(waiting):
+    first, second, third = waiting.draws(
+        {"prompt": "a", "steps": 2, "n": 5}, {"prompt": "b", "steps": 3}, {"prompt": "c", "steps": 4}
+    )
+    assert [event["ahead"] for event in first["queued"]] == [0]
+    assert [event["ahead"] for event in second["queued"]] == [5, 1, 0]
+    assert [event["ahead"] for event in third["queued"]] == [6, 2, 1, 0]
+
+
+def test_one_whose_picture_overflows_does_not_spoil_those_beside_it(waiting):
+    # Guidance from a prompt to itself is none, however large.
+    good = {"prompt": "a dog", "negative_prompt": "a dog", "steps": 3, "guidance": 1e30}
+    answers = waiting.draws(good, {**good, "negative_prompt": ""}, good)
+    assert [answer["started"][0]["together"] for answer in answers] == [3, 3, 3]
+    assert "with guidance 1e+30, float32 overflowed" in answers[1]["error"][0]["error"]
+    for answer in (answers[0], answers[2]):
+        assert len(answer["picture"]) == 1
+
+
+def test_what_only_the_pipeline_can_refuse_is_told_in_its_words(site, image):
+    status, said = site.draw(prompt="a dog", steps=2, image=file(image), size=[20, 16])
+    assert status == 200, "it was queued"
+    assert said["error"] == [{"error": "size is 20x16, but the image is 16x16; leave size out, or resize the image."}]
+
+
+def test_a_full_queue_refuses_and_says_so(waiting):
+    first = threading.Thread(target=lambda: waiting.draw(prompt="a dog", steps=2, n=8))
+    first.start()
+    until(lambda: waiting.studio.waiting == 8)
+    status, said = waiting.draw(prompt="a dog", steps=2, n=3)
+    assert status == 503
+    assert said["error"][0]["error"] == "8 pictures are waiting to be drawn, and there is room for 10; try again later."
+    waiting.studio.start()
+    first.join(60)
+    assert waiting.draw(prompt="a dog", steps=2, n=3)[0] == 200
+
+
+def test_what_nobody_waits_for_is_not_drawn(waiting):
+    with asking(waiting.port, prompt="a dog", steps=2, n=8):
+        until(lambda: waiting.studio.waiting == 8)
+    until(lambda: waiting.studio.waiting == 0)
+    (answer,) = waiting.draws({"prompt": "blue", "steps": 3})
+    assert len(answer["picture"]) == 1
+
+
+def test_a_drawing_ends_when_the_client_goes(waiting):
+    with asking(waiting.port, prompt="a dog", steps=400, preview=True) as client:
+        waiting.studio.start()
+        seen = b""
+        while b"event: progress" not in seen:
+            seen += client.recv(65536)
+    _, said = waiting.draw(prompt="a dog", steps=2)
+    assert len(said["picture"]) == 1
+    last = [json.loads(data) for data in re.findall(rb"event: progress\ndata: (.*)\n", seen)]
+    assert all(event["done"] < 400 for event in last)
+
+
+def test_doubtful_prompts_are_drawn_with_a_warning_for_those_who_wrote_them(waiting):
+    plain, doubtful = waiting.draws({"prompt": "a dog", "steps": 2}, {"prompt": "a (dog", "steps": 2})
+    assert "warning" not in plain
+    assert doubtful["warning"] == [{"warning": "The bracket '(' is never closed; it is taken as text."}]
+    assert doubtful["started"][0]["together"] == 2
+
+
+@pytest.mark.parametrize(("asked", "status", "sentence"), [
+    ({"prompt": 5}, 400, "prompt is 5; it must be text"),
+    ({"prompt": "a" * 10_001}, 413, "prompt has 10001 characters; 10000 are the most"),
+    ({"steps": 0}, 400, "steps is 0; it must be a whole number from 1 to 1000"),
+    ({"steps": "many"}, 400, "steps is 'many'; it must be a whole number"),
+    ({"step": 3}, 400, "There is no setting 'step'; did you mean 'steps'?"),
+    ({"steps": 401}, 413, "1 pictures of 401 steps are 401 steps, and one request may ask for 400"),
+    ({"steps": 100, "n": 5}, 413, "5 pictures of 100 steps are 500 steps"),
+    ({"n": 9}, 400, "n is 9; it must lie from 1 to 8 pictures"),
+    ({"n": 0}, 400, "n is 0"),
+    ({"seed": -1}, 400, "seed is -1; it must lie from 0 to 4294967295"),
+    ({"seed": 2**32 - 1, "n": 2}, 400, "for 2 images"),
+    ({"preview": 1}, 400, "preview is 1; it must be true or false"),
+    ({"guidance": "7"}, 400, "guidance is '7'; it must be a finite number"),
+    ({"sampler": "dddim"}, 400, "Unknown sampler 'dddim'; did you mean 'ddim'?"),
+    ({"sampler": "lcm", "grid": "karras"}, 400, "The sampler lcm cannot use the grid 'karras'"),
+    ({"size": [64, 64]}, 413, "The picture has 64x64 pixels; 1024 are the most"),
+    ({"size": "64by64"}, 400, "write it as WIDTHxHEIGHT"),
+    ({"image": "!"}, 400, "image must be a picture's file in base64"),
+    ({"image": 3}, 400, "image must be a picture's file in base64"),
+    ({"image": "aGVsbG8="}, 400, "The picture cannot be read: it is no picture"),
+    ({"mask": "aGVsbG8="}, 400, "mask, strength and invert are for an image; give one"),
+    ({"strength": 0.5}, 400, "mask, strength and invert are for an image"),
+    ({"strength": 1.5}, 400, "strength is 1.5; it must lie from 0 to 1"),
+])  # fmt: skip
+def test_bad_requests_are_refused_in_a_sentence(site, asked, status, sentence):
+    got, said = site.draw(**{"prompt": "a dog", "steps": 2} | asked)
+    assert got == status
+    assert sentence in said["error"][0]["error"]
+
+
+def test_bad_pictures_are_refused_before_they_are_decoded(site, image):
+    def sentence(**asked: object) -> tuple[int, str]:
+        status, said = site.draw(prompt="a dog", steps=2, **asked)
+        return status, said["error"][0]["error"]
+
+    bomb = file(np.zeros((40, 40, 3), np.uint8))
+    assert sentence(image=bomb) == (413, "The image has 40x40 pixels; 1024 are the most.")
+    assert sentence(image=file(image), mask=bomb) == (413, "The mask has 40x40 pixels; 1024 are the most.")
+    broken = base64.b64encode(base64.b64decode(file(image))[:300]).decode()
+    status, said = sentence(image=broken)
+    assert (status, said.startswith("The picture cannot be read: ")) == (400, True)
+    status, said = sentence(image=file(image), mask=file(image[:8]))
+    assert (status, said) == (400, "The mask is 16x8, the picture 16x16; they must have one size.")
+
+
+def test_requests_that_are_no_json_or_too_long_are_refused(site):
+    def sentence(body: bytes, content_type: str = "application/json") -> tuple[int, str]:
+        status, answer = site.ask("POST", "/api/draw", body, content_type=content_type)
+        return status, json.loads(answer)["error"]
+
+    assert sentence(b"{}", "text/plain") == (415, "The request must be JSON: send Content-Type: application/json.")
+    assert sentence(b" " * 100_001) == (413, "The request has more than 100000 bytes, which are the most.")
+    for body, why in (
+        (b"{", "is not JSON"),
+        (b"[" * 90_000, "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"3", "an object"),
+    ):
+        status, said = sentence(body)
+        assert status == 400
+        assert why in said.replace("a JSON object", "an object")
+    # Without a length, the bytes themselves are counted.
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
+    connection.request(
+        "POST", "/api/draw", iter([b" " * 60_000] * 2), {"Content-Type": "application/json"}, encode_chunked=True
+    )
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_other_addresses_and_methods_are_sentences_too(site):
+    assert site.ask("GET", "/no") == (404, b'{"error":"Not Found."}')
+    assert site.ask("GET", "/api/draw")[0] == 405
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({}, 200),
+    ({"host": "localhost:99"}, 200),
+    ({"host": "LOCALHOST"}, 200),
+    ({"host": "[::1]:7860"}, 200),
+    ({"host": "friendly.lan"}, 200),
+    ({"host": "evil.example"}, 403),
+    ({"host": "evil.example:7860"}, 403),
+    ({"host": "localhost.evil.example"}, 403),
+    ({"host": "192.168.0.7"}, 403),
+    ({"host": ""}, 403),
+    ({"host": "localhost", "origin": "http://localhost"}, 200),
+    ({"host": "localhost", "origin": "https://localhost"}, 200),
+    ({"host": "localhost", "origin": "http://localhost:3000"}, 403),
+    ({"host": "localhost", "origin": "http://evil.example"}, 403),
+    ({"host": "localhost", "origin": "null"}, 403),
+    ({"host": "localhost", "sec_fetch_site": "cross-site"}, 403),
+    ({"host": "localhost", "sec_fetch_site": "same-site"}, 403),
+    ({"host": "localhost", "sec_fetch_site": "same-origin"}, 200),
+])  # fmt: skip
+def test_only_its_own_page_may_use_it(pipe, headers, status):  # noqa: F811
+    with serving(Studio(pipe, LIMITS), names=["friendly.lan"]) as site:
+        site.studio.start()
+        got, said = site.draw(headers, prompt="a dog", steps=2)
+    assert got == status
+    assert (status == 200) == ("picture" in said)
+
+
+def test_an_open_server_is_known_by_its_addresses_and_not_by_names(pipe):  # noqa: F811
+    with serving(Studio(pipe, LIMITS), is_open=True) as site:
+        assert site.ask("GET", "/", host="192.168.0.7:7860")[0] == 200
+        assert site.ask("GET", "/", host="[fe80::1]")[0] == 200
+        status, said = site.ask("GET", "/", host="evil.example")
+        assert (status, json.loads(said)["error"]) == (
+            403, "This server is not known as 'evil.example'; use its address, or start it with --names.",
+        )  # fmt: skip
+
+
+def test_pictures_are_written_where_a_folder_is_given(pipe, tmp_path):  # noqa: F811
+    with serving(Studio(pipe, LIMITS, tmp_path)) as site:
+        site.draws({"prompt": "A red apple!", "seed": 3, "steps": 2, "n": 2})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-red-apple-3.png", "a-red-apple-4.png"]
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["--port", "70000"], "--port is 70000; it must lie from 0 to 65535."),
+    (["--host", "no.such.host.invalid"], "no.such.host.invalid, port 0, cannot be listened at: "),
+    (["--host", "203.0.113.7"], "203.0.113.7, port 0, cannot be listened at: "),
+    (["--model", "nowhere"], "nowhere"),
+    (["--dtype", "int8"], "dtype is 'int8'"),
+    (["--limits.batch", "0"], "--limits.batch is 0; it must be at least 1."),
+])  # fmt: skip
+def test_what_cannot_be_served_is_told_in_a_sentence(capsys, words, sentence):
+    assert cli([*(["--port", "0"] if "--port" not in words else []), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+def test_a_port_that_is_taken_is_told_in_a_sentence(capsys):
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert cli(["--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"error: Port {port} of 127.0.0.1 is taken; choose another by --port.\n"
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jaxdiff.tools.serve", "--model", str(folder), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True, **pipes)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_at_once_in_the_middle_of_a_picture(pipe, tmp_path):  # noqa: F811
+    pipe.save(tmp_path / "tiny")
+    port = free_port()
+    process = start(tmp_path / "tiny", "--port", str(port), "--host", "0.0.0.0", "--limits.steps", "100000")
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(
+            f"warning: Whoever reaches port {port} of 0.0.0.0 can use this model"
+        )
+        assert process.stdout.readline() == f"tiny is at http://0.0.0.0:{port}\n"
+        with asking(port, prompt="a dog", steps=1000, n=8, preview=True) as client:
+            seen = b""
+            while b"event: progress" not in seen:
+                seen += client.recv(65536)
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            code, out = ended(process)
+        assert time.monotonic() - began < 5
+        assert (code, out) == (130, "")
+    finally:
+        process.kill()
