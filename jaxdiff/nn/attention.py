@@ -30,8 +30,8 @@ CONTEXT_KEYS = ("to_k", "to_v")
 """The projections of what is attended to."""
 
 portable = jax.make_user_context(False)
-"""`with portable(True)`, programs are traced without kernels: of XLA's operations alone, which other platforms and later
-versions know, too."""
+"""`with portable(True)`, programs are traced without kernels: of XLA's operations alone, which other platforms and
+later versions know, too."""
 
 Tokens = Float[Array, "b t h d"]
 Keys = Float[Array, "b s h d"]
