@@ -246,6 +246,7 @@ def test_weights_are_stored_in_the_narrower_of_the_models_type_and_the_programs(
     assert [kinds(found) for found in weights(pipe, "float32")] == [{"float32"}, {"float32"}]
 
 
+@pytest.mark.slow
 def test_a_bfloat16_program_draws_what_a_bfloat16_pipeline_does(model, tmp_path):  # noqa: F811
     half = Pipeline(model, "bfloat16")
     write(Args(tmp_path / "out", dtype="bfloat16"), half)
