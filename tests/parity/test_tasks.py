@@ -114,14 +114,15 @@ def test_image_to_image(pair, photos, strength, request, figures):
     assert worst <= 2
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inpainting_with_a_model_of_four_channels(pair, photos, mask, latents, strength, request, figures):
+# At strength 1 diffusers shows the network noise alone at the first step, also where the image is kept.
+@pytest.mark.parametrize("strength", [0.4, 0.9])
+def test_inpainting_with_a_model_of_four_channels(pair, photos, mask, strength, request, figures):
     reference = quiet(StableDiffusionInpaintPipeline(**pair.torch.components, requires_safety_checker=False))
     expected = reference(PROMPTS, image=encoded(pair, photos), mask_image=torch.from_numpy(mask)[None, None], **SIZE,
-                         strength=strength, num_inference_steps=6, guidance_scale=4.0, latents=nchw(latents),
+                         strength=strength, num_inference_steps=6, guidance_scale=4.0, generator=generators(3, 4),
                          masked_image_latents=torch.zeros(2, 4, 8, 12), output_type="np").images  # fmt: skip
     got = Pipeline(pair.ours)(
-        PROMPTS, image=photos, mask=mask, strength=strength, steps=6, guidance=4.0, latents=latents
+        PROMPTS, image=photos, mask=mask, strength=strength, steps=6, guidance=4.0, seed=3, noise="torch"
     )
     worst = np.abs(got - 255 * expected)[:, :, 8:].max()
     figures[f"inpainting, {request.node.callspec.id}: largest difference of 255"] = worst
