@@ -66,11 +66,11 @@ class Args:
     upscale: int | None = None
     """Makes the image so many times as wide and high."""
     to_prompt: str | None = None
-    """A second prompt, and"""
+    """A second prompt, towards which the picture goes."""
     to_seed: int | None = None
-    """a second seed, towards which"""
+    """A second seed, towards whose noise it goes."""
     share: float = 0.5
-    """the picture goes: 0 is the first, 1 the second."""
+    """How far it goes: 0 is the first picture, 1 the second."""
     frames: int | None = None
     """So many pictures on the way from the first to the second, and a GIF of them."""
     trajectory: bool = False
