@@ -26,7 +26,7 @@ def test_pictures_of_one_size_are_drawn_together_whatever_their_images_were(pipe
     (tmp_path / "broken.png").write_bytes(b"")
     rows = [{"prompt": name, "image": str(tmp_path / f"{name}.png")} for name in ("square", "wide", "large", "broken")]
     rows.append({"prompt": "sized", "image": str(tmp_path / "wide.png"), "size": (16, 16)})
-    assert together(pipe, *rows) == ["square|large", "wide|wide", "broken|broken", "sized|sized"]
+    assert together(pipe, *rows) == ["square|large", "wide", "broken", "sized"]
     around = [{"prompt": f"p{k}", "image": str(tmp_path / "square.png"), "outpaint": (k, 0, 8 - k, 0)} for k in (0, 4)]
     assert together(pipe, *around) == ["p0|p4"]
 
@@ -34,7 +34,7 @@ def test_pictures_of_one_size_are_drawn_together_whatever_their_images_were(pipe
 def test_prompts_of_one_layout_are_drawn_together(pipe):  # noqa: F811
     long = "a red apple on a blue background " * 8
     rows = [{"prompt": text} for text in ("a dog", "a AND b", long, "(a:2)", "b AND a", "[a:b:0.5]")]
-    assert together(pipe, *rows) == ["a dog|(a:2)", "a AND b|b AND a", f"{long}|{long}", "[a:b:0.5]|[a:b:0.5]"]
+    assert together(pipe, *rows) == ["a dog|(a:2)", "a AND b|b AND a", long, "[a:b:0.5]"]
 
 
 def test_large_pictures_are_drawn_by_fewer(pipe, monkeypatch):  # noqa: F811
@@ -78,7 +78,7 @@ def test_what_was_drawn_is_saved_and_told_in_order_whatever_ends_the_work(pipe):
 def test_what_cannot_be_drawn_is_refused_and_its_neighbours_are_drawn(pipe, tmp_path):  # noqa: F811
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(data[:-20])
+    (tmp_path / "cut.png").write_bytes(data[:45])
     rows = [{"prompt": name, "image": str(tmp_path / f"{name}.png"), "n": 2} for name in ("a", "cut")]
     those = wanted(*rows, rows[0])
     refused, drawn = [], []
