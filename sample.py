@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +15,7 @@ from tqdm import tqdm
 import jaxdiff
 from jaxdiff import distributed
 from jaxdiff.batch import Drawn, draw_all, fill_in, sha256, told
-from jaxdiff.cli import exit_code
+from jaxdiff.cli import check_writable, exit_code, part_of
 from jaxdiff.config import DistributedConfig
 from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_picture
 from jaxdiff.pipeline import DTYPES, Pipeline
@@ -67,11 +66,11 @@ class Args:
     upscale: int | None = None
     """Makes the image so many times as wide and high."""
     to_prompt: str | None = None
-    """A second prompt, and"""
+    """A second prompt, towards which the picture goes."""
     to_seed: int | None = None
-    """a second seed, towards which"""
+    """A second seed, towards whose noise it goes."""
     share: float = 0.5
-    """the picture goes: 0 is the first, 1 the second."""
+    """How far it goes: 0 is the first picture, 1 the second."""
     frames: int | None = None
     """So many pictures on the way from the first to the second, and a GIF of them."""
     trajectory: bool = False
@@ -99,11 +98,11 @@ def main(args: Args) -> int:
     n = sum(line.row.n for line in lines if line.row)
     if not 0 <= args.seed <= SEEDS - max(1, n):
         raise ValueError(f"--seed is {args.seed}; with {n} pictures it must lie from 0 to {SEEDS - max(1, n)}.")
-    if n > MAX_PICTURES:
+    if (n := n * (args.frames or 1)) > MAX_PICTURES:
         raise ValueError(f"These are {n} pictures, more than {MAX_PICTURES}; draw them by several commands.")
     if not n:
         return 2
-    part, parts = read_part(args.part)
+    part, parts = part_of(args.part)
     check_writable(args.out)
     distributed.initialize(args.distributed)
     if jax.process_count() > 1:
@@ -113,9 +112,7 @@ def main(args: Args) -> int:
     if args.wildcards is not None:
         wanted = list(fill_in(wanted, args.wildcards))
     devices = jax.local_devices()
-    pipe = jaxdiff.load(
-        args.model, args.dtype, devices=devices if len(devices) > 1 and n * (args.frames or 1) > 1 else None
-    )
+    pipe = jaxdiff.load(args.model, args.dtype, devices if min(len(devices), n) > 1 else None)
     if args.like is not None:
         check_like(args, pipe)
     if args.from_file is not None:
@@ -162,12 +159,10 @@ def draw_prompts(args: Args, pipe: Pipeline, wanted: list[Picture]) -> None:
     """Pictures in files that are new, with a contact sheet, film strips and GIFs beside them."""
     frames = args.frames or 1
     if frames > 1:
-        wanted = [
-            picture._replace(index=picture.index * frames + k, row=replace(picture.row, share=k / (frames - 1)))
-            for picture in wanted
-            for k in range(frames)
-        ]
-    first = {picture.index for picture in wanted[: max(SHEET_IMAGES, 0)]}
+        shares = [k / (frames - 1) for k in range(frames)]
+        wanted = [p._replace(row=replace(p.row, share=share)) for p in wanted for share in shares]
+        wanted = [picture._replace(index=i) for i, picture in enumerate(wanted)]
+    kept = {picture.index for picture in (wanted if frames > 1 else wanted[:SHEET_IMAGES])}
     shown: dict[int, Drawn] = {}
 
     def stem(picture: Picture) -> str:
@@ -181,7 +176,7 @@ def draw_prompts(args: Args, pipe: Pipeline, wanted: list[Picture]) -> None:
             steps = [f"step {i}" for i in range(1, len(drawn.frames) + 1)]
             paths += [write_picture(args.out, f"{paths[0].stem}-steps", film_strip(drawn.frames, steps))]
             paths += [write_gif(args.out, f"{paths[0].stem}-steps", drawn.frames)]
-        if drawn.picture.index in first or frames > 1:
+        if drawn.picture.index in kept:
             shown[drawn.picture.index] = drawn._replace(frames=())
         return paths
 
@@ -237,14 +232,6 @@ def region(text: str) -> dict[str, Any]:
                          "as 0,0,0.5,1:a dog.") from None  # fmt: skip
 
 
-def read_part(text: str) -> tuple[int, int]:
-    """`1/4` -> (0, 4)."""
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"--part is {text!r}; write it as I/N, from 1/N to N/N.")
-    return int(number) - 1, int(count)
-
-
 def like(path: Path) -> Args:
     """The arguments that draw a picture again, from what it says of itself; nobody vouches for that."""
     there = read_settings(path)
@@ -271,20 +258,9 @@ def check_like(args: Args, pipe: Pipeline) -> None:
     if args.model is None and there.get("model") != pipe.name:
         raise ValueError(f"{args.like} was drawn by the model {there.get('model')!r}; say where it is, by --model.")
     for name, path in {"image": args.image, "mask": args.mask}.items():
-        if path is not None and path == there.get(name) and sha256(path) != there.get(f"{name}_sha256"):
+        known = there.get(f"{name}_sha256")
+        if path is not None and path == there.get(name) and known is not None and known != sha256(path):
             print(f"warning: {path} has changed since {args.like} was drawn from it.", file=sys.stderr)
-
-
-def check_writable(folder: Path) -> None:
-    """Finds out before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except FileExistsError as error:
-        raise ValueError(f"{folder} cannot be written to: it is a file, not a folder.") from error
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written to: {error.strerror}.") from error
 
 
 def parse(argv: Sequence[str] | None) -> Args:

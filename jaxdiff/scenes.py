@@ -183,7 +183,7 @@ def _region(where: Any, sides: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
     """How much of each latent pixel a region covers."""
     given, (h, w) = floats(where), sides
     if given.shape == (4,):
-        left, top, right, bottom = map(float, given)
+        left, top, right, bottom = given.tolist()
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError(f"A region's box is {where!r}; it must be left, top, right and bottom in shares of the "
                              "sides, from 0 to 1.")  # fmt: skip

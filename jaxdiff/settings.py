@@ -87,7 +87,8 @@ def size_of(name: str, value: Any) -> tuple[int, int]:
 
 
 def _number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> float:
-    return float(number(name, value, low, high))
+    number(name, value, low, high)
+    return float(value)  # as it was given, not rounded to float32: it is written into pictures
 
 
 def _at_least(low: int, name: str, value: Any) -> int:
@@ -100,7 +101,8 @@ def _interval(name: str, value: Any) -> tuple[float, float]:
     found = floats(value)
     if found.shape != (2,) or not 0 <= found[0] <= found[1]:
         raise ValueError(f"{name} is {value!r}; it must be two noise levels (sigma), 0 or more, the lower one first.")
-    return float(found[0]), float(found[1])
+    low, high = value
+    return float(low), float(high)
 
 
 def _one_of(allowed: tuple[str, ...], name: str, value: Any) -> str:

@@ -11,13 +11,14 @@ from jaxdiff.io.images import outpaint_canvas
 from jaxdiff.pipeline import Pipeline
 
 Picture = UInt8[np.ndarray, "h w 3"]
+Resized = UInt8[np.ndarray, "h2 w2 3"]
 Frames = UInt8[np.ndarray, "n h w 3"]
 
 UPSCALE_STRENGTH = 0.35
 """How much of an enlarged image is drawn anew, where nothing else is said."""
 
 
-def fitted(pipe: Pipeline, image: Picture, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h2 w2 3"]:
+def fitted(pipe: Pipeline, image: Picture, size: tuple[int, int] | None = None) -> Resized:
     """The image at a size that the pipeline can draw, its middle if the aspect is another.
 
     Args:
@@ -98,7 +99,7 @@ def trajectory(pipe: Pipeline, prompt: str, **given: Any) -> Frames:
 def outpaint(
     pipe: Pipeline, image: Picture, prompt: str, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0,
     **given: Any,
-) -> UInt8[np.ndarray, "h2 w2 3"]:  # fmt: skip
+) -> Resized:  # fmt: skip
     """The image with more round it, its own pixels as they are.
 
     Args:
@@ -120,7 +121,7 @@ def outpaint(
 
 def upscale(
     pipe: Pipeline, image: Picture, prompt: str, factor: int = 2, strength: float = UPSCALE_STRENGTH, **given: Any
-) -> UInt8[np.ndarray, "h2 w2 3"]:
+) -> Resized:
     """The image `factor` times as wide and high, its detail drawn anew.
 
     It is enlarged, and from its latent at `strength` drawn as an image is, through windows of the model's own size

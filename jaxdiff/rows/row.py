@@ -59,11 +59,11 @@ class Row:
     upscale: int | None = None
     """How many times as wide and high the image becomes."""
     to_prompt: str | None = None
-    """A second prompt, and"""
+    """A second prompt, towards which the picture goes."""
     to_seed: int | None = None
-    """a second seed, towards which"""
+    """A second seed, towards whose noise it goes."""
     share: float = 0.5
-    """the picture goes: 0 is the first, 1 the second."""
+    """How far it goes: 0 is the first picture, 1 the second."""
     settings: Settings = field(default_factory=Settings)
     """How it is drawn."""
 

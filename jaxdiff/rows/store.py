@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxdiff.config import load_json
 from jaxdiff.io.images import FORMATS, contact_sheet, encode_picture, read_picture, slug
 from jaxdiff.rows.group import Picture
 from jaxdiff.rows.page import page
+from jaxdiff.rows.row import Row
 
 _RUN, _PAGE, _SHEET = "batch.json", "index.html", "contact-sheet.png"
 
@@ -32,11 +34,13 @@ def fingerprint(wanted: Iterable[Picture]) -> str:
                 contents[path] = hashlib.file_digest(file, "sha256").hexdigest()
         return path and contents[path]
 
+    @lru_cache(1)  # the pictures of a row come one after another
+    def asked(row: Row) -> dict[str, Any]:
+        return row.values() | {name: content(getattr(row, name)) for name in ("image", "mask")}
+
     digest = hashlib.sha256()
     for picture in wanted:
-        row = picture.row.values()
-        row |= {name: content(row[name]) for name in ("image", "mask")}
-        digest.update(json.dumps([picture.line, picture.seed, row]).encode())
+        digest.update(json.dumps([picture.line, picture.seed, asked(picture.row)]).encode())
     return digest.hexdigest()[:16]
 
 
