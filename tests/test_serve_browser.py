@@ -76,7 +76,7 @@ class Page:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
     def write(self, selector: str, text: object) -> None:
-        self.one(selector).send_keys(Keys.CONTROL + "a", Keys.BACKSPACE, str(text))
+        self.one(selector).send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.BACKSPACE + str(text))
 
     def draw(self, **numbers: object) -> list[np.ndarray]:
         """Sets numbers, draws, and waits: the pictures."""

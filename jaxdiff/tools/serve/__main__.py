@@ -5,6 +5,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -48,12 +49,16 @@ def main(args: Args) -> None:
     from jaxdiff.tools.serve.studio import Studio
 
     class Server(uvicorn.Server):
-        """Ends at once on Ctrl-C, instead of waiting for pictures."""
+        """Ends at once on Ctrl-C: both this server and Python would wait for what is being compiled or drawn."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Leaves signals alone."""
-            yield
+            """While it serves."""
+            before = signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGINT, before)
 
     with listen(args.host, args.port) as listener:  # before the model is read, which takes longer
         if args.out is not None:
@@ -115,7 +120,4 @@ def cli(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = cli()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # at once: Python would wait for what is being compiled or drawn
+    sys.exit(cli())
