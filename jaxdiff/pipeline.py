@@ -155,8 +155,8 @@ class Pipeline:
                 noise on the sphere.
             wildcards: a folder of texts, NAME.txt for __NAME__ in a prompt.
             progress: is told the number of steps done, about ten times.
-            watch: is told the number of steps done and the model's guesses of the pictures, after each step; each guess
-                takes as long as a step.
+            watch: is told the number of steps done and the model's guesses of the pictures, after each step, or each
+                `cache_interval` of them; each guess takes as long as a step.
             turned: any of `jaxdiff.settings.Settings`, by name: steps, guidance, sampler and so on.
 
         Raises:
@@ -248,7 +248,10 @@ class Pipeline:
         )
         every = None if ask.cache_interval == 1 else np.int32(min(ask.cache_interval, steps))
         piece = max(1, steps - begun) if progress is None else math.ceil((steps - begun) / 10)
-        piece = 1 if watch is not None else max(1, ask.cache_interval * math.ceil(piece / ask.cache_interval))
+        piece = 1 if watch is not None else piece
+        piece = max(
+            1, ask.cache_interval * math.ceil(piece / ask.cache_interval)
+        )  # features are made at a piece's start
         images: Any = None
         for start in range(begun, max(steps, begun + 1), piece):
             stop = min(start + piece, steps)

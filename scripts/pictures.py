@@ -33,7 +33,7 @@ PICTURES = {
     "way": '"a red apple, on a blue background" --to-prompt "a star, on a black background" --to-seed 5 --frames 8',
     "steps": f'"{FACE}" --seed 3 --steps 8 --trajectory',
 }
-SHOWN = {"way": '"a red apple, on a blue background" --to-prompt "a star, on a black background" --to-seed 5 --frames 8',
+SHOWN = {"way": "*.gif", "steps": "*-steps.png"}  # what is kept of commands that write several files
 
 
 def main() -> int:
