@@ -222,6 +222,7 @@ def test_the_loader_is_timed_alone(bench):
     assert found["compile"] is None
 
 
+@pytest.mark.slow
 def test_a_profile_and_a_plot_are_written(bench, tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plot.svg"

@@ -192,8 +192,8 @@ def test_the_program_of_one_platform_has_nothing_that_only_another_knows(pipe, p
     assert custom_calls(program) == []
 
 
+@pytest.mark.tpu_compile
 def test_with_kernels_the_program_of_a_tpu_has_its_own(pipe):  # noqa: F811
-    pytest.importorskip("libtpu")
     assert custom_calls(exported(pipe, ("tpu",), kernels=True)) == ["tpu_custom_call"]
 
 
