@@ -178,6 +178,7 @@ def draw_all(
                 if drawn.picture in missing:
                     missing.remove(drawn.picture)  # the batch may be filled up with it
                     writer.put(drawn)
+            writer.tell()
             more(1.0)
 
 
@@ -226,6 +227,9 @@ class _Writer:
 
     def put(self, drawn: Drawn) -> None:
         self._waiting.append(self._pool.submit(self._save, drawn))
+
+    def tell(self) -> None:
+        """What is saved by now; raises what went wrong there."""
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > 8 * WRITERS):
             self._saved(self._waiting.popleft().result())
 

@@ -469,7 +469,7 @@ def test_what_is_missing_is_drawn_again_to_the_last_bit(sample, tmp_path):
 
 def test_parts_of_a_file_make_the_whole(sample, tmp_path, one_device):
     file = tmp_path / "prompts.txt"
-    file.write_text("a dog\na red apple\nblue\non a\na\n")
+    file.write_text("a dog\na red apple\nblue\non a\n")
     for part in ("1/2", "2/2"):
         assert sample("--from-file", file, "--part", part)[0] == 0
     assert len(list((tmp_path / "out").glob("0*.png"))) == 4
