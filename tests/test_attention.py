@@ -79,7 +79,7 @@ def test_a_wide_layer_in_parts_is_the_whole_and_so_are_its_gradients(monkeypatch
     assert max(relative_errors(all_of_it(params, x, d_y), wanted)) < 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES + TILES)
+@pytest.mark.parametrize("shape", [*SHAPES, pytest.param(TILES[0], marks=pytest.mark.slow), TILES[1]])
 def test_a_tpus_kernels_give_the_output_and_the_gradients_of_the_whole(shape: tuple[int, ...]) -> None:
     arrays = inputs(shape)
     assert max(relative_errors(tpu_kernels(*arrays), output_and_gradients(_dense, *arrays))) < 1e-5

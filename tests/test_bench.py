@@ -162,6 +162,7 @@ def test_the_peak_of_memory_is_counted_from_when_it_is_forgotten():
 # What is timed --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_sample_that_is_timed_is_the_picture_that_a_user_gets(folder, pipe):
     work = TARGETS["sample"](setting(folder, ALL, steps=3, guidance=4.0))
     pictures = work.fetch(work.f(*work.args))

@@ -143,6 +143,7 @@ def test_flow_matching_takes_the_same_steps_on_eight_devices_in_micro_batches():
     np.testing.assert_allclose(found, losses, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_importance_sampling_draws_the_same_levels_on_eight_devices_and_in_micro_batches():
     """With a network of 8 numbers, one for each level, which all want to be 0."""
     schedule, steps = make_schedule(replace(V, num_train_timesteps=8)), 24

@@ -76,6 +76,7 @@ def test_the_loader_draws_the_pipelines_pictures(loaded, pipe):  # noqa: F811
         assert off(ours[0], theirs[1]) > 8, "and not any picture"
 
 
+@pytest.mark.slow
 def test_where_there_is_jax_alone_the_shell_draws_the_pipelines_picture(folder, pipe, tmp_path):  # noqa: F811
     packages = tmp_path / "packages"
     packages.mkdir()

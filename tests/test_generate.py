@@ -160,7 +160,7 @@ def test_negative_prompts_matter_and_may_be_one_for_each(pipe):
     assert [off(a, b) > 0 for a, b in zip(plain, steered, strict=True)] == [False, True, False]
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_interval": 2}])
+@pytest.mark.parametrize("settings", [{}, pytest.param({"cache_interval": 2}, marks=pytest.mark.slow)])
 def test_guidance_at_all_levels_is_plain_guidance_and_at_none_it_is_a_scale_of_one(pipe, settings):
     settings = {"steps": 5, "eta": 0.5, "negative_prompt": "a red apple"} | settings
     plain, one = (pipe(["a dog"], guidance=guidance, **settings) for guidance in (7.5, 1.0))

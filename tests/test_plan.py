@@ -117,6 +117,7 @@ def test_a_call_of_the_unet_holds_parameters_and_latents_alone(capsys: pytest.Ca
     assert "trains an autoencoder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_step_that_is_run_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tests/configs/tiny_vae.py", "--devices", "1", "--json", "--run", "1", "--data.size", "8"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -212,6 +212,7 @@ def test_watching_changes_no_pixel_and_ends_with_the_picture(pipe):
     np.testing.assert_array_equal(seen[5], watched)
 
 
+@pytest.mark.slow
 def test_pictures_spread_over_eight_devices_are_those_of_one(pipe, model, photo, half):
     spread = Pipeline(model, devices=jax.devices())
     for settings in ({}, {"image": photo, "mask": half}):

@@ -100,7 +100,9 @@ def seen_by_one() -> dict[str, np.ndarray]:
     return what_networks_see(mesh_of(MESHES["1"]))
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
+@pytest.mark.parametrize(
+    "name", ["8 in three axes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("2", "4", "8"))]
+)
 def test_networks_are_shown_the_same_bits_on_any_mesh(name: str, seen_by_one: dict[str, np.ndarray]) -> None:
     seen = what_networks_see(mesh_of(MESHES[name]))
     assert set(seen) == {"x", "t", "tokens", "image", "index"}

@@ -54,6 +54,7 @@ def checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_with_the_parameters_of_an_uninterrupted_one(
     shell: Shell, vae_run: Path, tmp_path: Path
 ) -> None:

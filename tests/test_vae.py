@@ -7,6 +7,7 @@ import numpy as np
 from jaxdiff import build
 from jaxdiff.config import VAEConfig
 from jaxdiff.models.vae import in_slices
+from jaxdiff.tools.bench.models import random_params
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
 
@@ -14,7 +15,7 @@ BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDec
 def test_slices_are_the_images_of_the_whole_batch_and_take_less_memory() -> None:
     config = VAEConfig(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **BLOCKS)
     vae = build.vae(config)
-    params = build.init(vae, config, jax.random.key(0))
+    params = random_params(build.param_shapes(vae, config))
     z = jax.random.normal(jax.random.key(1), (5, 16, 16, config.latent_channels))
 
     def decode(z):
