@@ -89,11 +89,11 @@ def pair(name: str, given: Any) -> tuple[int, int]:
     return width, height
 
 
-def fits(name: str, size: tuple[int, int], factor: int) -> None:
-    """Whether both sides are multiples of `factor`, and not beyond measure."""
+def fits(name: str, size: tuple[int, int], factor: int, whose: str = "the VAE's factor") -> None:
+    """Whether both sides are above 0, multiples of `factor`, and not beyond measure."""
     width, height = size
     if min(size) < factor or width % factor or height % factor:
-        raise ValueError(f"{name} is {width}x{height}; both sides must be multiples of {factor}, the VAE's factor.")
+        raise ValueError(f"{name} is {width}x{height}; both sides must be multiples of {factor}, {whose}.")
     if max(size) > MAX_SIDE:
         raise ValueError(f"{name} is {width}x{height}; a side may have {MAX_SIDE} pixels at most.")
 
@@ -122,6 +122,15 @@ def masks(given: Any, b: int, size: tuple[int, int]) -> Float32[np.ndarray, "b h
         raise ValueError(f"mask is {found.shape[-1]}x{found.shape[-2]}, and the picture {size[0]}x{size[1]}; they must "
                          "have the same size.")  # fmt: skip
     return _for_each("mask", found, 2, b)
+
+
+def placed(given: Any) -> list[tuple[str, Any]]:
+    """Regions: a prompt, and where it is."""
+    pairs: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise ValueError(f"A region is {pair!r}; it must be a prompt and where: a box, or a mask.")
+    return [(prompt, where) for prompt, where in pairs]
 
 
 def _for_each(name: str, found: np.ndarray, ndim: int, b: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """From a file's bytes to a picture: decoding that trusts nothing."""
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,10 @@ def decode(data: bytes) -> Image.Image:
 
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is looked at here
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        with opened as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 image = ImageOps.exif_transpose(image)  # decodes all of it; a truncated file raises here
@@ -33,6 +37,8 @@ def decode(data: bytes) -> Image.Image:
                 return image if min(image.getchannel("A").tobytes()) < 255 else image.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError("it is no picture") from error
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         raise ValueError(f"{type(error).__name__}: {error}") from error
     raise ValueError(f"it is {width}x{height}, more than {MAX_PIXELS} pixels")

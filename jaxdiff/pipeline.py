@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import UInt8
 
 from jaxdiff import build
-from jaxdiff.arguments import fits, floats, masks, one_each, pictures, seeds, texts
+from jaxdiff.arguments import fits, floats, masks, one_each, pictures, placed, seeds, texts
 from jaxdiff.config import load_json
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion.guidance import Guidance
@@ -187,7 +187,7 @@ class Pipeline:
             raise ValueError("No prompt was given; give at least one.")
         negatives = one_each("negative prompts", negative_prompt, b)
         sources = one_each("source prompts", source_prompt, b)
-        own_seeds = seeds("seed", seed, b)
+        own_seeds, regions = seeds("seed", seed, b), placed(regions)
         shares = floats(share)
         if shares.shape not in ((), (b,)) or not ((shares >= 0) & (shares <= 1)).all():
             raise ValueError(f"share is {share!r}; it must lie from 0 to 1: one for all, or one for each prompt.")
@@ -298,7 +298,12 @@ class Pipeline:
         """
         model = self.model
         if window is not None:
-            fits("window", (window, window), model.vae.factor * 2 ** (len(model.unet.block_out_channels) - 1))
+            fits(
+                "window",
+                (window, window),
+                model.vae.factor * 2 ** (len(model.unet.block_out_channels) - 1),
+                "what the network halves to whole numbers",
+            )
             window //= model.vae.factor
         return Program(
             text_encoder=build.text_encoder(model.text_encoder, self._jax_dtype),

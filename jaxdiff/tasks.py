@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from jaxdiff.arguments import pictures, texts, whole
 from jaxdiff.io.images import outpaint_canvas
 from jaxdiff.pipeline import Pipeline
 
@@ -62,9 +63,11 @@ def interpolate(
     Raises:
         ValueError: as `Pipeline.__call__`, and where there are fewer than two prompts, or not a seed for each.
     """
+    prompts = texts(prompts)
+    seeds = [seeds] if isinstance(seeds, int) else seeds
     if len(prompts) < 2 or len(prompts) != len(seeds):
         raise ValueError(f"There are {len(prompts)} prompts and {len(seeds)} seeds; give two or more, a seed for each.")
-    if frames < 1:
+    if whole("frames", frames) < 1:
         raise ValueError(f"frames is {frames}; it must be at least 1.")
     legs = [(leg, i / frames) for leg in range(len(prompts) - 1) for i in range(frames)]
     legs.append((len(prompts) - 2, 1.0))
@@ -97,30 +100,31 @@ def trajectory(pipe: Pipeline, prompt: str, **given: Any) -> Frames:
 
 
 def outpaint(
-    pipe: Pipeline, image: Picture, prompt: str, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0,
+    pipe: Pipeline, prompt: str, image: Picture, *, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0,
     **given: Any,
 ) -> Resized:  # fmt: skip
     """The image with more round it, its own pixels as they are.
 
     Args:
         pipe: the model.
-        image: of sides that the model can draw.
         prompt: what is in the whole.
+        image: of sides that the model can draw.
         left: so many pixels more, a multiple of the VAE's factor; so for the other sides.
-        right: as left.
         top: as left.
+        right: as left.
         bottom: as left.
         given: what else `Pipeline.__call__` takes.
 
     Raises:
         ValueError: as `Pipeline.__call__` and `outpaint_canvas`.
     """
+    (image,) = pictures("image", image, 1)
     canvas, mask = outpaint_canvas(image, left, right, top, bottom)
     return pipe(prompt, image=canvas, mask=mask, **given)[0]
 
 
 def upscale(
-    pipe: Pipeline, image: Picture, prompt: str, factor: int = 2, strength: float = UPSCALE_STRENGTH, **given: Any
+    pipe: Pipeline, prompt: str, image: Picture, factor: int = 2, strength: float = UPSCALE_STRENGTH, **given: Any
 ) -> Resized:
     """The image `factor` times as wide and high, its detail drawn anew.
 
@@ -130,7 +134,8 @@ def upscale(
     Raises:
         ValueError: as `Pipeline.__call__`, and for a factor below 1.
     """
-    if factor < 1:
+    (image,) = pictures("image", image, 1)
+    if whole("factor", factor) < 1:
         raise ValueError(f"The factor is {factor}; it must be at least 1.")
     height, width = image.shape[:2]
     large = fitted(pipe, image, (width * factor, height * factor))

@@ -13,7 +13,7 @@ os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {DEVICES}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "jaxdiff-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("jaxdiff", "beartype.beartype")
 

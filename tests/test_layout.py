@@ -45,7 +45,7 @@ ALLOWED = {
         "data",
         *BASE,
     },
-    "tasks": {"pipeline", "io"},
+    "tasks": {"arguments", "pipeline", "io"},
     "batch": {"tasks", "pipeline", "scenes", "rows", "settings", "arguments", "prompts", "io", *BASE},
     "__init__": {"pipeline"},
 }

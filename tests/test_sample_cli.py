@@ -184,7 +184,7 @@ def test_outpainting_keeps_the_image_and_draws_around_it(sample, pipe, photo, tm
 def test_upscaling_makes_an_image_larger(sample, pipe, photo, tmp_path):  # noqa: F811
     code, (path,), _ = sample("a dog", "--image", tmp_path / "photo.png", "--upscale", 2)
     assert code == 0
-    np.testing.assert_array_equal(opened(path), upscale(pipe, photo[0], "a dog", steps=3))
+    np.testing.assert_array_equal(opened(path), upscale(pipe, "a dog", photo[0], steps=3))
     told = read_settings(path)
     assert (told["upscale"], told["width"], told["size"], told["strength"]) == (2, 32, None, None)
 

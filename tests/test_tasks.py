@@ -271,7 +271,9 @@ def test_a_hundred_random_settings_compile_once(pipe, photo, half, task):
     ({"image": "photo", "invert": "ddim", "mask": np.ones((16, 16))}, "leave out mask and latents"),
     ({"regions": [("a", (0, 0, 2, 1))]}, "A region's box is (0, 0, 2, 1)"),
     ({"regions": [("a", np.ones((5, 5)))]}, "A region is a box of four shares, or numbers"),
-    ({"window": 7}, "window is 7x7; both sides must be multiples of 4"),
+    ({"regions": 5}, "A region is 5; it must be a prompt and where"),
+    ({"regions": [(5, (0, 0, 1, 1))]}, "A region is (5, (0, 0, 1, 1))"),
+    ({"window": 7}, "window is 7x7; both sides must be multiples of 4, what the network halves to whole numbers"),
     ({"window": 8, "cache_interval": 2}, "cache_interval keeps the features of one window alone"),
     ({"share": 1.5}, "share is 1.5; it must lie from 0 to 1"),
     ({"to_prompts": "a AND b", "share": 0.5}, "A second prompt is for prompts without AND"),
@@ -309,18 +311,18 @@ def test_a_trajectory_has_a_frame_for_each_step_and_ends_with_the_picture(pipe):
 
 
 def test_outpainting_keeps_the_image_and_draws_round_it(pipe, photo):
-    out = outpaint(pipe, photo, "a dog", right=4, top=2, steps=3)
+    out = outpaint(pipe, "a dog", photo, right=4, top=2, steps=3)
     assert out.shape == (18, 20, 3)
     np.testing.assert_array_equal(out[2:, :16], photo)
 
 
 def test_upscaling_draws_the_image_larger_through_windows_of_the_models_size(pipe, photo):
-    out = upscale(pipe, photo, "a dog", steps=4)
+    out = upscale(pipe, "a dog", photo, steps=4)
     assert out.shape == (32, 32, 3)
     soft = np.asarray(fitted(pipe, photo, (32, 32)))
     np.testing.assert_array_equal(out, pipe("a dog", image=soft, strength=0.35, window=16, steps=4)[0])
     with pytest.raises(ValueError, match="The factor is 0"):
-        upscale(pipe, photo, "a dog", factor=0)
+        upscale(pipe, "a dog", photo, factor=0)
 
 
 @pytest.mark.parametrize(("size", "fitting"), [((16, 16), (16, 16)), ((100, 50), (32, 16)), ((30, 400), (16, 212)),

@@ -17,6 +17,8 @@ from jaxdiff.settings import Settings, settings
 
 SEEDS = 2**32
 """Seeds lie below this."""
+MAX_N = 100_000
+"""So many pictures a row may ask for, so that a slip in one does not stop the others."""
 TEXTS = ("prompt", "negative_prompt", "source_prompt", "to_prompt")
 FOR_IMAGES = ("mask", "outpaint", "upscale")
 """What there must be an image for; of the settings: strength and invert."""
@@ -76,6 +78,7 @@ class Row:
             object.__setattr__(self, name, value)
         for name, value in {"n": self.n, "steps": self.settings.steps}.items():
             _require(value >= 1, name, value, "at least 1")
+        _require(self.n <= MAX_N, "n", self.n, f"{MAX_N} at most")
         _require(self.seed is None or 0 <= self.seed <= SEEDS - self.n, "seed", self.seed,
                  f"from 0 to {SEEDS - self.n}, for {self.n} pictures")  # fmt: skip
         _require(self.to_seed is None or 0 <= self.to_seed < SEEDS, "to_seed", self.to_seed, f"from 0 to {SEEDS - 1}")

@@ -56,6 +56,8 @@ def read_settings(path: Path | str) -> dict[str, Any] | None:
     Raises:
         ValueError: when the file is no PNG, JPEG or WebP, or its settings are damaged.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file.")
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             if image.format == "PNG":
