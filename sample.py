@@ -19,6 +19,7 @@ from jaxdiff.cli import check_writable, exit_code, part_of
 from jaxdiff.config import DistributedConfig
 from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_picture
 from jaxdiff.pipeline import DTYPES, Pipeline
+from jaxdiff.prompts.wildcards import named
 from jaxdiff.rows import Line, Picture, Row, Store, fingerprint, pictures, read_rows
 from jaxdiff.rows.row import HINTS, SEEDS, regions_of
 from jaxdiff.scenes import PromptWarning
@@ -111,6 +112,10 @@ def main(args: Args) -> int:
     wanted: list[Picture] = list(pictures(lines, args.seed))
     if args.wildcards is not None:
         wanted = list(fill_in(wanted, args.wildcards))
+    else:
+        prompts = (line.row.prompt for line in lines if line.row and not line.row.settings.literal)
+        for name in dict.fromkeys(name for prompt in prompts for name in named(prompt)):
+            warnings.warn(f"{name} is taken as text; say where its file is, by --wildcards.", PromptWarning, 2)
     devices = jax.local_devices()
     pipe = jaxdiff.load(args.model, args.dtype, devices if min(len(devices), n) > 1 else None)
     if args.like is not None:

@@ -301,13 +301,15 @@ def _size(pipe: Pipeline, row: Row) -> tuple[int, int]:
         return 0, 0
     width, height = _image_size(pipe, row, own)
     left, top, right, bottom = row.outpaint or (0, 0, 0, 0)
-    return left + width + right, top + height + bottom
+    times = row.settings.enlarge
+    return left + width * times + right, top + height * times + bottom
 
 
 def _image_size(pipe: Pipeline, row: Row, own: tuple[int, int]) -> tuple[int, int]:
     """At which size an image is taken."""
-    if row.upscale is not None:
-        return own[0] * row.upscale, own[1] * row.upscale
+    if row.grows:
+        times = row.upscale or 1
+        return own[0] * times, own[1] * times
     return row.settings.size or fitted_size(pipe, own)  # pyright: ignore[reportReturnType]
 
 
@@ -319,7 +321,7 @@ def _header(path: str) -> tuple[int, int]:
 def _how(pipe: Pipeline, row: Row) -> Settings:
     """The settings, with what a row's task says where nothing else was said."""
     ask = row.settings
-    if row.upscale is None:
+    if not row.grows:
         return ask
     wide = pipe.size is not None and max(_size(pipe, row)) > max(pipe.size)
     window = max(pipe.size or (0,)) if wide and ask.window is None and ask.cache_interval == 1 else ask.window

@@ -198,6 +198,8 @@ class Pipeline:
         check_sampler(ask.sampler, ask.grid, ask.eta, ask.cache_interval)
         if image is None and (mask is not None or ask.strength is not None or ask.invert is not None):
             raise ValueError("mask, strength and invert are for an image; give one.")
+        if ask.enlarge > 1 and (image is None or mask is not None or ask.invert is not None):
+            raise ValueError("enlarge is for an image that is drawn on as a whole; give one, without mask and invert.")
         if ask.invert is not None and (mask is not None or latents is not None):
             raise ValueError("invert finds the noise of the whole image; leave out mask and latents.")
         if self._inpaints and mask is None:
@@ -348,11 +350,13 @@ class Pipeline:
         size: Any = ask.size
         if image is not None:
             own = image.shape[2], image.shape[1]
-            if size not in (None, own):
-                raise ValueError(f"size is {size[0]}x{size[1]}, but the image is {own[0]}x{own[1]}; leave size out, or "
-                                 "resize the image.")  # fmt: skip
             fits("The image", own, factor)
-            size = own
+            drawn = own[0] * ask.enlarge, own[1] * ask.enlarge
+            if size not in (None, drawn):
+                how = " enlarged" if ask.enlarge > 1 else ""
+                raise ValueError(f"size is {size[0]}x{size[1]}, but the image is {drawn[0]}x{drawn[1]}{how}; leave "
+                                 "size out, or resize the image.")  # fmt: skip
+            size = drawn
         if size is None:
             size = (
                 self.size if latents is None or latents.ndim != 4 else tuple(factor * n for n in latents.shape[2:0:-1])

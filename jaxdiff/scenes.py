@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,6 +83,8 @@ def prepare_scene(
     keys, noise, noises = _noise(request)
     scene = scene._replace(noises=noises)
     known = None if request.image is None else _encode(request.image, params, program)
+    if known is not None and request.settings.enlarge > 1:
+        known = _stretch(known, (b, *request.shape))
 
     if request.mask is not None and known is not None and request.image is not None:
         free = _free(request.mask, request.image.shape[1] // request.shape[0])
@@ -211,6 +214,7 @@ def _warn(told: Any) -> None:
 # Drawn by its own small program, so that given latents and seeds share the large one.
 _keys_and_noise = jax.jit(keys_and_noise, static_argnums=1)
 _begin = jax.jit(jax.vmap(begin))
+_stretch = jax.jit(partial(jax.image.resize, method="bilinear"), static_argnums=1)
 
 
 def _noise(request: Request) -> tuple[Array, Float32[np.ndarray, "b h w c"], Float32[np.ndarray, "b n h w c"] | None]:

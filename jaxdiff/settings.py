@@ -33,6 +33,9 @@ class Settings:
     strength: float | None = None
     """How much of the way from noise an image goes, 0 to 1 (Meng et al. 2022, SDEdit): 0 leaves it, 1 begins at the
     highest level. None is 0.8, or 1 with invert or a mask, which then draws from noise alone."""
+    enlarge: int = 1
+    """So many times as wide and high as the image, by stretching its latent: what is blurred by that is drawn anew,
+    best at a strength of 0.5 and more."""
     feather: float = 0.0
     """So many pixels inside of the mask's edge, what is drawn fades over into the image."""
     invert: str | None = None
@@ -141,6 +144,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "eta": _share,
     "size": _or_none(size_of),
     "strength": _or_none(_share),
+    "enlarge": partial(_at_least, 1),
     "feather": partial(_number, low=0.0),
     "invert": _or_none(partial(_one_of, ("ddim", "exact"))),
     "keep": _share,

@@ -124,12 +124,28 @@ def outpaint(
 
 
 def upscale(
-    pipe: Pipeline, prompt: str, image: Picture, factor: int = 2, strength: float = UPSCALE_STRENGTH, **given: Any
+    pipe: Pipeline,
+    prompt: str,
+    image: Picture,
+    factor: int = 2,
+    strength: float = UPSCALE_STRENGTH,
+    latent: bool = False,
+    **given: Any,
 ) -> Resized:
     """The image `factor` times as wide and high, its detail drawn anew.
 
-    It is enlarged, and from its latent at `strength` drawn as an image is, through windows of the model's own size
-    where it is larger.
+    It is enlarged, and at `strength` drawn from as any image, through windows of the model's own size where it is
+    larger.
+
+    Args:
+        pipe: the model.
+        prompt: what is in the image.
+        image: of sides that the model can draw.
+        factor: at least 1.
+        strength: how much is drawn anew, 0 to 1.
+        latent: stretches the latent in place of the pixels (the setting `enlarge`): more is invented, and has to be,
+            so `strength` should be 0.5 and more.
+        given: what else `Pipeline.__call__` takes.
 
     Raises:
         ValueError: as `Pipeline.__call__`, and for a factor below 1.
@@ -137,8 +153,9 @@ def upscale(
     (image,) = pictures("image", image, 1)
     if whole("factor", factor) < 1:
         raise ValueError(f"The factor is {factor}; it must be at least 1.")
-    height, width = image.shape[:2]
-    large = fitted(pipe, image, (width * factor, height * factor))
-    if pipe.size is not None and max(large.shape[:2]) > max(pipe.size):
+    size = image.shape[1] * factor, image.shape[0] * factor
+    if pipe.size is not None and max(size) > max(pipe.size):
         given = {"window": max(pipe.size)} | given
-    return pipe(prompt, image=large, strength=strength, **given)[0]
+    if latent:
+        return pipe(prompt, image=image, strength=strength, enlarge=factor, **given)[0]
+    return pipe(prompt, image=fitted(pipe, image, size), strength=strength, **given)[0]

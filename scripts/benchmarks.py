@@ -24,7 +24,7 @@ FULL = {
     "vae": ("SD1.5 VAE, decoding to 512x512", "vae --model sd15 --runs 3"),
     "small": ("UNet of 37 M parameters, 32x32 latents, batch 8", "unet --model small --batch 8 --runs 9"),
     "train": ("its training step, AdamW", "train --model small --batch 8 --runs 5"),
-    "sample": ("SD1.5, prompt to 512x512, 20 steps", "sample --model sd15 --steps 20 --runs 1 --warmup 0"),
+    "sample": ("SD1.5, prompt to 512x512, 20 steps", "sample --model sd15 --steps 20 --runs 3 --warmup 0"),
     "embedded": ("embedded model, prompt to 64x64, 30 steps", "sample --model emoji --steps 30 --runs 9"),
 }
 SHORT = {

@@ -228,12 +228,19 @@ def test_wildcards_are_filled_in_and_told_as_they_were(sample, pipe, tmp_path): 
     assert np.abs(opened(paths[3]) - alone).max() <= 1
 
 
+def test_a_wildcard_without_a_folder_is_text_and_told(sample):
+    code, _, err = sample("a __thing__ and a __thing__")
+    assert code == 0
+    assert err.count("warning: __thing__ is taken as text; say where its file is, by --wildcards.") == 1
+
+
 @pytest.mark.parametrize("words", [
     ("--seed", 7, "--negative", "blue", "--guidance-interval", 0.5, 3, "--grid", "karras"),
     ("--image", "photo.png", "--mask", "mask.png", "--feather", 2, "--seed", 3),
     ("--image", "photo.png", "--invert", "exact", "--source-prompt", "a red apple", "--keep", 0.5),
     ("--image", "photo.png", "--outpaint", 0, 0, 8, 0),
     ("--image", "photo.png", "--upscale", 2, "--strength", 0.5),
+    ("--image", "photo.png", "--enlarge", 2),
     ("--region", "0,0,0.3333333333333333,1:a red apple", "--size", "32x16"),
     ("--to-prompt", "a red apple", "--to-seed", 4, "--share", 0.25, "--noise", "torch", "--literal"),
     ("--format", "webp", "--sampler", "euler", "--perturbed", 2, "--rescale", 0.5),
@@ -383,7 +390,10 @@ def bomb() -> bytes:
     (("--image", "photo.png", "--outpaint", "3", "0", "0", "0"), "both sides must be multiples of 2"),
     (("--image", "photo.png", "--outpaint", "8", "0", "0", "0", "--mask", "mask.png"), "leave out mask"),
     (("--image", "photo.png", "--outpaint", "8", "0", "0", "0", "--size", "16x16"), "leave out size"),
-    (("--image", "photo.png", "--upscale", "2", "--outpaint", "8", "0", "0", "0"), "are two steps"),
+    (("--image", "photo.png", "--upscale", "2", "--outpaint", "8", "0", "0", "0"), "are steps of their own"),
+    (("--image", "photo.png", "--upscale", "2", "--enlarge", "2"), "are steps of their own"),
+    (("--image", "photo.png", "--enlarge", "2", "--size", "16x16"), "leave out size"),
+    (("--image", "photo.png", "--enlarge", "2", "--mask", "mask.png"), "as a whole; give one, without mask and invert"),
     (("--image", "photo.png", "--invert", "ddim", "--mask", "mask.png"), "leave out mask and latents"),
     (("--image", "thin.png"), "a side may have 8192 pixels at most"),
 ])  # fmt: skip

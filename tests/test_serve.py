@@ -357,6 +357,7 @@ def test_bad_pictures_are_refused_before_they_are_decoded(site, image):
     bomb = file(np.zeros((40, 40, 3), np.uint8))
     assert sentence(image=bomb) == (413, "The image has 40x40 pixels; 1024 are the most.")
     assert sentence(image=file(image), mask=bomb) == (413, "The mask has 40x40 pixels; 1024 are the most.")
+    assert sentence(image=file(image), enlarge=3) == (413, "The picture has 48x48 pixels; 1024 are the most.")
     broken = base64.b64encode(base64.b64decode(file(image))[:300]).decode()
     status, said = sentence(image=broken)
     assert (status, said.startswith("The picture cannot be read: ")) == (400, True)

@@ -194,7 +194,7 @@ def test_a_fingerprint_changes_with_any_argument_and_the_images_contents(tmp_pat
                {"invert": "ddim"}, {"invert": "exact", "source_prompt": "b"}, {"invert": "exact", "keep": 0.5},
                {"regions": box}, {"outpaint": (0, 2, 0, 0)}, {"upscale": 2}, {"to_prompt": "b"}, {"to_seed": 1},
                {"share": 0.25}, {"feather": 1}, {"window": 8}, {"noise": "torch"}, {"rescale": 0.5}, {"parallel": 0},
-               {"limit": 1}, {"perturbed": 3}, {"literal": True}]  # fmt: skip
+               {"limit": 1}, {"enlarge": 2}, {"perturbed": 3}, {"literal": True}]  # fmt: skip
     assert {*HINTS} == {name for change in changed for name in change}
     assert len({base, *(of(**change) for change in changed)}) == 1 + len(changed)
     Image.new("RGB", (2, 2), "red").save(image)

@@ -12,7 +12,7 @@ import pytest
 from test_generate import CONFIGS, model, off, pipe  # noqa: F401  (fixtures)
 
 from jaxdiff import build
-from jaxdiff.generate import text_to_image
+from jaxdiff.generate import encode_images, text_to_image
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.sampling.torch_noise import torch_latents
 from jaxdiff.scenes import on_sphere
@@ -257,6 +257,10 @@ def test_a_hundred_random_settings_compile_once(pipe, photo, half, task):
     ({"image": np.zeros((3, 16, 16, 3), np.uint8)}, "image holds 3 pictures for 1 prompts"),
     ({"image": np.zeros((15, 16, 3), np.uint8)}, "The image is 16x15; both sides must be multiples of 2"),
     ({"image": "photo", "size": (8, 8)}, "size is 8x8, but the image is 16x16"),
+    ({"image": "photo", "size": (16, 16), "enlarge": 2}, "size is 16x16, but the image is 32x32 enlarged"),
+    ({"enlarge": 2}, "enlarge is for an image that is drawn on as a whole"),
+    ({"image": "photo", "mask": np.ones((16, 16)), "enlarge": 2}, "as a whole; give one, without mask and invert"),
+    ({"image": "photo", "enlarge": 1000}, "size is 16000x16000; a side may have 8192 pixels"),
     ({"image": "photo", "strength": 1.5}, "strength is 1.5; it must lie from 0 to 1"),
     ({"image": "photo", "strength": "much"}, "strength is 'much'"),
     ({"image": "photo", "mask": np.ones((8, 16))}, "mask is 16x8, and the picture 16x16"),
@@ -323,6 +327,16 @@ def test_upscaling_draws_the_image_larger_through_windows_of_the_models_size(pip
     np.testing.assert_array_equal(out, pipe("a dog", image=soft, strength=0.35, window=16, steps=4)[0])
     with pytest.raises(ValueError, match="The factor is 0"):
         upscale(pipe, "a dog", photo, factor=0)
+
+
+def test_upscaling_of_the_latent_stretches_what_the_image_is_encoded_to(pipe, photo):
+    out = upscale(pipe, "a dog", photo, strength=0.0, latent=True, window=None, steps=4)
+    program, vae = pipe.program("ddim"), pipe.params["vae"]
+    latent = jax.image.resize(encode_images(vae, photo[None], program=program), (1, 16, 16, 4), "bilinear")
+    drawn = program.vae.apply({"params": vae}, latent / program.scaling_factor, method="decode")
+    np.testing.assert_allclose(out, 127.5 * (np.clip(drawn[0], -1, 1) + 1), atol=0.51)
+    again = upscale(pipe, "a dog", photo, strength=0.5, latent=True, steps=4)
+    np.testing.assert_array_equal(again, pipe("a dog", image=photo, enlarge=2, strength=0.5, window=16, steps=4)[0])
 
 
 @pytest.mark.parametrize(("size", "fitting"), [((16, 16), (16, 16)), ((100, 50), (32, 16)), ((30, 400), (16, 212)),

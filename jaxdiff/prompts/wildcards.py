@@ -14,6 +14,11 @@ MAX_BYTES = 16_000_000
 _NAME = re.compile(r"(?<!\\)__(\w[\w ./-]{0,99}?)__")
 
 
+def named(text: str) -> list[str]:
+    """The wildcards of a text, as they are written."""
+    return [match[0] for match in _NAME.finditer(text)]
+
+
 class Wildcards:
     """The files of a folder, and of the folders in it: one text a line, but for blank ones and those that begin with #.
 

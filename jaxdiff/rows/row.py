@@ -21,7 +21,7 @@ MAX_N = 100_000
 """So many pictures a row may ask for, so that a slip in one does not stop the others."""
 TEXTS = ("prompt", "negative_prompt", "source_prompt", "to_prompt")
 FOR_IMAGES = ("mask", "outpaint", "upscale")
-"""What there must be an image for; of the settings: strength and invert."""
+"""What there must be an image for; of the settings: strength, invert and enlarge."""
 
 
 class Region(NamedTuple):
@@ -88,6 +88,11 @@ class Row:
             right = len(around) == 4 and min(around) >= 0
             _require(right, "outpaint", around, "four numbers of pixels, 0 or more: left, top, right and bottom")
 
+    @property
+    def grows(self) -> bool:
+        """Whether the picture is the image made larger, by its pixels or by its latent."""
+        return self.upscale is not None or self.settings.enlarge > 1
+
     def check(self) -> None:
         """Whether all of it goes together, as far as can be said without the model.
 
@@ -101,16 +106,16 @@ class Row:
                 raise ValueError("keep and source_prompt are for an image whose noise is found; say how, by invert.")
         if self.image is None:
             given = {**{name: getattr(self, name) for name in FOR_IMAGES}, "strength": ask.strength,
-                     "invert": ask.invert}  # fmt: skip
+                     "invert": ask.invert, "enlarge": ask.enlarge if ask.enlarge > 1 else None}  # fmt: skip
             for name, value in given.items():
                 if value is not None:
                     raise ValueError(f"{name} is {value!r}, and there is no image that it is for.")
         if self.outpaint is not None and self.mask is not None:
             raise ValueError("outpaint makes its own mask; leave out mask.")
-        if self.outpaint is not None and self.upscale is not None:
-            raise ValueError("outpaint and upscale are two steps; leave one of them for a second time.")
-        if ask.size is not None and (self.outpaint is not None or self.upscale is not None):
-            raise ValueError("The image and outpaint or upscale say the size; leave out size.")
+        if (self.outpaint is not None) + (self.upscale is not None) + (ask.enlarge > 1) > 1:
+            raise ValueError("outpaint, upscale and enlarge are steps of their own; leave the others for another time.")
+        if ask.size is not None and (self.outpaint is not None or self.grows):
+            raise ValueError("The image and outpaint, upscale or enlarge say the size; leave out size.")
         if self.to_prompt is not None and self.regions:
             raise ValueError("A second prompt is for prompts without regions; leave these, or to_prompt, out.")
 

@@ -100,6 +100,8 @@ def read_ask(body: bytes, pipe: Pipeline, limits: Limits) -> Ask:
     for name, file in zip(("The image", "The mask"), files, strict=True):
         _small_enough(name, header_size(file or b""), limits)
     image, mask = files
+    across, down = header_size(image or b"")
+    _small_enough("The picture", (across * ask.enlarge, down * ask.enlarge), limits)
     if image is None and (mask is not None or ask.strength is not None or ask.invert is not None):
         raise ValueError("mask, strength and invert are for an image; give one.")
     picture = None if image is None else read_picture(image)
