@@ -28,6 +28,7 @@ from jaxdiff.distributed import leads, wait_for_all, whole
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.folder import Folder, write_folder, write_network
 from jaxdiff.io.images import contact_sheet, write_png
+from jaxdiff.io.programs import give_back_memory
 from jaxdiff.io.storage import is_remote, place_of, staged
 from jaxdiff.pipeline import Pipeline, enable_compilation_cache
 from jaxdiff.sharding import make_mesh, tree_shardings
@@ -112,6 +113,8 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
                 batch = next(feed)
                 waited = time.perf_counter() - began
                 state, metrics = step_fn(state, frozen, batch, key)
+                if step == start + 1:
+                    give_back_memory()
                 log.step(metrics, waited)
                 profile.after(step, metrics, log.say)
 

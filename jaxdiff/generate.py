@@ -198,8 +198,9 @@ def text_to_image(
     state = jax.vmap(sample, in_axes=(_axes(scene), 0, 0, 0))(scene, keys_values, state, keys)
     _, black = outline(params, scene, state, program=program)
     drawn = state.x if scene.keep is None else state.x[:, 1]
-    if scene.mask is not None:  # the last level may be above 0, and what is kept still noisy there
-        drawn = scene.mask * drawn + (1 - scene.mask) * scene.known  # pyright: ignore[reportOptionalOperand]
+    if scene.mask is not None and scene.known is not None:
+        # The last level may be above 0, and what is kept still noisy there.
+        drawn = scene.mask * drawn + (1 - scene.mask) * scene.known
     return state, jax.lax.cond(stop == steps, partial(in_slices, decode), lambda _: black, drawn)
 
 

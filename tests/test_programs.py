@@ -2,6 +2,8 @@
 
 import functools
 import os
+import platform
+import resource
 import stat
 import subprocess
 import sys
@@ -93,3 +95,18 @@ def test_a_folder_that_other_users_write_in_is_not_used(tmp_path):
     env["JAXDIFF_CACHE"] = str(tmp_path / "new")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+
+
+def test_memory_that_is_free_between_what_is_kept_goes_back_to_the_system():
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("glibc alone holds it back")
+
+    def resident() -> int:
+        return resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
+
+    pieces = [os.urandom(20_000) for _ in range(10_000)]
+    pieces = pieces[::50]  # the others were between these
+    before = resident()
+    programs.give_back_memory()
+    assert before - resident() > 100e6
+    assert len(pieces) == 200

@@ -6,11 +6,14 @@ which other users may write is not used.
 """
 
 import contextlib
+import ctypes
 import functools
+import gc
 import hashlib
 import logging
 import os
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -53,6 +56,14 @@ def enable_compilation_cache() -> None:
             _folder = Path(place) / "traced"
     jax.config.update("jax_compilation_cache_dir", place)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def give_back_memory() -> None:
+    """Hands the system what compiling has left in this process: a gigabyte after a large program, on Linux."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def remembered(name: str, parts: Any, make: Callable[[], bytes]) -> bytes:

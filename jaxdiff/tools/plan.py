@@ -6,9 +6,7 @@ one call of the UNet in place of a step, as sampling makes it: parameters whole 
 """
 
 import argparse
-import ctypes
 import fcntl
-import gc
 import json
 import os
 import re
@@ -32,6 +30,7 @@ from jaxdiff import build
 from jaxdiff.cli import exit_code
 from jaxdiff.config import DiffusionTask, TrainConfig, VAEConfig, VAETask
 from jaxdiff.io.folder import read_config as read_network_config
+from jaxdiff.io.programs import give_back_memory
 from jaxdiff.sharding import batch_sharding, make_mesh, tree_shardings
 from jaxdiff.tools import hlo
 from jaxdiff.tools.chips import TPUS, Chip
@@ -283,9 +282,7 @@ def plan(
 def run(compiled: Any, shapes: tuple[Any, ...], times: int, forward: bool = False) -> list[float]:
     """The seconds of so many calls; one that is not counted goes before. A step takes the state that the last made."""
     jax.clear_caches()
-    gc.collect()
-    if sys.platform == "linux":  # what compiling has left is no part of a run that finds its program in the cache
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back_memory()
 
     def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -1,7 +1,5 @@
 """Clocks and scales: how long a program takes to make and to run, what it needs, and what the machine could do."""
 
-import ctypes
-import gc
 import os
 import platform
 import resource
@@ -19,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.io.programs import give_back_memory
 from jaxdiff.tools.chips import CHIPS, chip_name
 
 
@@ -80,9 +79,8 @@ def make(f: Any, args: tuple[Any, ...]) -> Made:
 
 def forget_peak() -> None:
     """Gives back what is not used any more, and where the system can (Linux), counts the process's peak from here."""
-    gc.collect()
+    give_back_memory()
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
