@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
+from jaxdiff.compiling import Compiled
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.canvas import inpainted, windowed
 from jaxdiff.diffusion.denoiser import make_denoiser, network_input, sigma_to_t
@@ -78,7 +79,7 @@ def keys_and_noise(
     return jax.vmap(draw)(seeds)
 
 
-@partial(jax.jit, static_argnames="program")
+@partial(Compiled, static_argnames="program")
 def read_prompts(
     params: Params,
     ids: Int[Array, "*n chunks length"],
@@ -98,7 +99,7 @@ def read_prompts(
     return features.reshape(*ids.shape[:-2], -1, features.shape[-1])
 
 
-@partial(jax.jit, static_argnames="program")
+@partial(Compiled, static_argnames="program")
 def encode_images(
     params: Params, images: UInt8[Array, "b h2 w2 3"], *, program: Program
 ) -> Float[Array, "b h w c"]:  # fmt: skip
@@ -120,7 +121,7 @@ def outline(
     return state, jnp.zeros((len(state.x), factor * h, factor * w, 3), jnp.uint8)
 
 
-@partial(jax.jit, static_argnames="program")
+@partial(Compiled, static_argnames="program")
 def text_to_image(
     params: dict[str, Params],
     scene: Scene,
@@ -208,7 +209,7 @@ INVERSIONS = {"ddim": ("ddim", ddim_inversion), "exact": ("edict", edict_inversi
 """How a picture's noise is found: the sampler that goes the way back, and the walk up."""
 
 
-@partial(jax.jit, static_argnames=("method", "program"))
+@partial(Compiled, static_argnames=("method", "program"))
 def invert(
     params: dict[str, Params],
     scene: Scene,

@@ -8,13 +8,14 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxdiff"
 
-BASE = {"types", "config", "sharding", "distributed", "decode"}
+BASE = {"types", "config", "sharding", "distributed", "decode", "compiling"}
 ALLOWED = {
     "types": set(),
     "config": set(),
     "sharding": {"types"},
     "distributed": {"config"},
     "decode": set(),
+    "compiling": set(),
     "cli": set(),
     "nn": {"types"},
     "diffusion": {"types", "config"},

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import gc
 import hashlib
+import inspect
 import logging
 import os
 import stat
@@ -22,6 +23,8 @@ from typing import Any
 
 import jax
 import jax.export
+
+from jaxdiff.compiling import Compiled
 
 PACKAGE = Path(__file__).parents[1]
 MOST = 64
@@ -125,7 +128,7 @@ def _from_trace(
     allowed = [jax.export.DisabledSafetyCheck.custom_call(kernel) for kernel in KERNELS]
 
     def export(of: Callable[..., Any]) -> jax.export.Exported:
-        whole = jax.jit(lambda *args: of(*args, **static), keep_unused=True)
+        whole = jax.jit(lambda *args: inspect.unwrap(of)(*args, **static), keep_unused=True)
         return jax.export.export(whole, disabled_checks=allowed)(*args)
 
     name = getattr(fn, "__name__", "program")
@@ -143,7 +146,7 @@ def _from_trace(
         return exported.call(*args)
 
     call.__name__ = name
-    return jax.jit(call).lower(*args).compile()  # the same for whatever layout the results of a call have
+    return Compiled(call).lower(*args).compile()  # the same for whatever layout the results of a call have
 
 
 def _surroundings() -> str:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxdiff import build
 from jaxdiff.build import NetworkConfig
+from jaxdiff.compiling import Compiled
 from jaxdiff.config import CLIPTextConfig, VAEConfig
 from jaxdiff.io.folder import read_network
 from jaxdiff.io.weights import check_params
@@ -38,7 +39,7 @@ def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) ->
 def encoder(config: VAEConfig, params: Params, dtype: DTypeLike) -> Callable[[np.ndarray], np.ndarray]:
     """Images to moments, on the default device."""
     module, params = build.vae(config, dtype), jax.device_put(params)
-    encode = jax.jit(lambda params, image: module.apply({"params": params}, image, method="encode"))
+    encode = Compiled(lambda params, image: module.apply({"params": params}, image, method="encode"))
     return lambda image: np.asarray(encode(params, image))
 
 
@@ -47,7 +48,7 @@ def text_encoder(
 ) -> Callable[[list[str]], np.ndarray]:
     """Captions to their context [b, t, d], on the default device."""
     module, params = build.text_encoder(config, dtype), jax.device_put(params)
-    encode = jax.jit(lambda params, tokens: module.apply({"params": params}, tokens))
+    encode = Compiled(lambda params, tokens: module.apply({"params": params}, tokens))
     return lambda texts: np.asarray(encode(params, tokenize(texts)))
 
 

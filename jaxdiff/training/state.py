@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxdiff.compiling import compiler_options
 from jaxdiff.config import EMAConfig
 from jaxdiff.sharding import BATCH, gather_params, path_name, tree_shardings
 from jaxdiff.training.ema import profiles
@@ -213,12 +214,13 @@ def make_step(
 
     # XLA's CPU compiler (that of jax 0.10) drops barriers before it looks for common subexpressions, takes what remat
     # computes again for the first computation, and keeps that. Left alone, barriers reach the end.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
+    barriers = {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda a: a.sharding, state), None),
-        compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else None,
+        compiler_options=compiler_options(platform) | barriers,
     )
 
 

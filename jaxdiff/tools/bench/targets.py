@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from inspect import unwrap
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff import build
+from jaxdiff.compiling import Compiled
 from jaxdiff.config import DataConfig, DiffusionTask, MeshConfig, TrainConfig
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion.guidance import Guidance
@@ -123,7 +125,7 @@ def _network(
     raw = weights(setting.model, name)
     params = ready(raw, setting.mesh, jnp.dtype(setting.dtype))
     f = _gathered(lambda params, *x: module.apply({"params": params[name]}, *x, method=method), params, setting)
-    return Work(jax.jit(f), (params, *_spread(tuple(inputs.values()), setting)), work, raw, inputs)
+    return Work(Compiled(f), (params, *_spread(tuple(inputs.values()), setting)), work, raw, inputs)
 
 
 def _gathered(f: Callable[..., Any], params: dict[str, Params], setting: Setting) -> Callable[..., Any]:
@@ -165,15 +167,15 @@ def sample(setting: Setting) -> Work:
     everywhere, always = np.ones((batch, 1, 1, 1, 1, 1), np.float32), np.zeros((batch, 1), np.float32)
 
     def draw(params: dict[str, Params], ids: Any, state: Any, keys: Any, *turned: Any) -> Any:
-        words = read_prompts(params["text_encoder"], ids, jnp.ones(ids.shape), ids[0, 0, 0, 0], program=program)
-        return text_to_image(params, Scene(words, everywhere, always), state, keys, *turned, program=program)
+        words = unwrap(read_prompts)(params["text_encoder"], ids, jnp.ones(ids.shape), ids[0, 0, 0, 0], program=program)
+        return unwrap(text_to_image)(params, Scene(words, everywhere, always), state, keys, *turned, program=program)
 
     grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
     ends = np.int32(0), np.int32(steps), np.int32(steps)
     guidance = np.float32(setting.options["guidance"])
     length = model.text_encoder.max_position_embeddings
     return Work(
-        jax.jit(_gathered(draw, params, setting)),
+        Compiled(_gathered(draw, params, setting)),
         (
             params,
             *rows,

@@ -1,6 +1,7 @@
 """The whole way from tokens and seeds to pixels, as a function of arrays alone, and its export."""
 
 import re
+from inspect import unwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -74,12 +75,12 @@ def draw(
     params = nested(weights)
     ids, token_weights = (jnp.asarray(inputs[name])[:, None, :, None] for name in ("ids", "token_weights"))
     b = len(ids)
-    context = read_prompts(params["text_encoder"], ids, token_weights, jnp.asarray(empty), program=program)
+    context = unwrap(read_prompts)(params["text_encoder"], ids, token_weights, jnp.asarray(empty), program=program)
     scene = Scene(context, jnp.ones((b, 1, 1, 1, 1, 1)), jnp.zeros((b, 1)))
     keys, noise = keys_and_noise(inputs["seeds"], shape)
     guidance = Guidance(inputs["guidance"], inputs["rescale"], inputs["parallel"], inputs["limit"])
     steps = inputs["steps"]
-    state, images = text_to_image(
+    state, images = unwrap(text_to_image)(
         {name: params[name] for name in ("unet", "vae")}, scene, jax.vmap(begin)(noise), keys,
         Grid(inputs["sigmas"], inputs["sigmas_next"]), jnp.int32(0), steps, steps, guidance,
         inputs.get("eta", jnp.float32(0)), program=program,

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff import build
 from jaxdiff.build import Remat
+from jaxdiff.compiling import Compiled
 from jaxdiff.config import VAETask
 from jaxdiff.training.noise import normal_like
 from jaxdiff.training.state import Batch, Metrics, Notes, Task, apply, merge
@@ -73,7 +73,7 @@ def reconstruct(config: VAETask, dtype: DTypeLike = jnp.float32) -> Callable[...
     """A compiled `(params, image [b,h,w,3]) -> (reconstruction, moments)` that takes the posterior's mean."""
     module = build.vae(config.vae, dtype)
 
-    @jax.jit
+    @Compiled
     def run(params: Params, image: Array) -> tuple[Array, Array]:
         moments = apply(module, params, image, method="encode")
         mean, _ = split_moments(moments)
