@@ -1,6 +1,7 @@
 """What XLA is told beside its defaults."""
 
 import inspect
+import os
 import subprocess
 import sys
 
@@ -10,33 +11,33 @@ import numpy as np
 import pytest
 
 from jaxdiff import compiling
-from jaxdiff.compiling import Compiled, compiler_options
+from jaxdiff.compiling import Compiled
 
 
-def centred(x, power):
-    """With sums, which XLA's CPU compiler else hands to a library."""
-    return (x @ x - (x @ x).mean(0)) ** power
+def layer(params, x, power):
+    """A product, which XLA's CPU compiler else hands to a library."""
+    return (x @ params["w"]) ** power
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about the CPU's compiler")
-def test_on_cpus_sums_are_compiled_and_no_librarys():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)
-    fn = Compiled(centred, static_argnames="power")
-    if "ynn" not in jax.jit(centred, static_argnames="power").lower(x, power=2).compile().as_text():
+def test_small_networks_multiply_by_xlas_own_products_on_cpus_and_large_ones_by_a_librarys(monkeypatch):
+    params, x = {"w": jnp.eye(300)}, jnp.asarray(np.random.default_rng(0).normal(size=(200, 300)), jnp.float32)
+    fn = Compiled(layer, static_argnames="power")
+    if "ynn" not in jax.jit(layer, static_argnames="power").lower(params, x, power=2).compile().as_text():
         pytest.skip("this version of XLA has no such library")
-    assert "ynn" not in fn.lower(x, power=2).compile().as_text()
-    np.testing.assert_allclose(fn(x, power=2), centred(x, 2), rtol=1e-3, atol=1e-3)
-
-
-def test_other_devices_are_told_nothing():
-    assert compiler_options("gpu") == compiler_options("tpu") == {}
+    assert "ynn" not in fn.lower(params, x, power=2).compile().as_text()
+    small = fn(params, x, power=2)
+    monkeypatch.setattr(compiling, "LARGE", 90_000)
+    assert "ynn" in fn.trace(params, x, power=2).lower().compile().as_text()
+    np.testing.assert_allclose(fn(params, x, power=2), small, rtol=1e-6)
+    assert fn.count == 2, "one for each"
 
 
 def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
-    monkeypatch.setattr(compiling, "CPU", {"xla_cpu_an_experiment_that_ended": ""})
-    assert inspect.unwrap(compiler_options)("cpu") == {}
+    monkeypatch.setattr(compiling, "SMALL_ON_CPU", {"xla_cpu_an_experiment_that_ended": ""})
+    assert inspect.unwrap(compiling.for_small)() == {}
 
 
 def test_no_device_is_asked_for_before_the_first_call():
     code = "import jaxdiff.generate, jax; jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices()) == 3"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PATH": "", "JAX_PLATFORMS": "cpu"})
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})

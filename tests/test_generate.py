@@ -95,7 +95,7 @@ def test_pictures_are_uint8_of_the_models_own_size(pipe):
 
 def test_nothing_a_user_turns_compiles_again(pipe):
     pipe(["a dog"])
-    before = text_to_image._cache_size()
+    before = text_to_image.count
     noise = np.zeros((1, 8, 8, 4), np.float32)
     for settings in (
         {"seed": 5}, {"steps": 1}, {"steps": 7}, {"steps": 999}, {"guidance": 1.0}, {"guidance": 30.0}, {"eta": 1.0},
@@ -105,17 +105,17 @@ def test_nothing_a_user_turns_compiles_again(pipe):
     ):  # fmt: skip
         for prompt in ("a dog", "a red apple on a blue background"):
             pipe([prompt], **{"steps": 3} | settings)
-    assert text_to_image._cache_size() == before
+    assert text_to_image.count == before
     # A new size is a new program, and may be one that the UNet halves to fractions.
     assert pipe(["a dog"], size=(14, 10), steps=2).shape == (1, 10, 14, 3)
-    assert text_to_image._cache_size() == before + 1
+    assert text_to_image.count == before + 1
 
 
 def test_another_pipeline_of_the_same_configs_shares_the_program(pipe, model):
     pipe(["a dog"], steps=2)
-    before = text_to_image._cache_size()
+    before = text_to_image.count
     Pipeline(replace(model, params=jax.tree.map(lambda p: 0.9 * p, model.params)))(["a dog"], steps=2)
-    assert text_to_image._cache_size() == before
+    assert text_to_image.count == before
 
 
 def test_the_same_seed_draws_the_same_picture_and_another_seed_another(pipe):
@@ -174,12 +174,12 @@ def test_guidance_at_all_levels_is_plain_guidance_and_at_none_it_is_a_scale_of_o
 def test_intervals_compile_nothing_once_there_is_one(pipe):
     for fixed in ({"guidance_interval": (0, 9)}, {"cache_interval": 2}):
         pipe(["a dog"], steps=3, **fixed)
-        before = text_to_image._cache_size()
+        before = text_to_image.count
         turned = {
             name: value for name, value in (("guidance_interval", (1.5, 2)), ("cache_interval", 5)) if name in fixed
         }
         pipe(["a dog"], steps=7, **turned)
-        assert text_to_image._cache_size() == before
+        assert text_to_image.count == before
 
 
 def test_features_kept_for_one_step_are_not_kept(pipe):

@@ -225,7 +225,7 @@ def test_pictures_spread_over_eight_devices_are_those_of_one(pipe, model, photo,
 @pytest.mark.parametrize("task", ["text", "image", "mask"])
 def test_a_hundred_random_settings_compile_once(pipe, photo, half, task):
     chance = random.Random(0)
-    before = text_to_image._cache_size()
+    before = text_to_image.count
     for i in range(100):
         low = chance.uniform(0, 5)
         settings = {
@@ -246,7 +246,7 @@ def test_a_hundred_random_settings_compile_once(pipe, photo, half, task):
         if task == "mask":
             settings |= {"mask": np.roll(half, i, axis=1), "feather": chance.uniform(0, 4)}
         pipe(chance.choice(["a dog", "blue", "(a red) apple"]), **settings)
-    assert text_to_image._cache_size() <= before + 1
+    assert text_to_image.count <= before + 1
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdiff import build
 from jaxdiff.cli import exit_code
-from jaxdiff.compiling import compiler_options
 from jaxdiff.config import DiffusionTask, TrainConfig, VAEConfig, VAETask
 from jaxdiff.io.folder import read_config as read_network_config
 from jaxdiff.io.programs import give_back_memory
@@ -186,7 +184,7 @@ def forward_program(config: TrainConfig, mesh: Mesh) -> Program:
     )
     inputs = placed(inputs, jax.tree.map(lambda _: batch_sharding(mesh), inputs))
 
-    @partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
+    @jax.jit
     def forward(params: Params, *inputs: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return module.apply({"params": params}, *inputs)

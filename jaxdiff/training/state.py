@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxdiff.compiling import compiler_options
 from jaxdiff.config import EMAConfig
 from jaxdiff.sharding import BATCH, gather_params, path_name, tree_shardings
 from jaxdiff.training.ema import profiles
@@ -214,13 +213,12 @@ def make_step(
 
     # XLA's CPU compiler (that of jax 0.10) drops barriers before it looks for common subexpressions, takes what remat
     # computes again for the first computation, and keeps that. Left alone, barriers reach the end.
-    platform = mesh.devices.flat[0].platform
-    barriers = {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda a: a.sharding, state), None),
-        compiler_options=compiler_options(platform) | barriers,
+        compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else None,
     )
 
 
