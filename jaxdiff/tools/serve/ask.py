@@ -97,11 +97,10 @@ def read_ask(body: bytes, pipe: Pipeline, limits: Limits) -> Ask:
                            f"{limits.steps}; ask for less of them.")  # fmt: skip
     width, height = ask.size if isinstance(ask.size, tuple) else pipe.size or (0, 0)
     _small_enough("The picture", (width, height), limits)
-    for name, file in zip(("The image", "The mask"), files, strict=True):
-        _small_enough(name, header_size(file or b""), limits)
     image, mask = files
-    across, down = header_size(image or b"")
-    _small_enough("The picture", (across * ask.enlarge, down * ask.enlarge), limits)
+    for name, file, times in (("The image", image, 1), ("The mask", mask, 1), ("The picture", image, ask.enlarge)):
+        across, down = header_size(file or b"")
+        _small_enough(name, (across * times, down * times), limits)
     if image is None and (mask is not None or ask.strength is not None or ask.invert is not None):
         raise ValueError("mask, strength and invert are for an image; give one.")
     picture = None if image is None else read_picture(image)
