@@ -13,16 +13,17 @@ from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 from jaxdiff.compiling import Compiled
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.canvas import inpainted, windowed
-from jaxdiff.diffusion.denoiser import make_denoiser, network_input, sigma_to_t
+from jaxdiff.diffusion.denoiser import make_denoiser, sigma_to_t
 from jaxdiff.diffusion.guidance import Guidance, guided, within
+from jaxdiff.diffusion.prediction import PREDICTIONS
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, perturbed, prompt_keys, structured
 from jaxdiff.models.vae import AutoencoderKL, in_slices
-from jaxdiff.sampling.grids import Grid
 from jaxdiff.sampling.inversion import ddim_inversion, edict_inversion
+from jaxdiff.sampling.loop import State, keyed_noise, no_noise, sampling_loop
 from jaxdiff.sampling.samplers import SAMPLERS
-from jaxdiff.sampling.walk import State, keyed_noise
+from jaxdiff.sampling.sigmas import Sigmas
 from jaxdiff.types import DenoiseFn, Latent, Params, Sigma
 
 AnyArray = Array | np.ndarray
@@ -127,7 +128,7 @@ def text_to_image(
     scene: Scene,
     state: State,
     keys: Key[Array, " b"],
-    grid: Grid,
+    grid: Sigmas,
     start: Int[Array, ""],
     stop: Int[Array, ""],
     steps: Int[Array, ""],
@@ -159,7 +160,7 @@ def text_to_image(
     """
     sampler, scheduler = SAMPLERS[program.sampler], program.scheduler
     given = {"eta": eta, "clip": scheduler.clip_sample_range if scheduler.clip_sample else None}
-    options = {name: given[name] for name in sampler.options}
+    sampler_fn = partial(sampler.fn, **{name: given[name] for name in sampler.options})
     keys_values = prompt_keys(params["unet"], jnp.asarray(scene.context), program.unet.dtype)
 
     def sample(scene: Scene, keys_values: Params, state: State, key: Key[Array, ""]) -> State:
@@ -168,7 +169,7 @@ def text_to_image(
 
         def walk(deep: Array | None, state: State, start: Array, stop: Array) -> State:
             denoise_fn = _denoiser(partial(ask, deep=deep), scene, guidance, program)
-            return sampler.fn(denoise_fn, state, grid, noise_fn, start=start, stop=stop, **options)
+            return sampling_loop(sampler_fn, denoise_fn, noise_fn, state, grid, start, stop)
 
         def deep_features(x: Array, start: Array, stop: Array) -> Float[Array, "n h w d"]:
             """Those of the step `start`, for the prompt alone if no step before `stop` is guided."""
@@ -214,7 +215,7 @@ def invert(
     params: dict[str, Params],
     scene: Scene,
     state: State,
-    grid: Grid,
+    grid: Sigmas,
     steps: Int[Array, ""],
     *,
     method: str,
@@ -236,8 +237,7 @@ def invert(
 
     def climb(scene: Scene, keys_values: Params, state: State) -> State:
         ask = _network(params["unet"], scene, keys_values, Guidance(1.0), program)
-        noise_fn = keyed_noise(jax.random.key(0), state.x.shape)  # which no inversion asks for
-        return inversion(lambda x, sigma: ask(x, sigma, ALONE)[0], state, grid, noise_fn, start=0, stop=steps)
+        return sampling_loop(inversion, lambda x, sigma: ask(x, sigma, ALONE)[0], no_noise, state, grid, 0, steps)
 
     return jax.vmap(climb, in_axes=(_axes(scene), 0, 0))(scene, keys_values, state)
 
@@ -265,7 +265,7 @@ def _one_prompt(scene: Scene, guidance: Guidance) -> bool:
 
 
 def _network(params: Params, scene: Scene, keys_values: Params, guidance: Guidance, program: Program) -> AskFn:
-    schedule, prediction_type = make_schedule(program.scheduler), program.scheduler.prediction_type
+    schedule, prediction = make_schedule(program.scheduler), PREDICTIONS[program.scheduler.prediction_type]
     prompts, parts = _prompts(scene, guidance), scene.weights.shape[-4]
 
     def ask(
@@ -297,18 +297,16 @@ def _network(params: Params, scene: Scene, keys_values: Params, guidance: Guidan
 
         x = jnp.stack([x] * n if scene.keep is None else [x[1]] * (n - 1) + [x[0]])
         if only_deep:
-            return with_extra(network_input(x, sigma, prediction_type), sigma_to_t(sigma, schedule))
-        return make_denoiser(with_extra, schedule, prediction_type)(x, sigma)
+            return with_extra(prediction.network_input(x, sigma), sigma_to_t(sigma, schedule))
+        return make_denoiser(with_extra, schedule, prediction)(x, sigma)
 
     return ask
 
 
 def _denoiser(ask: AskFn, scene: Scene, guidance: Guidance, program: Program) -> DenoiseFn:
     def combine(guess_fn: Callable[[Latent, Sigma], Array]) -> DenoiseFn:
-        weights = scene.weights
-        return guided(
-            guess_fn, lambda sigma: weights[_phase(scene, sigma)], guidance, program.scheduler.prediction_type
-        )
+        weights, prediction = scene.weights, PREDICTIONS[program.scheduler.prediction_type]
+        return guided(guess_fn, lambda sigma: weights[_phase(scene, sigma)], guidance, prediction)
 
     def beside_source(x: Float[Array, "2 h w c"], sigma: Sigma) -> Float[Array, "2 h w c"]:
         guesses = ask(x, sigma)

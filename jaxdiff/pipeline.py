@@ -31,9 +31,9 @@ from jaxdiff.io.weights import check_params
 from jaxdiff.nn.conv import prepare
 from jaxdiff.prompts.encode import Words
 from jaxdiff.prompts.wildcards import Wildcards
-from jaxdiff.sampling.grids import Grid
-from jaxdiff.sampling.samplers import SAMPLERS, check_sampler, count_steps, make_grid
-from jaxdiff.sampling.walk import State
+from jaxdiff.sampling.loop import State
+from jaxdiff.sampling.samplers import SAMPLERS, check_sampler, count_steps, make_sigmas
+from jaxdiff.sampling.sigmas import Sigmas
 from jaxdiff.scenes import Request, prepare_scene
 from jaxdiff.settings import Settings, settings
 from jaxdiff.sharding import batch_sharding, make_mesh
@@ -209,7 +209,7 @@ class Pipeline:
         if ask.noise == "torch" and ask.sampler == "dpmpp_sde":
             raise ValueError("noise 'torch' is not for dpmpp_sde, whose noise PyTorch draws by another rule.")
 
-        levels = make_grid(ask.sampler, ask.grid, model.scheduler, make_schedule(model.scheduler), ask.steps, ask.eta)
+        levels = make_sigmas(ask.sampler, ask.grid, model.scheduler, make_schedule(model.scheduler), ask.steps, ask.eta)
         given = None if latents is None else floats(latents)
         image = None if image is None else pictures("image", image, b)
         height, width, _ = shape = self._latent_shape(ask, b, given, image)
@@ -263,7 +263,7 @@ class Pipeline:
             if watch is not None and stop < steps:
                 # One step of DDIM from here to sigma 0 arrives at the guess.
                 here = np.asarray(request.levels.sigmas_next)[stop - 1 : stop]
-                levels = Grid(*(np.pad(level, (0, len(request.levels.sigmas) - 1)) for level in (here, here * 0)))
+                levels = Sigmas(*(np.pad(level, (0, len(request.levels.sigmas) - 1)) for level in (here, here * 0)))
                 ends = np.int32(0), np.int32(1), np.int32(1)
                 arguments = scene, state, keys, levels, *ends, guidance, np.float32(0), None
                 watch(stop, np.asarray(self._run(arguments, replace(program, sampler="ddim"))[1]))

@@ -17,10 +17,10 @@ from jaxdiff.generate import AnyArray, Program, Scene, encode_images, invert, ke
 from jaxdiff.io.programs import kept
 from jaxdiff.prompts.encode import Prompts, Words, encode, fill
 from jaxdiff.prompts.wildcards import Wildcards
-from jaxdiff.sampling.grids import Grid
 from jaxdiff.sampling.inversion import backwards
+from jaxdiff.sampling.loop import State, begin
+from jaxdiff.sampling.sigmas import Sigmas
 from jaxdiff.sampling.torch_noise import torch_latents
-from jaxdiff.sampling.walk import State, begin
 from jaxdiff.settings import Settings
 from jaxdiff.types import Params
 
@@ -40,7 +40,7 @@ class Request:
     seeds: UInt32[np.ndarray, " b"]
     shape: Shape
     """Height, width and channels of a latent."""
-    levels: Grid
+    levels: Sigmas
     steps: int
     """How many the levels have."""
     latents: Float32[np.ndarray, "b h w c"] | None = None
@@ -103,11 +103,12 @@ def prepare_scene(
     if request.other_seeds is not None and request.shares is not None:
         other = _drawn(request.other_seeds, request.shape, request)[1]
         state = found._replace(x=on_sphere(found.x, other, request.shares))
-        state = state._replace(past=jnp.zeros_like(found.past))  # EDICT's second latent is the first again
+        state = state._replace(history=jnp.zeros_like(found.history))  # EDICT's second latent is the first again
     if request.held > request.begun:
         context = jnp.concatenate([scene.context, source.context[:, [0] * scene.context.shape[1], 1:2]], axis=2)
         scene = scene._replace(context=context, keep=jnp.asarray(request.levels.sigmas[request.held - 1]))
-        state = State(jnp.stack([found.x, state.x], axis=1), jnp.stack([found.past, state.past], axis=2), state.taken)
+        x, guess = (jnp.stack(pair, axis=1) for pair in ((found.x, state.x), (found.guess, state.guess)))
+        state = State(x, jnp.stack([found.history, state.history], axis=2), state.taken, guess)
     return scene, state._replace(taken=jnp.zeros(b, jnp.int32)), keys
 
 

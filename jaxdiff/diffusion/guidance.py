@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxdiff.diffusion.denoiser import target, to_x_0
+from jaxdiff.diffusion.prediction import Prediction
 from jaxdiff.types import DenoiseFn, Latent, Sigma
 
 Scale = Float[Array, ""] | float | np.floating
@@ -18,10 +18,10 @@ WeightsFn = Callable[[Sigma], Float[Array, "parts #h #w 1"]]
 
 
 class Guidance(NamedTuple):
-    """How hard to follow the prompt, how, and at which noise levels. What is None is not computed."""
+    """How hard to follow the prompt, how, and at which noise levels."""
 
     scale: Scale
-    """That of `classifier_free`."""
+    """The scale of classifier-free guidance: 1 is the prompt's guess, 0 the negative prompt's (Ho & Salimans 2022)."""
     rescale: Scale = 0.0
     """How much of the contrast that guidance adds is taken back, 0 to 1; see `rescaled`."""
     parallel: Scale = 1.0
@@ -32,7 +32,8 @@ class Guidance(NamedTuple):
     """The lowest and the highest sigma that are guided; None guides all."""
     high: Scale | None = None
     perturbed: Scale | None = None
-    """How hard to go away from the guess with perturbed attention (Ahn et al. 2024, eq. 13)."""
+    """How hard to go away from the guess with perturbed attention (Ahn et al. 2024, eq. 13);
+    None asks for no such guess."""
 
     def at(self, sigma: Sigma) -> Bool[Array, ""]:
         """Whether this level is guided (Kynkäänniemi et al. 2024, eq. 5)."""
@@ -41,29 +42,21 @@ class Guidance(NamedTuple):
         return jnp.logical_and(self.low <= sigma, sigma <= self.high)
 
 
-def classifier_free(cond: DenoiseFn, uncond: DenoiseFn, scale: Scale) -> DenoiseFn:
-    """Extrapolates from `uncond` through `cond` (Ho & Salimans 2022, eq. 6); scale 1 is `cond` itself, 0 `uncond`."""
-
-    def denoise(x: Latent, sigma: Sigma) -> Latent:
-        x_c = cond(x, sigma)
-        return x_c + (scale - 1) * (x_c - uncond(x, sigma))  # written so that scale 1 is exact
-
-    return denoise
-
-
-def guided(guess_fn: Callable[[Latent, Sigma], Guesses], weights_fn: WeightsFn, guidance: Guidance,
-           prediction_type: str) -> DenoiseFn:  # fmt: skip
-    """One guess from several, in one call of the network.
+def guided(
+    guess_fn: Callable[[Latent, Sigma], Guesses], weights_fn: WeightsFn, guidance: Guidance, prediction: Prediction
+) -> DenoiseFn:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): extrapolates from the negative prompt's guess x_u through
+    the prompt's guess x_c, both of one call of the network.
 
     Args:
         guess_fn: gives the guess for the negative prompt, then one for each part of the prompt, then (where
             `guidance.perturbed` is a number) one for each part with perturbed attention.
-        weights_fn: the parts' weights. What lacks of 1 is the negative prompt's: weights that add up to 1 blend, and
-            others compose (Liu et al. 2022, eq. 11); pixel by pixel, they lay prompts out over the picture
-            (Bar-Tal et al. 2023).
+        weights_fn: gives the parts' weights. What their sum lacks of 1 is the negative prompt's weight: weights that
+            add up to 1 blend, and others compose (Liu et al. 2022, eq. 11); pixel by pixel, they lay prompts out over
+            the picture (Bar-Tal et al. 2023).
         guidance: scale 1 and no more is the weighted guess itself, bit for bit; at levels that are not guided, the
             scale is 1.
-        prediction_type: what the network predicts, for `rescaled`.
+        prediction: what the network predicts, for `rescaled`.
     """
 
     def denoise(x: Latent, sigma: Sigma) -> Latent:
@@ -72,11 +65,12 @@ def guided(guess_fn: Callable[[Latent, Sigma], Guesses], weights_fn: WeightsFn, 
         x_c = (weights * x_parts).sum(0) + (1 - weights.sum(0)) * x_u
         here = guidance.at(sigma)
         scale = jnp.where(here, guidance.scale, 1.0)
+        # Not x_u + scale * (x_c - x_u): so, scale 1 is exact.
         x_0 = x_c + (scale - 1) * projected(x_c - x_u, x_c, guidance.parallel, guidance.limit)
         if guidance.perturbed is not None:
             away = (weights * (x_parts - guesses[1 + len(weights) :])).sum(0)
             x_0 += jnp.where(here, guidance.perturbed, 0.0) * away
-        return rescaled(x_0, x_c, x, sigma, jnp.where(here, guidance.rescale, 0.0), prediction_type)
+        return rescaled(x_0, x_c, x, sigma, jnp.where(here, guidance.rescale, 0.0), prediction)
 
     return denoise
 
@@ -89,19 +83,17 @@ def projected(direction: Latent, x_c: Latent, parallel: Scale, limit: Scale) -> 
     return direction - (1 - parallel) * along
 
 
-def rescaled(
-    x_0: Latent, x_c: Latent, x: Latent, sigma: Sigma, share: Scale, prediction_type: str
-) -> Latent:  # fmt: skip
+def rescaled(x_0: Latent, x_c: Latent, x: Latent, sigma: Sigma, share: Scale, prediction: Prediction) -> Latent:
     """Brings the network's output, as guidance has it, `share` of the way to the deviation that it has without
     (Lin et al. 2024, eq. 15 and 16): less glare. 0 changes nothing, bit for bit."""
 
     def output(guess: Latent) -> Latent:
-        return target(guess, (x - guess) / sigma, sigma, prediction_type)
+        return prediction.target(guess, (x - guess) / sigma, sigma)
 
     out = output(x_0)
     ratio = jnp.std(output(x_c)) / jnp.maximum(jnp.std(out), 1e-30)
-    # to_x_0 is linear in what the network says, beside x.
-    return x_0 + to_x_0(share * (ratio - 1) * out, jnp.zeros_like(x), sigma, prediction_type)
+    # x_0 is affine in the output, so that a change of the output is a change of x_0 at x = 0.
+    return x_0 + prediction.x_0(share * (ratio - 1) * out, jnp.zeros_like(x), sigma)
 
 
 def within(inside: DenoiseFn, outside: DenoiseFn, guidance: Guidance) -> DenoiseFn:

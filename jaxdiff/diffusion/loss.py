@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jaxdiff.diffusion.denoiser import network_input, target
-from jaxdiff.diffusion.schedule import Schedule
+from jaxdiff.diffusion.prediction import Prediction
+from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.diffusion.timesteps import DrawFn, uniform
 from jaxdiff.diffusion.weights import unweighted
 from jaxdiff.types import Context, Key
 
-# (x_in [b h w c], t [b], context [b t d]) -> what the network predicts [b h w c]
+# (x_in [b h w c], t [b], context [b t d]) -> the network's output [b h w c]
 BatchNetworkFn = Callable[[Float[Array, "b h w c"], Float[Array, " b"], Context], Float[Array, "b h w c"]]
-# (sigma [b], prediction type) -> [b]
-WeightFn = Callable[[Float[Array, " b"], str], Float[Array, " b"]]
+# (sigma [b], prediction) -> [b]
+WeightFn = Callable[[Float[Array, " b"], Prediction], Float[Array, " b"]]
 
 
 def diffusion_loss(
@@ -25,8 +25,8 @@ def diffusion_loss(
     key: Key,
     index: Integer[Array, " b"],
     *,
-    schedule: Schedule,
-    prediction_type: str,
+    schedule: NoiseSchedule,
+    prediction: Prediction,
     weight_fn: WeightFn = unweighted,
     draw_fn: DrawFn | None = None,
     noise_offset: float = 0.0,
@@ -34,15 +34,15 @@ def diffusion_loss(
     """The mean squared error of one denoising step, each sample at its own random noise level.
 
     Args:
-        network_fn: the network, parameters bound.
+        network_fn: the network with its parameters bound.
         x_0: clean latents, scaled to unit variance.
         context: the captions' features.
         key: the run's key.
         index: global sample numbers. A sample's draws depend on (key, index) alone, so not on batch, host or mesh.
         schedule: the noise levels.
-        prediction_type: epsilon, v_prediction, sample or flow_prediction.
-        weight_fn: how much each level counts; see `jaxdiff.diffusion.weights`.
-        draw_fn: which levels are drawn; see `jaxdiff.diffusion.timesteps`. None draws all alike.
+        prediction: what the network predicts.
+        weight_fn: gives how much each level counts; see `jaxdiff.diffusion.weights`.
+        draw_fn: draws a sample's level; see `jaxdiff.diffusion.timesteps`. None draws all levels alike.
         noise_offset: the size of a constant that each channel's noise has added, so that whole pictures learn to be
             dark or bright (Guttenberg 2023).
 
@@ -62,7 +62,7 @@ def diffusion_loss(
     sigma = jnp.asarray(schedule.sigmas, jnp.float32)[level]
     t = jnp.asarray(schedule.times, jnp.float32)[level]
     each = sigma[:, None, None, None]
-    out = network_fn(network_input(x_0 + each * eps, each, prediction_type), t, context).astype(jnp.float32)
-    error = jnp.mean((out - target(x_0, eps, each, prediction_type)) ** 2, axis=(1, 2, 3))
-    loss = weight_fn(sigma, prediction_type) * error
+    out = network_fn(prediction.network_input(x_0 + each * eps, each), t, context).astype(jnp.float32)
+    error = jnp.mean((out - prediction.target(x_0, eps, each)) ** 2, axis=(1, 2, 3))
+    loss = weight_fn(sigma, prediction) * error
     return jnp.mean(share * loss), {"mse": jnp.mean(error)}, {"level": level, "loss": jax.lax.stop_gradient(loss)}

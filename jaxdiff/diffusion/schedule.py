@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion.prediction import PREDICTIONS
 
 # Zero-terminal-SNR leaves nothing of x_0 at the last step, and sigma infinite. This in place of 0 keeps it finite (1e6)
 # and adds less than float32 resolves: diffusers, which has an exact zero there, draws the same pictures.
@@ -15,7 +16,7 @@ TERMINAL_ALPHA_BAR = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class NoiseSchedule:
     """The training steps t = 0 ... T - 1, from nearly clean to nearly noise."""
 
     alpha_bar: Float64[np.ndarray, " t"]
@@ -30,22 +31,22 @@ class Schedule:
 
     @property
     def times(self) -> Float64[np.ndarray, " t"]:
-        """What the network is told of each level: its number, or for flow matching T * t."""
+        """The time that the network is told for each level: its number, or for flow matching T * t."""
         steps = len(self.alpha_bar)
         return steps * self.sigmas / (1 + self.sigmas) if self.flow else np.arange(steps, dtype=np.float64)
 
 
-def make_schedule(config: SchedulerConfig) -> Schedule:
-    """The schedule that diffusers makes of the same `scheduler_config.json`."""
+def make_schedule(config: SchedulerConfig) -> NoiseSchedule:
+    """The noise schedule that diffusers makes of the same `scheduler_config.json`."""
     steps = config.num_train_timesteps
-    if config.prediction_type == "flow_prediction":
+    if PREDICTIONS[config.prediction_type].flow:
         sigmas = flow_sigmas(shifted(np.arange(1, steps + 1) / steps, config.shift))
-        return Schedule(1 / (1 + sigmas**2), flow=True)
+        return NoiseSchedule(1 / (1 + sigmas**2), flow=True)
     betas = BETAS[config.beta_schedule](config.beta_start, config.beta_end, steps)
     alpha_bar = np.cumprod(1 - betas)
     if config.rescale_betas_zero_snr:
         alpha_bar = zero_terminal_snr(alpha_bar)
-    return Schedule(alpha_bar)
+    return NoiseSchedule(alpha_bar)
 
 
 def zero_terminal_snr(alpha_bar: Float64[np.ndarray, " t"]) -> Float64[np.ndarray, " t"]:

@@ -1,141 +1,106 @@
-"""One-step samplers of dx/dsigma = (x - D(x, sigma)) / sigma (Karras et al. 2022, eq. 4), and their random kin.
-
-All take what `ddim` takes, and return the state at `grid.sigmas_next[stop - 1]`.
-"""
+"""One-step samplers of dx/dsigma = (x - x_0(x, sigma)) / sigma (Karras et al. 2022, eq. 4), and their random kin."""
 
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.sampling.grids import Grid
-from jaxdiff.sampling.walk import (
-    Index,
+from jaxdiff.sampling.loop import (
+    History,
     NoiseFn,
-    Past,
     Scalar,
-    State,
     Step,
+    StepFn,
     ancestral,
     clipped,
-    silence,
+    no_noise,
+    to_eps,
     unless_last,
-    walk,
 )
 from jaxdiff.types import DenoiseFn, Latent, Sigma
 
 
-def euler(denoise_fn: DenoiseFn, state: State, grid: Grid, noise_fn: NoiseFn, *, start: Index, stop: Index) -> State:
-    """Euler's method: first order, the same step as DDIM's without eta.
+def euler(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
+    """Euler's method (Karras et al. 2022, algorithm 1, without its correction): first order, DDIM's step at eta 0.
 
-    On a flow's grid it is flow matching's (Lipman et al. 2023): the guesses of x_0 and noise stay, on the straight line
-    too.
+    At flow matching's levels it is the Euler step of Lipman et al. 2023: that x_0 and eps stay as they are holds on the
+    straight line, too.
     """
-    return euler_ancestral(denoise_fn, state, grid, silence, start=start, stop=stop, eta=0.0)
+    return euler_ancestral(denoise_fn, no_noise, eta=0.0)
 
 
-def euler_ancestral(
-    denoise_fn: DenoiseFn,
-    state: State,
-    grid: Grid,
-    noise_fn: NoiseFn,
-    *,
-    start: Index,
-    stop: Index,
-    eta: Scalar = 1.0,
-) -> State:
-    """Euler's method to below the next level, and noise from there up to it (k-diffusion); first order."""
+def euler_ancestral(denoise_fn: DenoiseFn, noise_fn: NoiseFn, eta: Scalar = 1.0) -> StepFn:
+    """Euler's method to s_down, below the next level, and noise from there up to it (k-diffusion); first order."""
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
         s_down, s_up = ancestral(step.sigma, step.sigma_next, eta)
         x_0 = denoise_fn(x, step.sigma)
-        return x_0 + s_down / step.sigma * (x - x_0) + s_up * noise_fn(step.i), past
+        return x_0 + s_down / step.sigma * (x - x_0) + s_up * noise_fn(step.index), history
 
-    return walk(step_fn, state, grid, start, stop)
+    return step_fn
 
 
-def heun(
-    denoise_fn: DenoiseFn,
-    state: State,
-    grid: Grid,
-    noise_fn: NoiseFn,
-    *,
-    start: Index,
-    stop: Index,
-    clip: float | None = None,
-) -> State:
+def heun(denoise_fn: DenoiseFn, noise_fn: NoiseFn, clip: float | None = None) -> StepFn:
     """Heun's method, without churn (Karras et al. 2022, algorithm 1): second order, two calls a step."""
     denoise_fn = clipped(denoise_fn, clip)
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
-        d, width = _slope(denoise_fn, x, step.sigma), step.sigma_next - step.sigma
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
+        width = step.sigma_next - step.sigma
+        d = to_eps(x, denoise_fn(x, step.sigma), step.sigma)
 
         def corrected(x_next: Latent) -> Latent:
-            return x + width / 2 * (d + _slope(denoise_fn, x_next, step.sigma_next))
+            d_next = to_eps(x_next, denoise_fn(x_next, step.sigma_next), step.sigma_next)
+            return x + width / 2 * (d + d_next)
 
-        return unless_last(step, corrected, x + width * d), past
+        return unless_last(step, corrected, x + width * d), history
 
-    return walk(step_fn, state, grid, start, stop)
+    return step_fn
 
 
-def flow_heun(
-    denoise_fn: DenoiseFn, state: State, grid: Grid, noise_fn: NoiseFn, *, start: Index, stop: Index
-) -> State:
+def flow_heun(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
     """Heun's method along the straight line y = (1 - t) x_0 + t eps, dy/dt = eps - x_0 (Liu et al. 2023, section 2.1).
 
-    Here y = x / (1 + sigma) and t = sigma / (1 + sigma). Second order, two calls a step; in another coordinate than
-    `heun`, and so with another error.
+    Here y = x / (1 + sigma) and t = sigma / (1 + sigma). Second order, two calls a step; the error differs from
+    `heun`'s, since the coordinate does.
     """
 
     def velocity(y: Latent, sigma: Sigma) -> Latent:
         x = y * (1 + sigma)
         x_0 = denoise_fn(x, sigma)
-        return (x - x_0) / sigma - x_0
+        return to_eps(x, x_0, sigma) - x_0
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
         y, width = x / (1 + step.sigma), 1 / (1 + step.sigma) - 1 / (1 + step.sigma_next)
         v = velocity(y, step.sigma)
 
         def corrected(y_next: Latent) -> Latent:
             return y + width / 2 * (v + velocity(y_next, step.sigma_next))
 
-        return unless_last(step, corrected, y + width * v) * (1 + step.sigma_next), past
+        return unless_last(step, corrected, y + width * v) * (1 + step.sigma_next), history
 
-    return walk(step_fn, state, grid, start, stop)
-
-
-def dpm2(denoise_fn: DenoiseFn, state: State, grid: Grid, noise_fn: NoiseFn, *, start: Index, stop: Index) -> State:
-    """DPM-Solver-2 in sigma: the midpoint method, its middle that of log sigma (Karras et al. 2022, algorithm 2,
-    without churn); second order, two calls a step."""
-    return dpm2_ancestral(denoise_fn, state, grid, silence, start=start, stop=stop, eta=0.0)
+    return step_fn
 
 
-def dpm2_ancestral(
-    denoise_fn: DenoiseFn,
-    state: State,
-    grid: Grid,
-    noise_fn: NoiseFn,
-    *,
-    start: Index,
-    stop: Index,
-    eta: Scalar = 1.0,
-) -> State:
-    """`dpm2` to below the next level, and noise from there up to it (k-diffusion); first order with its noise."""
+def dpm2(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
+    """DPM-Solver-2: the midpoint method in sigma, with the middle of log sigma (Lu et al. 2022, algorithm 1, in the
+    form of Karras et al. 2022, algorithm 2, without churn); second order, two calls a step."""
+    return dpm2_ancestral(denoise_fn, no_noise, eta=0.0)
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
+
+def dpm2_ancestral(denoise_fn: DenoiseFn, noise_fn: NoiseFn, eta: Scalar = 1.0) -> StepFn:
+    """`dpm2` to s_down, below the next level, and noise from there up to it (k-diffusion); first order with noise."""
+
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
         s_down, s_up = ancestral(step.sigma, step.sigma_next, eta)
-        d = _slope(denoise_fn, x, step.sigma)
+        d = to_eps(x, denoise_fn(x, step.sigma), step.sigma)
 
         def to_end(x: Latent) -> Latent:
             return x - step.sigma * d
 
         def through_middle(x: Latent) -> Latent:
             middle = jnp.sqrt(step.sigma * s_down)
-            d_middle = _slope(denoise_fn, x + (middle - step.sigma) * d, middle)
-            return x + (s_down - step.sigma) * d_middle + s_up * noise_fn(step.i)
+            x_middle = x + (middle - step.sigma) * d
+            d_middle = to_eps(x_middle, denoise_fn(x_middle, middle), middle)
+            return x + (s_down - step.sigma) * d_middle + s_up * noise_fn(step.index)
 
-        return jax.lax.cond(step.sigma_next == 0, to_end, through_middle, x), past
+        return jax.lax.cond(step.sigma_next == 0, to_end, through_middle, x), history
 
-    return walk(step_fn, state, grid, start, stop)
-
-
-def _slope(denoise_fn: DenoiseFn, x: Latent, sigma: Sigma) -> Latent:
-    return (x - denoise_fn(x, sigma)) / sigma
+    return step_fn

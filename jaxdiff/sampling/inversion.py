@@ -1,83 +1,83 @@
 """From a clean latent up to the noise that it would be drawn from, and a sampler that can be undone exactly.
 
-`ddim_inversion` and `edict_inversion` are samplers on a grid turned round (`backwards`): they start at a picture.
+`ddim_inversion` and `edict_inversion` are samplers at levels in reverse order (`backwards`): they start at a picture.
 """
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.sampling.grids import Grid
-from jaxdiff.sampling.walk import Index, NoiseFn, Past, State, Step, walk
+from jaxdiff.sampling.loop import History, NoiseFn, Step, StepFn, to_eps
+from jaxdiff.sampling.sigmas import Sigmas
 from jaxdiff.types import DenoiseFn, Latent, Sigma
 
 MIX = 0.93
 """How much of each of EDICT's two latents is its own; the paper's p."""
 
 
-def backwards(grid: Grid, steps: int) -> Grid:
-    """The grid's first `steps`, the last one first, each from where it ends to where it begins."""
-    sigmas, sigmas_next = np.array(grid.sigmas), np.array(grid.sigmas_next)
-    sigmas[:steps], sigmas_next[:steps] = np.copy(grid.sigmas_next[:steps][::-1]), np.copy(grid.sigmas[:steps][::-1])
-    return Grid(sigmas, sigmas_next)
+def backwards(sigmas: Sigmas, steps: int) -> Sigmas:
+    """The first `steps` steps in reverse order, each from where it ends to where it starts."""
+    up, up_next = np.array(sigmas.sigmas), np.array(sigmas.sigmas_next)
+    up[:steps], up_next[:steps] = np.copy(sigmas.sigmas_next[:steps][::-1]), np.copy(sigmas.sigmas[:steps][::-1])
+    return Sigmas(up, up_next)
 
 
-def ddim_inversion(
-    denoise_fn: DenoiseFn, state: State, grid: Grid, noise_fn: NoiseFn, *, start: Index, stop: Index
-) -> State:
-    """DDIM's steps taken backwards as if the noise were the same at both ends of a step (Song et al. 2021, section
-    4.3): near the noise of the picture, the nearer the more steps."""
+def ddim_inversion(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
+    """DDIM's steps backwards, as if the noise were the same at both ends of a step (Song et al. 2021, section 4.3).
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
-        # The upper level's guess, for the lower may be 0, where the model says nothing; of x at that level's variance.
+    The result comes nearer to the noise of the picture the more steps there are.
+    """
+
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
+        # The denoiser is called at the upper level, since the lower may be 0, with x scaled to its variance.
         above = x * jnp.sqrt((1 + step.sigma_next**2) / (1 + step.sigma**2))
-        return x + (step.sigma_next - step.sigma) * _eps(denoise_fn, above, step.sigma_next), past
+        return x + (step.sigma_next - step.sigma) * _eps(denoise_fn, above, step.sigma_next), history
 
-    return walk(step_fn, state, grid, start, stop)
+    return step_fn
 
 
-def edict(denoise_fn: DenoiseFn, state: State, grid: Grid, noise_fn: NoiseFn, *, start: Index, stop: Index) -> State:
-    """DDIM of two latents that take turns in telling the noise to each other (Wallace et al. 2023, EDICT, eq. 14):
-    `edict_inversion` undoes each step exactly. Two calls a step; the second latent is the past's first."""
+def edict(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
+    """EDICT (Wallace et al. 2023, eq. 14): DDIM of two latents, each of which steps by the noise in the other.
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
+    `edict_inversion` undoes each step exactly. Two calls a step; the history's first latent is the second latent.
+    """
+
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
         width = step.sigma_next - step.sigma
-        y = _second(x, past, step)
+        y = _second(x, history, step)
         x = x + width * _eps(denoise_fn, y, step.sigma)
         y = y + width * _eps(denoise_fn, x, step.sigma)
         x = MIX * x + (1 - MIX) * y
         y = MIX * y + (1 - MIX) * x
-        return x, _keep(y, past, step)
+        return x, _keep(y, history, step)
 
-    return walk(step_fn, state, grid, start, stop)
+    return step_fn
 
 
-def edict_inversion(
-    denoise_fn: DenoiseFn, state: State, grid: Grid, noise_fn: NoiseFn, *, start: Index, stop: Index
-) -> State:
-    """`edict` undone (Wallace et al. 2023, eq. 15), on a grid that is turned round."""
+def edict_inversion(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
+    """`edict` undone (Wallace et al. 2023, eq. 15), at levels in reverse order."""
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
         width = step.sigma - step.sigma_next
-        y = _second(x, past, step)
+        y = _second(x, history, step)
         y = (y - (1 - MIX) * x) / MIX
         x = (x - (1 - MIX) * y) / MIX
         y = y - width * _eps(denoise_fn, x, step.sigma_next)
         x = x - width * _eps(denoise_fn, y, step.sigma_next)
-        return x, _keep(y, past, step)
+        return x, _keep(y, history, step)
 
-    return walk(step_fn, state, grid, start, stop)
+    return step_fn
 
 
 def _eps(denoise_fn: DenoiseFn, x: Latent, sigma: Sigma) -> Latent:
-    return (x - denoise_fn(x, sigma)) / sigma
+    return to_eps(x, denoise_fn(x, sigma), sigma)
 
 
-def _second(x: Latent, past: Past, step: Step) -> Latent:
-    """The second latent: a walk begins with both alike, unless it goes on from an inversion."""
-    kept = past[0] * jnp.sqrt(1 + step.sigma**2)
-    return jnp.where((step.taken == 0) & (past[0] == 0).all(), x, kept)
+def _second(x: Latent, history: History, step: Step) -> Latent:
+    """The second latent: the same as the first before any step, but for a loop that goes on from an inversion."""
+    kept = history[0] * jnp.sqrt(1 + step.sigma**2)
+    return jnp.where((step.taken == 0) & (history[0] == 0).all(), x, kept)
 
 
-def _keep(y: Latent, past: Past, step: Step) -> Past:
-    """Scaled as `State.x` is, so that a walk back finds it."""
-    return past.at[0].set(y / jnp.sqrt(1 + step.sigma_next**2))
+def _keep(y: Latent, history: History, step: Step) -> History:
+    """Keeps the second latent scaled as `State.x` is, so that a loop in the other direction can go on with it."""
+    return history.at[0].set(y / jnp.sqrt(1 + step.sigma_next**2))

@@ -1,6 +1,6 @@
 """Adams-Bashforth on the noise eps = (x - x_0) / sigma: x' = x + the integral of eps over sigma, from the last few.
 
-The samplers differ in the coordinate in which eps is a polynomial. All take what `ddim` takes; one call a step.
+The samplers differ in the coordinate in which eps is a polynomial. All call the denoiser once a step.
 """
 
 import jax.numpy as jnp
@@ -8,55 +8,54 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
 from jaxdiff.sampling.dpmpp import FEW
-from jaxdiff.sampling.grids import Grid
-from jaxdiff.sampling.walk import Index, NoiseFn, Past, State, Step, combine, remember, walk
+from jaxdiff.sampling.loop import History, NoiseFn, Step, StepFn, push, to_eps, weighted_sum
 from jaxdiff.types import DenoiseFn, Latent
 
 
-def lms(denoise_fn: DenoiseFn, state: State, grid: Grid, noise_fn: NoiseFn, *, start: Index, stop: Index) -> State:
+def lms(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
     """A cubic in sigma through the last four eps (k-diffusion's sample_lms): fourth order once it has them."""
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
-        eps = (x - denoise_fn(x, step.sigma)) / step.sigma
-        return x + combine(_cubic(step), eps, past), remember(past, eps)
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
+        eps = to_eps(x, denoise_fn(x, step.sigma), step.sigma)
+        return x + weighted_sum(_cubic(step), eps, history), push(history, eps)
 
-    return walk(step_fn, state, grid, start, stop)
+    return step_fn
 
 
-def deis(denoise_fn: DenoiseFn, state: State, grid: Grid, noise_fn: NoiseFn, *, start: Index, stop: Index) -> State:
+def deis(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
     """A line in log sigma through the last two eps, DEIS's rho-AB1 (Zhang & Chen 2023, eq. 15): second order."""
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
-        eps = (x - denoise_fn(x, step.sigma)) / step.sigma
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
+        eps = to_eps(x, denoise_fn(x, step.sigma), step.sigma)
         r = step.sigma_next / step.sigma
-        bend = step.sigma * (xlogy(r, r) - r + 1) / jnp.log(step.before[0] / step.sigma)
-        last = (step.left == 1) & ((step.of < FEW) | (step.sigma_next == 0))
+        bend = step.sigma * (xlogy(r, r) - r + 1) / jnp.log(step.sigmas_before[0] / step.sigma)
+        last = (step.steps_left == 1) & ((step.steps < FEW) | (step.sigma_next == 0))
         bend = jnp.where((step.taken > 0) & ~last, bend, 0)
         weights = jnp.stack([step.sigma_next - step.sigma - bend, bend])
-        return x + combine(weights, eps, past), remember(past, eps)
+        return x + weighted_sum(weights, eps, history), push(history, eps)
 
-    return walk(step_fn, state, grid, start, stop)
+    return step_fn
 
 
-def pndm(denoise_fn: DenoiseFn, state: State, grid: Grid, noise_fn: NoiseFn, *, start: Index, stop: Index) -> State:
+def pndm(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
     """Pseudo linear multistep, PLMS (Liu et al. 2022, eq. 11 and 12): a cubic in the training step, second order.
 
-    On the grid of `pndm_grid`, whose second step goes the first once more, with the mean of both ends' eps.
+    At the levels of `sigmas.PNDM` the second step repeats the first with the mean of the eps at its two ends.
     """
 
-    def step_fn(x: Latent, past: Past, step: Step) -> tuple[Latent, Past]:
-        eps = (x - denoise_fn(x, step.sigma)) / step.sigma
-        from_top = step.i == step.taken  # a walk from the middle of the grid has no step that goes once more
+    def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:
+        eps = to_eps(x, denoise_fn(x, step.sigma), step.sigma)
+        from_top = step.index == step.taken  # a loop that starts at a later step than 0 has no step that is repeated
         again = from_top & (step.taken == 1)
-        x = jnp.where(again, past[3], x)
-        sigma = jnp.where(again, step.before[0], step.sigma)
+        x = jnp.where(again, history[3], x)
+        sigma = jnp.where(again, step.sigmas_before[0], step.sigma)
         row = step.taken + (~from_top & (step.taken > 0))
         weights = jnp.array(ADAMS)[jnp.minimum(row, len(ADAMS) - 1)]
-        x_next = x + (step.sigma_next - sigma) * combine(weights, eps, past)
-        kept = jnp.where(again, past[:3], remember(past, eps)[:3])
-        return x_next, remember(past, *kept, x)
+        x_next = x + (step.sigma_next - sigma) * weighted_sum(weights, eps, history)
+        kept = jnp.where(again, history[:3], push(history, eps)[:3])
+        return x_next, push(history, *kept, x)
 
-    return walk(step_fn, state, grid, start, stop)
+    return step_fn
 
 
 # Of eps now and before, for PLMS's steps in turn: Euler's, the trapezium, and Adams-Bashforth of orders 2, 3 and 4.
@@ -71,7 +70,7 @@ ADAMS = (
 
 def _cubic(step: Step) -> Float[Array, " 4"]:
     """Integrals of Lagrange's polynomials over the step; two Gauss points are exact for cubics."""
-    nodes = jnp.concatenate([step.sigma[None], step.before[:3]])
+    nodes = jnp.concatenate([step.sigma[None], step.sigmas_before[:3]])
     there = jnp.arange(4) <= step.taken
     half = (step.sigma_next - step.sigma) / 2
     points = step.sigma + half + half * jnp.array([-1, 1]) / jnp.sqrt(3)

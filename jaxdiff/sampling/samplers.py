@@ -1,110 +1,111 @@
-"""The samplers by name, and which noise levels each can visit."""
+"""The samplers by name, and the noise levels that each can visit."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxdiff.config import SchedulerConfig, nearest
-from jaxdiff.diffusion.schedule import Schedule
+from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.sampling.consistency import lcm, tcd
 from jaxdiff.sampling.ddim import ddim, ddpm
 from jaxdiff.sampling.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, unipc
 from jaxdiff.sampling.euler import dpm2, dpm2_ancestral, euler, euler_ancestral, flow_heun, heun
-from jaxdiff.sampling.grids import (
-    GRIDS,
-    Grid,
-    GridFn,
-    ddpm_grid,
-    deis_grid,
-    dpm_grid,
-    k_grid,
-    lcm_grid,
-    model_grid,
-    pndm_grid,
-    tcd_grid,
-)
 from jaxdiff.sampling.inversion import edict
+from jaxdiff.sampling.loop import StepFn
 from jaxdiff.sampling.multistep import deis, lms, pndm
-from jaxdiff.sampling.walk import State
+from jaxdiff.sampling.sigmas import (
+    DDPM,
+    DEIS,
+    DPM_SOLVER,
+    K_DIFFUSION,
+    LCM,
+    MODEL,
+    PNDM,
+    SCHEDULES,
+    TCD,
+    SigmaFamily,
+    Sigmas,
+)
 
 
 class Sampler(NamedTuple):
-    """A sampler and what may be asked of it."""
+    """A sampler and what it can be used with."""
 
-    fn: Callable[..., State]
-    """Takes (denoise_fn, state, grid, noise_fn, *, start, stop), and `options`."""
-    family: GridFn
-    """Its own levels."""
+    fn: Callable[..., StepFn]
+    """A `SamplerFn` that takes `options`, too."""
+    family: SigmaFamily
+    """Its own noise levels."""
     options: tuple[str, ...] = ()
-    """Which of "eta" and "clip" it takes."""
-    grids: tuple[str, ...] = tuple(GRIDS)
+    """Which of "eta" and "clip" `fn` takes."""
+    schedules: tuple[str, ...] = tuple(SCHEDULES)
+    """The names of the schedules that it can use."""
     reuses: bool = True
-    """Whether the network's features may be kept over some steps; those of few steps are too far apart."""
+    """Whether it can reuse the network's deep features over some steps; few steps are too far apart for that."""
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(ddim, model_grid, ("eta", "clip")),
-    "ddpm": Sampler(ddpm, ddpm_grid, ("clip",)),
-    "euler": Sampler(euler, k_grid),
-    "euler_ancestral": Sampler(euler_ancestral, k_grid),
-    "heun": Sampler(heun, k_grid, ("clip",)),
-    "flow_heun": Sampler(flow_heun, k_grid),
-    "dpm2": Sampler(dpm2, k_grid),
-    "dpm2_ancestral": Sampler(dpm2_ancestral, k_grid),
-    "lms": Sampler(lms, k_grid),
-    "pndm": Sampler(pndm, pndm_grid, (), ("model",)),
-    "deis": Sampler(deis, deis_grid),
-    "dpmpp_2m": Sampler(dpmpp_2m, dpm_grid),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, dpm_grid),
-    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, dpm_grid),
-    "dpmpp_sde": Sampler(dpmpp_sde, k_grid),
-    "unipc": Sampler(unipc, dpm_grid),
-    "lcm": Sampler(lcm, lcm_grid, ("clip",), ("model",), reuses=False),
-    "tcd": Sampler(tcd, tcd_grid, (), ("model",), reuses=False),
-    "edict": Sampler(edict, model_grid),
+    "ddim": Sampler(ddim, MODEL, ("eta", "clip")),
+    "ddpm": Sampler(ddpm, DDPM, ("clip",)),
+    "euler": Sampler(euler, K_DIFFUSION),
+    "euler_ancestral": Sampler(euler_ancestral, K_DIFFUSION),
+    "heun": Sampler(heun, K_DIFFUSION, ("clip",)),
+    "flow_heun": Sampler(flow_heun, K_DIFFUSION),
+    "dpm2": Sampler(dpm2, K_DIFFUSION),
+    "dpm2_ancestral": Sampler(dpm2_ancestral, K_DIFFUSION),
+    "lms": Sampler(lms, K_DIFFUSION),
+    "pndm": Sampler(pndm, PNDM, (), ("model",)),
+    "deis": Sampler(deis, DEIS),
+    "dpmpp_2m": Sampler(dpmpp_2m, DPM_SOLVER),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, DPM_SOLVER),
+    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, DPM_SOLVER),
+    "dpmpp_sde": Sampler(dpmpp_sde, K_DIFFUSION),
+    "unipc": Sampler(unipc, DPM_SOLVER),
+    "lcm": Sampler(lcm, LCM, ("clip",), ("model",), reuses=False),
+    "tcd": Sampler(tcd, TCD, (), ("model",), reuses=False),
+    "edict": Sampler(edict, MODEL),
 }
-WITH_ETA = ("ddim", "tcd")  # ddim takes it as an option, tcd as its grid's gamma
+WITH_ETA = tuple(name for name, entry in SAMPLERS.items() if "eta" in entry.options or entry.family.takes_eta)
+"""The samplers with a share of noise, eta: ddim as an option, tcd for its levels."""
 
 
-def check_sampler(sampler: object, grid: object = "model", eta: float = 0.0, cache_interval: int = 1) -> None:
-    """Whether there is such a sampler, and it can use the grid and eta, and features kept for some steps.
+def check_sampler(sampler: object, schedule: object = "model", eta: float = 0.0, cache_interval: int = 1) -> None:
+    """Checks that there is such a sampler, and that it can use the schedule, eta, and features kept for some steps.
 
     Raises:
         ValueError: in a sentence, where not.
     """
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise ValueError(f"Unknown sampler {sampler!r}{nearest(str(sampler), list(SAMPLERS))}")
-    if not isinstance(grid, str) or grid not in GRIDS:
-        raise ValueError(f"Unknown grid {grid!r}{nearest(str(grid), list(GRIDS))}")
-    grids = SAMPLERS[sampler].grids
-    if grid not in grids:
-        raise ValueError(f"The sampler {sampler} cannot use the grid {grid!r}; it can use: {', '.join(grids)}.")
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
+        raise ValueError(f"Unknown schedule {schedule!r}{nearest(str(schedule), list(SCHEDULES))}")
+    known = SAMPLERS[sampler].schedules
+    if schedule not in known:
+        raise ValueError(f"The sampler {sampler} cannot use the schedule {schedule!r}; it can use: {', '.join(known)}.")
     if eta and sampler not in WITH_ETA:
         raise ValueError(
             f"eta is {eta:g}, which the sampler {sampler} does not take; it is for {' and '.join(WITH_ETA)}."
         )
     if cache_interval > 1 and not SAMPLERS[sampler].reuses:
-        raise ValueError(f"cache_interval is {cache_interval}, which the sampler {sampler} cannot use: its few steps "
-                         "are far apart. Leave it at 1.")  # fmt: skip
+        raise ValueError(
+            f"cache_interval is {cache_interval}, which the sampler {sampler} cannot use: its few steps are far "
+            "apart. Leave it at 1."
+        )
 
 
-def make_grid(
-    sampler: str, grid: str, config: SchedulerConfig, schedule: Schedule, steps: int, eta: float = 0.0
-) -> Grid:
-    """The noise levels for one of `SAMPLERS` on one of `GRIDS`.
+def make_sigmas(
+    sampler: str, schedule: str, config: SchedulerConfig, noise_schedule: NoiseSchedule, steps: int, eta: float = 0.0
+) -> Sigmas:
+    """The noise levels for one of `SAMPLERS` by one of `SCHEDULES`.
 
     Raises:
-        ValueError: where the sampler cannot use the grid or eta, or the model cannot take so many steps.
+        ValueError: where the sampler cannot use the schedule or eta, or the model cannot take so many steps.
     """
-    check_sampler(sampler, grid, eta)
-    family = SAMPLERS[sampler].family
-    if family is tcd_grid:
-        family = partial(tcd_grid, gamma=eta)
-    return GRIDS[grid](family)(config, schedule, steps)
+    check_sampler(sampler, schedule, eta)
+    family = SAMPLERS[sampler].family.with_eta(eta)
+    return SCHEDULES[schedule](family)(config, noise_schedule, steps)
 
 
-def count_steps(grid: Grid) -> int:
-    """How many steps a grid has: pndm's is one longer than was asked for."""
-    return int(np.count_nonzero(grid.sigmas))
+def count_steps(sigmas: Sigmas) -> int:
+    """How many steps the levels are for; pndm takes one more than was asked for."""
+    return int(np.count_nonzero(sigmas.sigmas))

@@ -18,8 +18,8 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.generate import Program, Scene, keys_and_noise, read_prompts, text_to_image
 from jaxdiff.nn.layers import Remat
-from jaxdiff.sampling.grids import model_grid
-from jaxdiff.sampling.walk import begin
+from jaxdiff.sampling.loop import begin
+from jaxdiff.sampling.sigmas import MODEL
 from jaxdiff.sharding import batch_sharding, gather_params, tree_shardings
 from jaxdiff.tools.bench import flops
 from jaxdiff.tools.bench.models import Model, random_inputs, ready, weights
@@ -170,7 +170,7 @@ def sample(setting: Setting) -> Work:
         words = unwrap(read_prompts)(params["text_encoder"], ids, jnp.ones(ids.shape), ids[0, 0, 0, 0], program=program)
         return unwrap(text_to_image)(params, Scene(words, everywhere, always), state, keys, *turned, program=program)
 
-    grid = model_grid(model.scheduler, make_schedule(model.scheduler), steps)
+    grid = MODEL(model.scheduler, make_schedule(model.scheduler), steps)
     ends = np.int32(0), np.int32(steps), np.int32(steps)
     guidance = np.float32(setting.options["guidance"])
     length = model.text_encoder.max_position_embeddings

@@ -15,9 +15,9 @@ from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.generate import Program, Scene, keys_and_noise, read_prompts, text_to_image
 from jaxdiff.io.programs import KERNELS
 from jaxdiff.nn.attention import portable
-from jaxdiff.sampling.grids import Grid
-from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_grid
-from jaxdiff.sampling.walk import begin
+from jaxdiff.sampling.loop import begin
+from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
+from jaxdiff.sampling.sigmas import Sigmas
 from jaxdiff.types import Params
 
 Arrays = dict[str, Any]
@@ -82,7 +82,7 @@ def draw(
     steps = inputs["steps"]
     state, images = unwrap(text_to_image)(
         {name: params[name] for name in ("unet", "vae")}, scene, jax.vmap(begin)(noise), keys,
-        Grid(inputs["sigmas"], inputs["sigmas_next"]), jnp.int32(0), steps, steps, guidance,
+        Sigmas(inputs["sigmas"], inputs["sigmas_next"]), jnp.int32(0), steps, steps, guidance,
         inputs.get("eta", jnp.float32(0)), program=program,
     )  # fmt: skip
     return {"images": images, "finite": jnp.isfinite(state.x).all((1, 2, 3))}
@@ -133,13 +133,13 @@ def all_levels(program: Program, grid: str) -> dict[str, np.ndarray]:
         "sigmas" and "sigmas_next", in which those of n steps lie from "ends"[n - 1] to "ends"[n].
     """
     schedule, total = make_schedule(program.scheduler), program.scheduler.num_train_timesteps
-    grids: list[Grid] = []
-    nothing, told = Grid(np.zeros(0, np.float32), np.zeros(0, np.float32)), ""
+    grids: list[Sigmas] = []
+    nothing, told = Sigmas(np.zeros(0, np.float32), np.zeros(0, np.float32)), ""
     for steps in range(1, total + 1):
         try:
-            levels = make_grid(program.sampler, grid, program.scheduler, schedule, steps)
+            levels = make_sigmas(program.sampler, grid, program.scheduler, schedule, steps)
             n = count_steps(levels)
-            grids.append(Grid(*(np.asarray(part)[:n] for part in levels)))
+            grids.append(Sigmas(*(np.asarray(part)[:n] for part in levels)))
         except ValueError as error:
             grids.append(nothing)
             told = str(error)

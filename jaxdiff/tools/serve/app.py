@@ -77,7 +77,7 @@ def describe(studio: Studio) -> dict[str, Any]:
         "size": pipe.size,
         "factor": pipe.model.vae.factor,
         "defaults": asdict(Settings()),
-        "samplers": {name: list(sampler.grids) for name, sampler in SAMPLERS.items()},
+        "samplers": {name: list(sampler.schedules) for name, sampler in SAMPLERS.items()},
         "with_eta": list(WITH_ETA),
         "limits": asdict(studio.limits),
     }

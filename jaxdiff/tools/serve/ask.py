@@ -14,7 +14,7 @@ from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.io.images import read_mask, read_picture
 from jaxdiff.pipeline import Pipeline
 from jaxdiff.prompts import Words, encode
-from jaxdiff.sampling.samplers import count_steps, make_grid
+from jaxdiff.sampling.samplers import count_steps, make_sigmas
 from jaxdiff.settings import Settings, settings
 
 MAX_TEXT = 10_000
@@ -105,7 +105,7 @@ def read_ask(body: bytes, pipe: Pipeline, limits: Limits) -> Ask:
         raise ValueError("mask, strength and invert are for an image; give one.")
     picture = None if image is None else read_picture(image)
 
-    levels = make_grid(
+    levels = make_sigmas(
         ask.sampler, ask.grid, pipe.model.scheduler, make_schedule(pipe.model.scheduler), ask.steps, ask.eta
     )
     _, warnings = encode([Words(prompt, negative)], pipe.tokenizer, count_steps(levels), literal=ask.literal)

@@ -13,6 +13,7 @@ from jaxdiff.build import Remat
 from jaxdiff.config import DiffusionTask, VAEConfig
 from jaxdiff.diffusion import timesteps, weights
 from jaxdiff.diffusion.loss import WeightFn, diffusion_loss
+from jaxdiff.diffusion.prediction import PREDICTIONS
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.diffusion.timesteps import DrawFn
 from jaxdiff.training.noise import sample_keys
@@ -86,7 +87,7 @@ def diffusion_task(
             noise_key,
             index,
             schedule=schedule,
-            prediction_type=config.scheduler.prediction_type,
+            prediction=PREDICTIONS[config.scheduler.prediction_type],
             weight_fn=weight_fn(config),
             draw_fn=draw_fn(config, memory),
             noise_offset=config.noise_offset,
