@@ -1,13 +1,16 @@
 """Networks as denoisers, and guidance round them."""
 
+from typing import get_args, get_type_hints
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.denoiser import PREDICTIONS, make_denoiser, sigma_to_t, target, to_x_0
-from jaxdiff.diffusion.guidance import Guidance, classifier_free, guided, projected, within
+from jaxdiff.config import SchedulerConfig, from_dict
+from jaxdiff.diffusion.denoiser import make_denoiser, sigma_to_t
+from jaxdiff.diffusion.guidance import Guidance, guided, projected, within
+from jaxdiff.diffusion.prediction import EPSILON, PREDICTIONS, SAMPLE, V
 from jaxdiff.diffusion.schedule import make_schedule
 
 SCHEDULE = make_schedule(SchedulerConfig())
@@ -15,18 +18,18 @@ FLOW = make_schedule(SchedulerConfig(prediction_type="flow_prediction", clip_sam
 X_0, EPS = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
 @pytest.mark.parametrize("t", [0, 500, 999])
-def test_a_network_that_answers_the_target_denoises_perfectly(prediction_type, t):
-    schedule = FLOW if prediction_type == "flow_prediction" else SCHEDULE
+def test_a_network_that_answers_the_target_denoises_perfectly(prediction, t):
+    schedule = FLOW if prediction.flow else SCHEDULE
     sigma = jnp.float32(schedule.sigmas[t])
 
     def network_fn(x_in, step):
         assert x_in.shape == X_0.shape
         assert float(step) == pytest.approx(schedule.times[t], rel=1e-6)
-        return target(X_0, EPS, sigma, prediction_type)
+        return prediction.target(X_0, EPS, sigma)
 
-    denoise_fn = make_denoiser(network_fn, schedule, prediction_type)
+    denoise_fn = make_denoiser(network_fn, schedule, prediction)
     # Of x_0, pure noise keeps only what float32 resolves beside it.
     atol = 1e-4 if sigma < 1e3 else 1e-6 * float(sigma)
     np.testing.assert_allclose(denoise_fn(X_0 + sigma * EPS, sigma), X_0, atol=atol)
@@ -34,7 +37,7 @@ def test_a_network_that_answers_the_target_denoises_perfectly(prediction_type, t
 
 def test_v_is_the_velocity_of_salimans_and_ho():
     alpha_bar = SCHEDULE.alpha_bar[300]
-    v = target(X_0, EPS, jnp.float32(SCHEDULE.sigmas[300]), "v_prediction")
+    v = V.target(X_0, EPS, jnp.float32(SCHEDULE.sigmas[300]))
     np.testing.assert_allclose(v, np.sqrt(alpha_bar) * EPS - np.sqrt(1 - alpha_bar) * X_0, atol=1e-5)
 
 
@@ -60,13 +63,14 @@ def test_a_level_between_two_steps_maps_between_them():
 def test_the_network_is_given_unit_variance():
     sigma = jnp.float32(50.0)
     seen = []
-    make_denoiser(lambda x_in, t: seen.append(x_in) or x_in, SCHEDULE, "sample")(sigma * EPS, sigma)
+    make_denoiser(lambda x_in, t: seen.append(x_in) or x_in, SCHEDULE, SAMPLE)(sigma * EPS, sigma)
     assert float(jnp.std(seen[0])) == pytest.approx(float(jnp.std(EPS)), rel=1e-3)
 
 
-def test_an_unknown_prediction_type_is_refused():
-    with pytest.raises(ValueError, match="prediction_type is 'flow'; supported: epsilon"):
-        make_denoiser(lambda x, t: x, SCHEDULE, "flow")
+def test_predictions_are_those_that_a_config_can_have():
+    assert list(PREDICTIONS) == list(get_args(get_type_hints(SchedulerConfig)["prediction_type"]))
+    with pytest.raises(ValueError, match="prediction_type is 'flow'"):
+        from_dict(SchedulerConfig, {"prediction_type": "flow"})
 
 
 def cond(x, sigma):
@@ -77,12 +81,6 @@ def uncond(x, sigma):
     return 0.1 * x + 1
 
 
-def test_guidance_of_scale_one_is_the_conditional_model_bit_for_bit():
-    guided = classifier_free(cond, uncond, jnp.float32(1.0))(X_0, jnp.float32(1.0))
-    np.testing.assert_array_equal(guided, cond(X_0, None))
-    np.testing.assert_allclose(classifier_free(cond, uncond, 0.0)(X_0, jnp.float32(1.0)), uncond(X_0, None), atol=1e-6)
-
-
 def rows_of(*guesses):
     return lambda x, sigma: jnp.stack([guess(x, sigma) for guess in guesses])
 
@@ -91,17 +89,18 @@ def whole(sigma):
     return jnp.ones((1, 1, 1, 1))
 
 
-def test_both_prompts_in_one_call_equal_two_calls():
-    sigma = jnp.float32(2.0)
-    one = guided(rows_of(uncond, cond), whole, Guidance(7.5), "epsilon")(X_0, sigma)
-    np.testing.assert_allclose(one, classifier_free(cond, uncond, 7.5)(X_0, sigma), rtol=1e-6)
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 7.5])
+def test_guidance_extrapolates_from_the_negative_prompts_guess_through_the_prompts(scale):
+    out = guided(rows_of(uncond, cond), whole, Guidance(scale), EPSILON)(X_0, jnp.float32(2.0))
+    u, c = uncond(X_0, None), cond(X_0, None)
+    np.testing.assert_allclose(out, u + scale * (c - u), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
-def test_a_scale_of_one_is_the_prompts_guess_bit_for_bit_whatever_else_guidance_does_not_do(prediction_type):
-    one = guided(rows_of(uncond, cond), whole, Guidance(jnp.float32(1.0)), prediction_type)
+@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_a_scale_of_one_is_the_prompts_guess_bit_for_bit_whatever_else_guidance_does_not_do(prediction):
+    one = guided(rows_of(uncond, cond), whole, Guidance(jnp.float32(1.0)), prediction)
     np.testing.assert_array_equal(one(X_0, jnp.float32(2.0)), cond(X_0, None))
-    outside = guided(rows_of(uncond, cond), whole, Guidance(7.5, rescale=0.7, low=3.0, high=4.0), prediction_type)
+    outside = guided(rows_of(uncond, cond), whole, Guidance(7.5, rescale=0.7, low=3.0, high=4.0), prediction)
     np.testing.assert_array_equal(outside(X_0, jnp.float32(2.0)), cond(X_0, None))
 
 
@@ -111,7 +110,7 @@ def other(x, sigma):
 
 def test_parts_that_compose_add_their_directions():
     weights = jnp.array([0.5, 2.0]).reshape(2, 1, 1, 1)
-    out = guided(rows_of(uncond, cond, other), lambda s: weights, Guidance(3.0), "epsilon")(X_0, jnp.float32(2.0))
+    out = guided(rows_of(uncond, cond, other), lambda s: weights, Guidance(3.0), EPSILON)(X_0, jnp.float32(2.0))
     u, c, o = (f(X_0, None) for f in (uncond, cond, other))
     np.testing.assert_allclose(out, u + 3 * (0.5 * (c - u) + 2 * (o - u)), rtol=1e-5, atol=1e-5)
 
@@ -119,19 +118,20 @@ def test_parts_that_compose_add_their_directions():
 def test_weights_by_pixel_lay_prompts_out_over_the_picture():
     left = jnp.zeros((*X_0.shape[:-1], 1)).at[:, :3].set(1)
     weights = jnp.stack([left, 1 - left])
-    out = guided(rows_of(uncond, cond, other), lambda s: weights, Guidance(3.0), "epsilon")(X_0, jnp.float32(2.0))
-    first, second = (classifier_free(f, uncond, 3.0)(X_0, jnp.float32(2.0)) for f in (cond, other))
+    out = guided(rows_of(uncond, cond, other), lambda s: weights, Guidance(3.0), EPSILON)(X_0, jnp.float32(2.0))
+    u = uncond(X_0, None)
+    first, second = (u + 3 * (f(X_0, None) - u) for f in (cond, other))
     np.testing.assert_allclose(out, jnp.where(left == 1, first, second), rtol=1e-5, atol=1e-5)
 
 
 def test_rescaled_guidance_has_the_deviation_of_the_prompts_own_answer():
     sigma = jnp.float32(2.0)
-    for prediction_type in ("epsilon", "v_prediction", "sample"):
+    for prediction in (EPSILON, V, SAMPLE):
 
-        def answer(guess, kind=prediction_type):
-            return float(jnp.std(target(guess, (X_0 - guess) / sigma, sigma, kind)))
+        def answer(guess, prediction=prediction):
+            return float(jnp.std(prediction.target(guess, (X_0 - guess) / sigma, sigma)))
 
-        full = guided(rows_of(uncond, other), whole, Guidance(7.5, rescale=1.0), prediction_type)(X_0, sigma)
+        full = guided(rows_of(uncond, other), whole, Guidance(7.5, rescale=1.0), prediction)(X_0, sigma)
         assert answer(full) == pytest.approx(answer(other(X_0, None)), rel=1e-4)
 
 
@@ -144,7 +144,7 @@ def test_projected_guidance_has_no_part_along_the_guess_and_no_more_than_its_lim
 
 
 def test_perturbed_attention_is_gone_away_from():
-    out = guided(rows_of(uncond, cond, other), whole, Guidance(1.0, perturbed=3.0), "epsilon")(X_0, jnp.float32(2.0))
+    out = guided(rows_of(uncond, cond, other), whole, Guidance(1.0, perturbed=3.0), EPSILON)(X_0, jnp.float32(2.0))
     c, p = cond(X_0, None), other(X_0, None)
     np.testing.assert_allclose(out, c + 3 * (c - p), rtol=1e-5, atol=1e-5)
 
@@ -153,11 +153,10 @@ def test_guiding_the_guess_of_x_0_is_guiding_the_noise():
     sigma, scale = jnp.float32(3.0), 7.5
     x = X_0 + sigma * EPS
     out_c, out_u = 0.2 * x, 0.5 * x - 1
-    guided = to_x_0(out_u + scale * (out_c - out_u), x, sigma, "epsilon")
-    of_x_0 = classifier_free(
-        lambda x, s: to_x_0(out_c, x, s, "epsilon"), lambda x, s: to_x_0(out_u, x, s, "epsilon"), scale
-    )
-    np.testing.assert_allclose(of_x_0(x, sigma), guided, rtol=1e-4, atol=1e-4)
+    of_noise = EPSILON.x_0(out_u + scale * (out_c - out_u), x, sigma)
+    guesses = rows_of(*(lambda x, s, out=out: EPSILON.x_0(out, x, s) for out in (out_u, out_c)))
+    of_x_0 = guided(guesses, whole, Guidance(scale), EPSILON)
+    np.testing.assert_allclose(of_x_0(x, sigma), of_noise, rtol=1e-4, atol=1e-4)
 
 
 def test_one_side_of_an_interval_alone_is_computed_also_for_many_images_in_a_loop():

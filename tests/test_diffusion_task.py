@@ -19,6 +19,7 @@ from jaxdiff.config import (
 )
 from jaxdiff.diffusion import timesteps, weights
 from jaxdiff.diffusion.loss import diffusion_loss
+from jaxdiff.diffusion.prediction import PREDICTIONS
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.sharding import make_mesh, tree_shardings
 from jaxdiff.training.feed import to_devices
@@ -158,7 +159,7 @@ def test_importance_sampling_draws_the_same_levels_on_eight_devices_and_in_micro
         draw_fn = timesteps.importance(memory)
         index, context = batch["index"], jnp.zeros((len(batch["index"]), 1, 1))
         return diffusion_loss(network_fn, batch["x"], context, key, index, schedule=schedule,
-                              prediction_type="v_prediction", draw_fn=draw_fn)  # fmt: skip
+                              prediction=PREDICTIONS["v_prediction"], draw_fn=draw_fn)  # fmt: skip
 
     task = Task(init, loss, memory=timesteps.history(8), remember=lambda past, seen: timesteps.remember(past, **seen))
     tx = optimiser(OPTIM, learning_rate(OPTIM, 100))

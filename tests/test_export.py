@@ -24,7 +24,7 @@ from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.io.images import read_settings
 from jaxdiff.pipeline import EMBEDDED, Pipeline
-from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_grid
+from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
 from jaxdiff.tools.export import load
 from jaxdiff.tools.export.__main__ import Args, cli, weights, write
 from jaxdiff.tools.export.program import all_levels, custom_calls, export, inputs_of
@@ -116,7 +116,7 @@ def test_the_embedded_models_export_draws_its_pictures(tmp_path):
 
 
 def test_other_levels_and_weights_of_tokens_are_arguments_too(loaded, pipe):  # noqa: F811
-    grid = make_grid("ddim", "karras", pipe.model.scheduler, make_schedule(pipe.model.scheduler), 5)
+    grid = make_sigmas("ddim", "karras", pipe.model.scheduler, make_schedule(pipe.model.scheduler), 5)
     ours = loaded(PROMPTS[:1], levels=(grid.sigmas[:5], grid.sigmas_next[:5]))
     assert off(ours, pipe(PROMPTS[:1], size=SIZE, steps=5, grid="karras")) <= 1
 
@@ -156,7 +156,7 @@ def test_all_levels_are_those_that_the_sampler_would_take(pipe, sampler, grid): 
     for steps in (1, 2, 7, 30, 99, 100):
         part = slice(*levels["ends"][steps - 1 : steps + 1])
         try:
-            wanted = make_grid(sampler, grid, config, make_schedule(config), steps)
+            wanted = make_sigmas(sampler, grid, config, make_schedule(config), steps)
         except ValueError:
             assert part.start == part.stop
             continue

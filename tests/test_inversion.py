@@ -10,9 +10,9 @@ import pytest
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.sampling.ddim import ddim
-from jaxdiff.sampling.grids import model_grid
 from jaxdiff.sampling.inversion import backwards, ddim_inversion, edict, edict_inversion
-from jaxdiff.sampling.walk import begin, silence
+from jaxdiff.sampling.loop import begin, no_noise, sampling_loop
+from jaxdiff.sampling.sigmas import MODEL
 
 CONFIG = SchedulerConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False)
 X_0 = jnp.asarray(np.random.default_rng(0).standard_normal((4, 4, 3)), jnp.float32)
@@ -24,10 +24,10 @@ def crooked(x, sigma):
 
 
 def there_and_back(up, down, steps, denoise_fn=crooked, x_0=X_0):
-    grid = model_grid(CONFIG, make_schedule(CONFIG), steps)
-    noise = up(denoise_fn, begin(x_0), backwards(grid, steps), silence, start=0, stop=steps)
+    sigmas = MODEL(CONFIG, make_schedule(CONFIG), steps)
+    noise = sampling_loop(up, denoise_fn, no_noise, begin(x_0), backwards(sigmas, steps), 0, steps)
     state = noise._replace(taken=jnp.zeros((), jnp.int32))
-    return noise, down(denoise_fn, state, grid, silence, start=0, stop=steps)
+    return noise, sampling_loop(down, denoise_fn, no_noise, state, sigmas, 0, steps)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
@@ -37,12 +37,12 @@ def test_edict_is_undone_exactly_whatever_the_model(steps):
 
 
 def test_edict_can_be_gone_up_again_and_ends_at_the_same_pair():
-    steps, grid = 9, model_grid(CONFIG, make_schedule(CONFIG), 9)
-    down = edict(crooked, begin(X_0), grid, silence, start=0, stop=steps)
+    steps, sigmas = 9, MODEL(CONFIG, make_schedule(CONFIG), 9)
+    down = sampling_loop(edict, crooked, no_noise, begin(X_0), sigmas, 0, steps)
     state = down._replace(taken=jnp.ones((), jnp.int32))  # it goes on with its own second latent
-    up = edict_inversion(crooked, state, backwards(grid, steps), silence, start=0, stop=steps)
+    up = sampling_loop(edict_inversion, crooked, no_noise, state, backwards(sigmas, steps), 0, steps)
     np.testing.assert_allclose(up.x, X_0, atol=1e-4)
-    np.testing.assert_allclose(up.past[0], X_0, atol=1e-4)
+    np.testing.assert_allclose(up.history[0], X_0, atol=1e-4)
 
 
 def gaussian(x, sigma):
@@ -63,13 +63,13 @@ def test_the_noise_of_gaussian_data_is_the_data_stretched():
     """For data N(0, s^2), D(x, sigma) = s^2 x / (s^2 + sigma^2), and the way up keeps x / sqrt(s^2 + sigma^2)."""
     s, steps = 0.5, 400
     noise, _ = there_and_back(ddim_inversion, ddim, steps, gaussian)
-    grid = model_grid(CONFIG, make_schedule(CONFIG), steps)
-    low, high = grid.sigmas_next[steps - 1], grid.sigmas[0]
+    sigmas = MODEL(CONFIG, make_schedule(CONFIG), steps)
+    low, high = sigmas.sigmas_next[steps - 1], sigmas.sigmas[0]
     expected = X_0 * jnp.sqrt(1 + low**2) * jnp.sqrt((s**2 + high**2) / (s**2 + low**2)) / jnp.sqrt(1 + high**2)
     assert np.linalg.norm(noise.x - expected) / np.linalg.norm(expected) < 0.03
 
 
-def test_a_grid_turned_round_twice_is_itself():
-    grid = model_grid(CONFIG, make_schedule(CONFIG), 20)
-    for there, back in zip(grid, backwards(backwards(grid, 20), 20), strict=True):
+def test_levels_reversed_twice_are_themselves():
+    sigmas = MODEL(CONFIG, make_schedule(CONFIG), 20)
+    for there, back in zip(sigmas, backwards(backwards(sigmas, 20), 20), strict=True):
         np.testing.assert_array_equal(there, back)

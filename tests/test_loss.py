@@ -11,23 +11,23 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion import timesteps, weights
-from jaxdiff.diffusion.denoiser import PREDICTIONS, to_x_0
 from jaxdiff.diffusion.loss import diffusion_loss
+from jaxdiff.diffusion.prediction import EPSILON, FLOW, PREDICTIONS, SAMPLE, V
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.sharding import make_mesh
 
 KEY = jax.random.key(3)
 SCHEDULE = make_schedule(SchedulerConfig())
-FLOW = make_schedule(SchedulerConfig(prediction_type="flow_prediction", clip_sample=False))
+FLOW_SCHEDULE = make_schedule(SchedulerConfig(prediction_type="flow_prediction", clip_sample=False))
 X_0 = jax.random.normal(jax.random.key(1), (8, 4, 4, 2))
 CONTEXT = jnp.zeros((8, 1, 1))
 INDEX = jnp.arange(100, 108)
 
 
-def loss(network_fn, rows=slice(None), prediction_type="epsilon", **settings):
+def loss(network_fn, rows=slice(None), prediction=EPSILON, **settings):
     return diffusion_loss(
         network_fn, X_0[rows], CONTEXT[rows], KEY, INDEX[rows],
-        schedule=FLOW if prediction_type == "flow_prediction" else SCHEDULE, prediction_type=prediction_type, **settings
+        schedule=FLOW_SCHEDULE if prediction.flow else SCHEDULE, prediction=prediction, **settings
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def noise_of(x_0, index, **settings):
     seen = []
     network_fn = lambda x, t, context: seen.append((x, t)) or x  # noqa: E731
     diffusion_loss(network_fn, x_0, jnp.zeros((len(x_0), 1, 1)), KEY, index, schedule=SCHEDULE,
-                   prediction_type="epsilon", **settings)  # fmt: skip
+                   prediction=EPSILON, **settings)  # fmt: skip
     x, t = seen[0]
     alpha_bar = SCHEDULE.alpha_bar[np.asarray(t, int)][:, None, None, None]
     return (x - np.sqrt(alpha_bar) * x_0) / np.sqrt(1 - alpha_bar)
@@ -83,15 +83,15 @@ def test_a_noise_offset_is_one_normal_constant_for_each_samples_channels():
 
 def test_flow_matching_is_the_straight_line_and_its_direction():
     seen = []
-    loss(lambda x, t, context: seen.append((x, t)) or x, prediction_type="flow_prediction")
+    loss(lambda x, t, context: seen.append((x, t)) or x, prediction=FLOW)
     x, t = seen[0]
     share = t[:, None, None, None] / 1000
     eps = (x - (1 - share) * X_0) / share
     # A network that answers eps - x_0 pays nothing.
-    value, _, _ = loss(lambda x, t, context: eps - X_0, prediction_type="flow_prediction")
+    value, _, _ = loss(lambda x, t, context: eps - X_0, prediction=FLOW)
     assert float(value) == pytest.approx(0, abs=1e-6)
     # One that answers 0 pays the mean square of the direction.
-    value, _, _ = loss(lambda x, t, context: jnp.zeros_like(x), prediction_type="flow_prediction")
+    value, _, _ = loss(lambda x, t, context: jnp.zeros_like(x), prediction=FLOW)
     assert float(value) == pytest.approx(float(jnp.mean((eps - X_0) ** 2)), rel=1e-4)
 
 
@@ -101,7 +101,7 @@ LEVELS = jnp.asarray(SCHEDULE.sigmas[[5, 100, 400, 900]], jnp.float32)
 SNR = LEVELS**-2
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
 @pytest.mark.parametrize(
     ("weight_fn", "of_x_0"),
     [
@@ -110,19 +110,19 @@ SNR = LEVELS**-2
         (partial(weights.edm, sigma_data=0.5), (LEVELS**2 + 0.25) / (LEVELS * 0.5) ** 2),
     ],
 )
-def test_a_weight_counts_the_error_in_x_0_alike_for_every_prediction(prediction_type, weight_fn, of_x_0):
+def test_a_weight_counts_the_error_in_x_0_alike_for_every_prediction(prediction, weight_fn, of_x_0):
     # An error of 1 in the output, carried to x_0 (an affine map: take the difference), and weighed there.
-    one, zero = (to_x_0(jnp.full(4, float(out)), jnp.zeros(4), LEVELS, prediction_type) for out in (1, 0))
-    np.testing.assert_allclose(weight_fn(LEVELS, prediction_type), of_x_0 * (one - zero) ** 2, rtol=1e-5)
+    one, zero = (prediction.x_0(jnp.full(4, float(out)), jnp.zeros(4), LEVELS) for out in (1, 0))
+    np.testing.assert_allclose(weight_fn(LEVELS, prediction), of_x_0 * (one - zero) ** 2, rtol=1e-5)
 
 
 def test_weights_have_the_closed_forms_of_their_papers():
-    np.testing.assert_allclose(weights.min_snr(LEVELS, "epsilon"), jnp.minimum(SNR, 5) / SNR, rtol=1e-6)  # Hang, 3.4
-    np.testing.assert_allclose(weights.min_snr(LEVELS, "v_prediction"), jnp.minimum(SNR, 5) / (SNR + 1), rtol=1e-6)
-    np.testing.assert_allclose(weights.debiased(LEVELS, "epsilon"), SNR**-0.5, rtol=1e-6)  # Yu
-    np.testing.assert_allclose(weights.edm(LEVELS, "v_prediction"), 1, rtol=1e-6)
-    np.testing.assert_allclose(weights.edm(LEVELS, "sample", 0.5), 4 + LEVELS**-2, rtol=1e-5)  # Karras, table 1
-    np.testing.assert_array_equal(weights.unweighted(LEVELS, "epsilon"), 1)
+    np.testing.assert_allclose(weights.min_snr(LEVELS, EPSILON), jnp.minimum(SNR, 5) / SNR, rtol=1e-6)  # Hang, 3.4
+    np.testing.assert_allclose(weights.min_snr(LEVELS, V), jnp.minimum(SNR, 5) / (SNR + 1), rtol=1e-6)
+    np.testing.assert_allclose(weights.debiased(LEVELS, EPSILON), SNR**-0.5, rtol=1e-6)  # Yu
+    np.testing.assert_allclose(weights.edm(LEVELS, V), 1, rtol=1e-6)
+    np.testing.assert_allclose(weights.edm(LEVELS, SAMPLE, 0.5), 4 + LEVELS**-2, rtol=1e-5)  # Karras, table 1
+    np.testing.assert_array_equal(weights.unweighted(LEVELS, EPSILON), 1)
 
 
 def test_an_infinite_cap_on_epsilon_changes_nothing():

@@ -94,7 +94,7 @@ def test_csv_has_a_header_and_quotes(file, name, comma):
         ('{"prompt": "a", "strength": 0.5}', "strength is 0.5, and there is no image that it is for."),
         (
             '{"prompt": "a", "sampler": "pndm", "grid": "karras"}',
-            "pndm cannot use the grid 'karras'; it can use: model.",
+            "pndm cannot use the schedule 'karras'; it can use: model.",
         ),
         ('{"prompt": "a", "sampler": "euler", "eta": 1}', "eta is 1, which the sampler euler does not take"),
         ('{"prompt": "a", "literal": 1}', "literal is 1; it must be true or false."),

@@ -341,7 +341,7 @@ def test_settings_that_nobody_vouches_for_are_checked(sample, tmp_path, told, se
     (("a", "--strength", "0.5"), "strength is 0.5, and there is no image that it is for"),
     (("a", "--upscale", "2"), "upscale is 2, and there is no image that it is for"),
     (("a", "--invert", "magic"), "invert is 'magic'; it must be 'ddim' or 'exact'"),
-    (("a", "--sampler", "pndm", "--grid", "karras"), "pndm cannot use the grid 'karras'; it can use: model"),
+    (("a", "--sampler", "pndm", "--grid", "karras"), "pndm cannot use the schedule 'karras'; it can use: model"),
     (("a", "--sampler", "euler", "--eta", "1"), "eta is 1, which the sampler euler does not take"),
     (("a", "--region", "dog"), "--region is 'dog'; write it as LEFT,TOP,RIGHT,BOTTOM:PROMPT"),
     (("a", "--region", "0,0,2,1:dog"), "regions[0].box is [0.0, 0.0, 2.0, 1.0]; it must be"),

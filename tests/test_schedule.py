@@ -5,7 +5,7 @@ import pytest
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.sampling.grids import model_grid, timesteps
+from jaxdiff.sampling.sigmas import MODEL, timesteps
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -49,34 +49,34 @@ def test_spacings_are_those_of_table_2(spacing, offset, expected):
     assert timesteps(spacing, 1000, 4, offset).tolist() == expected
 
 
-def test_a_grid_ends_at_zero_or_at_the_first_training_level():
+def test_the_levels_end_at_zero_or_at_the_first_training_level():
     schedule = make_schedule(config())
     for to_one, last in ((True, 0.0), (False, schedule.sigmas[0])):
-        grid = model_grid(config(steps_offset=1, set_alpha_to_one=to_one), schedule, 30)
-        assert grid.sigmas_next[29] == pytest.approx(last)
-        np.testing.assert_array_equal(grid.sigmas_next[:29], grid.sigmas[1:30])
+        sigmas = MODEL(config(steps_offset=1, set_alpha_to_one=to_one), schedule, 30)
+        assert sigmas.sigmas_next[29] == pytest.approx(last)
+        np.testing.assert_array_equal(sigmas.sigmas_next[:29], sigmas.sigmas[1:30])
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("steps", [1, 7, 30, 999, 1000])
-def test_grids_of_all_lengths_have_one_shape_and_finite_falling_levels(spacing, steps):
+def test_levels_of_any_number_of_steps_have_one_shape_and_finite_falling_levels(spacing, steps):
     cfg = config(timestep_spacing=spacing)
-    grid = model_grid(cfg, make_schedule(cfg), steps)
-    assert grid.sigmas.shape == grid.sigmas_next.shape == (1000,)
-    assert (np.diff(grid.sigmas[:steps]) < 0).all()
-    assert (grid.sigmas_next[:steps] < grid.sigmas[:steps]).all()
+    sigmas = MODEL(cfg, make_schedule(cfg), steps)
+    assert sigmas.sigmas.shape == sigmas.sigmas_next.shape == (1000,)
+    assert (np.diff(sigmas.sigmas[:steps]) < 0).all()
+    assert (sigmas.sigmas_next[:steps] < sigmas.sigmas[:steps]).all()
 
 
-def test_grids_that_cannot_be_walked_are_refused():
+def test_steps_that_cannot_be_taken_are_refused():
     schedule = make_schedule(config())
     for steps in (0, -3, 1001):
         with pytest.raises(ValueError, match=f"steps is {steps}; it must be a whole number from 1 to 1000"):
-            model_grid(config(), schedule, steps)
+            MODEL(config(), schedule, steps)
     with pytest.raises(ValueError, match="start at training step 1000"):
-        model_grid(config(steps_offset=1), schedule, 1000)
+        MODEL(config(steps_offset=1), schedule, 1000)
     zero_snr = config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="pure noise"):
-        model_grid(zero_snr, make_schedule(zero_snr), 10)
+        MODEL(zero_snr, make_schedule(zero_snr), 10)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -88,10 +88,10 @@ def test_a_flows_levels_are_shifted_times_over_what_is_left(shift):
     np.testing.assert_allclose(schedule.times, 1000 * t, rtol=2e-6)
     np.testing.assert_allclose(schedule.sigmas[:-1], t[:-1] / (1 - t[:-1]), rtol=1e-9)
     assert 1e5 < schedule.sigmas[-1] < np.inf
-    grid = model_grid(cfg, schedule, 28)
-    assert grid.sigmas.shape == (1000,)
-    assert (grid.sigmas_next[:28] < grid.sigmas[:28]).all()
-    assert grid.sigmas_next[27] == 0
+    sigmas = MODEL(cfg, schedule, 28)
+    assert sigmas.sigmas.shape == (1000,)
+    assert (sigmas.sigmas_next[:28] < sigmas.sigmas[:28]).all()
+    assert sigmas.sigmas_next[27] == 0
 
 
 def test_settings_that_flow_matching_does_not_have_are_refused():

@@ -333,7 +333,7 @@ def test_doubtful_prompts_are_drawn_with_a_warning_for_those_who_wrote_them(wait
     ({"preview": 1}, 400, "preview is 1; it must be true or false"),
     ({"guidance": "7"}, 400, "guidance is '7'; it must be a finite number"),
     ({"sampler": "dddim"}, 400, "Unknown sampler 'dddim'; did you mean 'ddim'?"),
-    ({"sampler": "lcm", "grid": "karras"}, 400, "The sampler lcm cannot use the grid 'karras'"),
+    ({"sampler": "lcm", "grid": "karras"}, 400, "The sampler lcm cannot use the schedule 'karras'"),
     ({"size": [64, 64]}, 413, "The picture has 64x64 pixels; 1024 are the most"),
     ({"size": "64by64"}, 400, "write it as WIDTHxHEIGHT"),
     ({"image": "!"}, 400, "image must be a picture's file in base64"),

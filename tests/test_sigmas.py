@@ -8,8 +8,8 @@ from scipy.stats import beta as beta_distribution
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.sampling.grids import GRIDS, beta, exponential, karras, lcm_grid, pndm_grid, tcd_grid
-from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_grid
+from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
+from jaxdiff.sampling.sigmas import LCM, PNDM, SCHEDULES, TCD, beta, exponential, karras
 
 SD = SchedulerConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
 FLOW = SchedulerConfig(prediction_type="flow_prediction", shift=3.0, clip_sample=False)
@@ -18,22 +18,22 @@ SCHEDULE, FLOW_SCHEDULE = make_schedule(SD), make_schedule(FLOW)
 
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 10, 37])
-def test_every_sampler_falls_on_every_grid_that_it_can_use(steps, flow):
+def test_every_sampler_falls_by_every_schedule_that_it_can_use(steps, flow):
     config, schedule = (FLOW, FLOW_SCHEDULE) if flow else (SD, SCHEDULE)
     for name, sampler in SAMPLERS.items():
-        for kind in sampler.grids:
+        for kind in sampler.schedules:
             if flow and (kind == "align_your_steps" or name in ("lcm", "tcd")):
                 with pytest.raises(ValueError, match=r"flow matching|Stable Diffusion's noise levels"):
-                    make_grid(name, kind, config, schedule, steps)
+                    make_sigmas(name, kind, config, schedule, steps)
                 continue
-            grid = make_grid(name, kind, config, schedule, steps)
-            n = count_steps(grid)
+            sigmas = make_sigmas(name, kind, config, schedule, steps)
+            n = count_steps(sigmas)
             assert n == steps + (name == "pndm" and steps > 1)
-            assert len(grid.sigmas) == len(grid.sigmas_next) == 1000
-            assert (np.diff(grid.sigmas[:n]) <= 0).all()
-            assert (grid.sigmas_next[:n] <= grid.sigmas[:n]).all()
-            assert np.isfinite(grid).all()
-            assert not np.any([g[n:] for g in grid])
+            assert len(sigmas.sigmas) == len(sigmas.sigmas_next) == 1000
+            assert (np.diff(sigmas.sigmas[:n]) <= 0).all()
+            assert (sigmas.sigmas_next[:n] <= sigmas.sigmas[:n]).all()
+            assert np.isfinite(sigmas).all()
+            assert not np.any([levels[n:] for levels in sigmas])
 
 
 def test_karras_levels_are_even_in_their_seventh_root():
@@ -45,9 +45,9 @@ def test_karras_levels_are_even_in_their_seventh_root():
 def test_from_pure_noise_the_first_step_goes_to_where_the_spacing_begins():
     config = replace(SD, rescale_betas_zero_snr=True, prediction_type="v_prediction")
     schedule = make_schedule(config)
-    grid = make_grid("dpmpp_2m", "karras", config, schedule, 10)
-    assert grid.sigmas[0] > 1e5
-    np.testing.assert_allclose(grid.sigmas[1:10], karras(schedule.sigmas[899], schedule.sigmas[0], 9), rtol=1e-6)
+    sigmas = make_sigmas("dpmpp_2m", "karras", config, schedule, 10)
+    assert sigmas.sigmas[0] > 1e5
+    np.testing.assert_allclose(sigmas.sigmas[1:10], karras(schedule.sigmas[899], schedule.sigmas[0], 9), rtol=1e-6)
 
 
 def test_exponential_levels_fall_by_one_ratio():
@@ -61,44 +61,44 @@ def test_beta_levels_are_quantiles_of_the_beta_distribution():
 
 
 def test_sgm_uniform_is_even_in_the_training_step_and_leaves_the_last_one_out():
-    grid = make_grid("euler", "sgm_uniform", SD, SCHEDULE, 9)
-    np.testing.assert_allclose(grid.sigmas[:9], SCHEDULE.sigmas[999:0:-111], rtol=1e-6)
+    sigmas = make_sigmas("euler", "sgm_uniform", SD, SCHEDULE, 9)
+    np.testing.assert_allclose(sigmas.sigmas[:9], SCHEDULE.sigmas[999:0:-111], rtol=1e-6)
 
 
 def test_aligned_steps_are_the_published_ten_and_other_numbers_lie_between_them():
-    ten = make_grid("dpmpp_2m", "align_your_steps", SD, SCHEDULE, 10).sigmas[:10]
+    ten = make_sigmas("dpmpp_2m", "align_your_steps", SD, SCHEDULE, 10).sigmas[:10]
     np.testing.assert_allclose(ten, [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152], rtol=1e-6)
-    twenty = make_grid("dpmpp_2m", "align_your_steps", SD, SCHEDULE, 20).sigmas[:20]
+    twenty = make_sigmas("dpmpp_2m", "align_your_steps", SD, SCHEDULE, 20).sigmas[:20]
     np.testing.assert_allclose(twenty[::2], ten, rtol=1e-6)
     np.testing.assert_allclose(twenty[1], np.sqrt(ten[0] * ten[1]), rtol=1e-6)
     other = SchedulerConfig(clip_sample=False)
     with pytest.raises(ValueError, match=r"is for Stable Diffusion's noise levels, 14.615 to 0.029; this model has"):
-        make_grid("euler", "align_your_steps", other, make_schedule(other), 10)
+        make_sigmas("euler", "align_your_steps", other, make_schedule(other), 10)
 
 
 def test_trailing_begins_in_the_noisiest_level_whatever_the_config_says():
     for name in ("ddim", "euler", "dpmpp_2m"):
-        grid = make_grid(name, "trailing", SD, SCHEDULE, 10)
-        np.testing.assert_allclose(grid.sigmas[:10], SCHEDULE.sigmas[999::-100], rtol=1e-6)
+        sigmas = make_sigmas(name, "trailing", SD, SCHEDULE, 10)
+        np.testing.assert_allclose(sigmas.sigmas[:10], SCHEDULE.sigmas[999::-100], rtol=1e-6)
 
 
 def test_pndm_goes_its_first_step_twice():
-    grid = pndm_grid(SD, SCHEDULE, 10)
-    assert count_steps(grid) == 11
-    assert grid.sigmas[1] == grid.sigmas_next[1] == grid.sigmas[2] == grid.sigmas_next[0]
+    sigmas = PNDM(SD, SCHEDULE, 10)
+    assert count_steps(sigmas) == 11
+    assert sigmas.sigmas[1] == sigmas.sigmas_next[1] == sigmas.sigmas[2] == sigmas.sigmas_next[0]
 
 
 def test_distilled_models_visit_levels_that_they_were_distilled_at():
-    grid = lcm_grid(SD, SCHEDULE, 4)
-    np.testing.assert_allclose(grid.sigmas[:4], SCHEDULE.sigmas[[999, 759, 499, 259]], rtol=1e-6)
-    assert not grid.sigmas_next.any()
-    down = tcd_grid(SD, SCHEDULE, 4, gamma=0.3)
-    np.testing.assert_array_equal(down.sigmas, grid.sigmas)
+    sigmas = LCM(SD, SCHEDULE, 4)
+    np.testing.assert_allclose(sigmas.sigmas[:4], SCHEDULE.sigmas[[999, 759, 499, 259]], rtol=1e-6)
+    assert not sigmas.sigmas_next.any()
+    down = TCD.with_eta(0.3)(SD, SCHEDULE, 4)
+    np.testing.assert_array_equal(down.sigmas, sigmas.sigmas)
     np.testing.assert_allclose(down.sigmas_next[:4], SCHEDULE.sigmas[[531, 349, 181, 0]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", GRIDS)
-def test_numbers_of_steps_that_a_grid_does_not_have_are_refused(kind):
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_numbers_of_steps_that_a_schedule_does_not_have_are_refused(kind):
     for steps in (0, -1, 1001):
         with pytest.raises(ValueError, match=f"steps is {steps}; it must be a whole number from 1 to"):
-            make_grid("dpmpp_2m", kind, SD, SCHEDULE, steps)
+            make_sigmas("dpmpp_2m", kind, SD, SCHEDULE, steps)

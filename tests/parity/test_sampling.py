@@ -3,6 +3,7 @@
 import importlib
 import math
 import zlib
+from functools import partial
 
 import diffusers
 import jax
@@ -14,15 +15,15 @@ from diffusers.schedulers.scheduling_utils import AysSchedules
 from pairs import relative_error
 
 from jaxdiff.config import SchedulerConfig
-from jaxdiff.diffusion.denoiser import network_input, to_x_0
+from jaxdiff.diffusion.prediction import EPSILON, FLOW, SAMPLE, V
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.sampling.grids import ALIGNED
-from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_grid
+from jaxdiff.sampling.loop import begin, sampling_loop
+from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
+from jaxdiff.sampling.sigmas import ALIGNED
 from jaxdiff.sampling.torch_noise import TorchGenerator, torch_latents
-from jaxdiff.sampling.walk import begin
 
 SHAPE = (4, 4, 3)
-PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+KINDS = (EPSILON, V, SAMPLE)
 NOISES = 80
 
 
@@ -43,7 +44,7 @@ class Corrected3M(diffusers.DPMSolverMultistepScheduler):
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 SPACED = ("karras", "exponential", "beta")
 K = ("model", "trailing", *SPACED)
-# sampler -> class, its options, predictions that it knows, grids
+# sampler -> class, its options, predictions that it knows, schedules
 CASES = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}, 3, ("model", "trailing")),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}, 3, ("model", "trailing")),
@@ -81,15 +82,15 @@ def network(xp, x_in, sigma):
 
 def settings(name):
     """Ten random ones."""
-    _, _, known, grids = CASES[name]
+    _, _, known, schedules = CASES[name]
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     for seed in range(10):
         flow = known == "flow"
         yield {
             "seed": seed,
             "steps": int(rng.integers(1, 40)),
-            "prediction_type": "flow_prediction" if flow else PREDICTIONS[rng.integers(known)],
-            "grid": str(rng.choice(grids)),
+            "prediction_type": "flow_prediction" if flow else KINDS[rng.integers(known)].name,
+            "schedule": str(rng.choice(schedules)),
             "eta": float(rng.uniform()) if name in ("ddim", "tcd") else 0.0,
             "set_alpha_to_one": bool(rng.integers(2)) or name not in ("ddim", "pndm"),
             **({"shift": float(rng.choice([1, 3]))} if flow else BETAS[rng.integers(2)]),
@@ -99,7 +100,7 @@ def settings(name):
         }  # fmt: skip
 
 
-def make_theirs(name, config, grid, steps):
+def make_theirs(name, config, schedule, steps):
     cls, options, _, _ = CASES[name]
     cls = getattr(diffusers, cls) if isinstance(cls, str) else cls
     if config.prediction_type == "flow_prediction":
@@ -109,9 +110,9 @@ def make_theirs(name, config, grid, steps):
         fields |= {"timestep_spacing": config.timestep_spacing, "steps_offset": config.steps_offset}
         if name in ("ddim", "pndm"):
             fields["set_alpha_to_one"] = config.set_alpha_to_one
-    if grid in SPACED:
-        fields[f"use_{grid}_sigmas"] = True
-    if grid == "trailing":
+    if schedule in SPACED:
+        fields[f"use_{schedule}_sigmas"] = True
+    if schedule == "trailing":
         fields["timestep_spacing"] = "trailing"
     scheduler = cls(**fields, **options)
     scheduler.set_timesteps(steps)
@@ -134,7 +135,7 @@ def level(name, scheduler, t):
     return float(scheduler.sigmas[i])
 
 
-def walk_theirs(name, scheduler, x, noises, eta, monkeypatch):
+def draw_theirs(name, scheduler, x, noises, eta, monkeypatch):
     """diffusers' loop; x as its scheduler has it."""
     draws = iter(noises)
     module = importlib.import_module(type(scheduler).__mro__[name == "dpmpp_3m_sde"].__module__)
@@ -168,56 +169,59 @@ def brownian(draws):
 
 
 @pytest.fixture(scope="module")
-def walks():
-    """One compiled walk a sampler, whatever the settings."""
+def loops():
+    """One compiled loop a sampler, whatever the settings."""
 
     def compiled(name):
         entry = SAMPLERS["euler" if name == "flow_euler" else name]
         flow = CASES[name][2] == "flow"
-        kinds = PREDICTIONS[3:] if flow else PREDICTIONS[:3]
+        kinds = (FLOW,) if flow else KINDS
 
         @jax.jit
-        def walk(x_T, grid, noises, stop, eta, kind):
+        def draw(x_T, sigmas, noises, stop, eta, kind):
             def denoise_fn(x, sigma):
-                out = network(jnp, network_input(x, sigma, kinds[0]), sigma)
-                return jnp.stack([to_x_0(out, x, sigma, prediction) for prediction in kinds])[kind]
+                out = network(jnp, kinds[0].network_input(x, sigma), sigma)
+                return jnp.stack([prediction.x_0(out, x, sigma) for prediction in kinds])[kind]
 
-            options = {"eta": eta} if "eta" in entry.options else {}
-            return entry.fn(denoise_fn, begin(x_T), grid, noises.__getitem__, start=0, stop=stop, **options).x
+            sampler = partial(entry.fn, **({"eta": eta} if "eta" in entry.options else {}))
+            return sampling_loop(sampler, denoise_fn, noises.__getitem__, begin(x_T), sigmas, 0, stop).x
 
-        return walk, kinds
+        return draw, kinds
 
     return {name: compiled(name) for name in CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ten_random_settings(name, walks, monkeypatch, figures):
+def test_ten_random_settings(name, loops, monkeypatch, figures):
     if name == "dpmpp_sde":
         pytest.importorskip("torchsde", reason="diffusers' DPMSolverSDEScheduler needs it")
-    walk, kinds = walks[name]
+    draw, kinds = loops[name]
     worst = 0.0
     for setting in settings(name):
         fields = dict(setting)
-        seed, steps, kind, eta = (fields.pop(key) for key in ("seed", "steps", "grid", "eta"))
+        seed, steps, schedule, eta = (fields.pop(key) for key in ("seed", "steps", "schedule", "eta"))
         config, rng = SchedulerConfig(**fields, clip_sample=False), np.random.default_rng(seed)
-        grid = make_grid("euler" if name == "flow_euler" else name, kind, config, make_schedule(config), steps, eta)
-        n = count_steps(grid)
+        sigmas = make_sigmas(
+            "euler" if name == "flow_euler" else name, schedule, config, make_schedule(config), steps, eta
+        )
+        n = count_steps(sigmas)
         x_T, noises = rng.normal(size=SHAPE).astype(np.float32), rng.normal(size=(NOISES, *SHAPE)).astype(np.float32)
-        scheduler = make_theirs(name, config, kind, steps)
+        scheduler = make_theirs(name, config, schedule, steps)
         # k-diffusion's schedulers keep x = x_0 + sigma eps, all others unit variance or the flow's line.
-        first, last = float(grid.sigmas[0]), float(grid.sigmas_next[n - 1])
+        first, last = float(sigmas.sigmas[0]), float(sigmas.sigmas_next[n - 1])
         scale = {True: lambda s: math.sqrt(1 + s**2), False: lambda s: 1.0}[hasattr(scheduler, "is_scale_input_called")
                  or name in ("heun", "dpm2", "dpm2_ancestral", "dpmpp_sde")]  # fmt: skip
         if name.startswith("flow"):
             scale = lambda s: math.sqrt(1 + s**2) / (1 + s)  # noqa: E731
         start = torch.from_numpy(x_T * np.float32(scale(first)))
-        expected = walk_theirs(name, scheduler, start, noises, eta, monkeypatch).numpy() / scale(last)
-        got = walk(x_T, grid, noises, n, np.float32(eta), kinds.index(config.prediction_type))
+        expected = draw_theirs(name, scheduler, start, noises, eta, monkeypatch).numpy() / scale(last)
+        kind_index = [kind.name for kind in kinds].index(config.prediction_type)
+        got = draw(x_T, sigmas, noises, n, np.float32(eta), kind_index)
         error = relative_error(got, expected)
         assert error < 1e-4, setting
         worst = max(worst, error)
     figures[f"sampler {name}: largest relative error of ten"] = worst
-    assert walk._cache_size() == 1
+    assert draw._cache_size() == 1
 
 
 def test_the_sign_that_is_corrected_makes_diffusers_third_order_sde_second_order(monkeypatch):

@@ -1,19 +1,21 @@
 """Noise tables, the levels that are visited, and each step are those of diffusers' DDIMScheduler."""
 
 import itertools
+from functools import partial
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, schedulers
 
 from jaxdiff.config import SchedulerConfig, to_dict
-from jaxdiff.diffusion.denoiser import to_x_0
+from jaxdiff.diffusion.prediction import PREDICTIONS
 from jaxdiff.diffusion.schedule import TERMINAL_ALPHA_BAR, make_schedule
 from jaxdiff.io.folder import SCHEDULERS, scheduler_values
-from jaxdiff.sampling.ddim import ddim_step
-from jaxdiff.sampling.grids import model_grid
+from jaxdiff.sampling.ddim import ddim
+from jaxdiff.sampling.loop import begin, sampling_loop
+from jaxdiff.sampling.sigmas import MODEL
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -51,12 +53,12 @@ def test_the_levels_visited(spacing, offset, one, zero_snr):
         t = theirs.timesteps[:steps]  # rounding gives diffusers one more, t = -1, for 61 trailing steps
         if t[0] > 999:  # diffusers fails at the first step
             with pytest.raises(ValueError, match="past the last"):
-                model_grid(config, schedule, steps)
+                MODEL(config, schedule, steps)
             continue
-        grid = model_grid(config, schedule, steps)
+        sigmas = MODEL(config, schedule, steps)
         t_next = t - 1000 // steps
         next_bar = torch.where(t_next >= 0, theirs.alphas_cumprod[t_next.clamp(min=0)], theirs.final_alpha_cumprod)
-        for ours, alpha_bar in ((grid.sigmas, theirs.alphas_cumprod[t]), (grid.sigmas_next, next_bar)):
+        for ours, alpha_bar in ((sigmas.sigmas, theirs.alphas_cumprod[t]), (sigmas.sigmas_next, next_bar)):
             np.testing.assert_allclose(1 / (1 + ours[:steps].astype(np.float64) ** 2), alpha_bar, atol=1e-5)
             assert not ours[steps:].any()
 
@@ -70,19 +72,21 @@ def test_a_step(prediction, eta, clip, figures):
                              set_alpha_to_one=False)  # fmt: skip
     theirs, steps = diffusers_scheduler(config), 20
     theirs.set_timesteps(steps)
-    grid = model_grid(config, make_schedule(config), steps)
+    sigmas = MODEL(config, make_schedule(config), steps)
+
+    @jax.jit
+    def take_step(x, out, noise, i):
+        denoise_fn = lambda x, sigma: PREDICTIONS[prediction].x_0(out, x, sigma)  # noqa: E731
+        sampler = partial(ddim, eta=eta, clip=clip)
+        return sampling_loop(sampler, denoise_fn, lambda k: noise, begin(x), sigmas, i, i + 1).x
+
     rng, error = np.random.default_rng(0), 0.0
     for i, t in enumerate(theirs.timesteps):
         x, out, noise = rng.normal(size=(3, 5, 5, 4)).astype(np.float32)
         expected = theirs.step(
             torch.from_numpy(out), t, torch.from_numpy(x), eta=eta, variance_noise=torch.from_numpy(noise)
         ).prev_sample
-        sigma, sigma_next = jnp.asarray(grid.sigmas[i]), jnp.asarray(grid.sigmas_next[i])
-        got = ddim_step(
-            lambda x, sigma, out=out: to_x_0(jnp.asarray(out), x, sigma, prediction),
-            x * jnp.sqrt(1 + sigma**2), sigma, sigma_next, jnp.asarray(noise), eta, clip,
-        ) / jnp.sqrt(1 + sigma_next**2)  # fmt: skip
-        error = max(error, float(np.abs(got - expected.numpy()).max()))
+        error = max(error, float(np.abs(take_step(x, out, noise, i) - expected.numpy()).max()))
     name = f"a DDIM step, {prediction}, eta {eta}{', clipped' * (clip is not None)}: largest difference"
     figures[name] = error
     assert error < 1e-4
