@@ -207,7 +207,7 @@ def text_to_image(
 
 
 INVERSIONS = {"ddim": ("ddim", ddim_inversion), "exact": ("edict", edict_inversion)}
-"""How a picture's noise is found: the sampler that goes the way back, and the walk up."""
+"""How a picture's noise is found: the sampler that goes the way back, and the one that goes up."""
 
 
 @partial(Compiled, static_argnames=("method", "program"))

@@ -9,17 +9,15 @@ from jaxdiff.diffusion.denoiser import NetworkFn
 from jaxdiff.types import DenoiseFn, Latent, Sigma
 
 
-def inpainted(
-    denoise_fn: DenoiseFn, known: Latent, mask: Float[Array, "*b h w 1"], noise: Latent
-) -> DenoiseFn:  # fmt: skip
-    """Knows the clean latent where the mask is 0, and asks the model where it is 1 (Lugmayr et al. 2022, eq. 8, for
+def inpainted(denoise_fn: DenoiseFn, known: Latent, mask: Float[Array, "*b h w 1"], noise: Latent) -> DenoiseFn:
+    """Takes the known latent where the mask is 0, and the model's guess where it is 1 (Lugmayr et al. 2022, eq. 8, for
     the guess of x_0 instead of each step's result, and so for any sampler).
 
     Args:
         denoise_fn: the model.
         known: the clean latent to keep.
-        mask: 1 is drawn, 0 is kept, anything between is mixed.
-        noise: unit normal; what the kept part is noised with, the same at every level.
+        mask: 1 is drawn, 0 is kept, and values between mix the two.
+        noise: the unit normal noise of the kept part, the same at every level.
     """
 
     def denoise(x: Latent, sigma: Sigma) -> Latent:
