@@ -11,36 +11,36 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdiff import distributed
-from jaxdiff.cli import exit_code
-from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask, to_dict
-from jaxdiff.data.latents import cache_latents, identity
+from jaxdiff.config import DiffusionTask, TrainConfig, VAETask
 from jaxdiff.data.loader import Batches, batches, open_source
-from jaxdiff.data.tokens import Tokenizer
-from jaxdiff.distributed import leads, wait_for_all, whole
+from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.folder import Folder, write_folder, write_network
+from jaxdiff.io.folder import write_network
 from jaxdiff.io.images import contact_sheet, write_png
-from jaxdiff.io.programs import give_back_memory
-from jaxdiff.io.storage import is_remote, place_of, staged
-from jaxdiff.pipeline import Pipeline, enable_compilation_cache
-from jaxdiff.sharding import make_mesh, tree_shardings
+from jaxdiff.io.storage import staged
+from jaxdiff.model import Model, Network
+from jaxdiff.runtime import distributed
+from jaxdiff.runtime.cli import exit_code
+from jaxdiff.runtime.distributed import leads, wait_for_all, whole
+from jaxdiff.runtime.mesh import make_mesh, tree_shardings
+from jaxdiff.runtime.programs import enable_compilation_cache, give_back_memory
+from jaxdiff.training.encode import encode_once
 from jaxdiff.training.feed import Feed, local_rows, place
 from jaxdiff.training.log import Log, Profile
 from jaxdiff.training.optim import learning_rate, optimiser
-from jaxdiff.training.options import FREE, claim_workdir, flat, read_config, resolve, write_config
-from jaxdiff.training.parts import digest, encoder, read_part, text_encoder
+from jaxdiff.training.options import claim_workdir, flat, read_config, resolve, write_config
+from jaxdiff.training.parts import check_size, read_part, read_tokenizer, read_vae
 from jaxdiff.training.state import Task, create_state, freeze, make_step, merge
 from jaxdiff.training.stop import Stop
-from jaxdiff.training.tasks.diffusion import diffusion_task
-from jaxdiff.training.tasks.vae import ENCODER, latent_scale, psnr, reconstruct, vae_task
+from jaxdiff.training.tasks.diffusion import diffusion_inputs, diffusion_task
+from jaxdiff.training.tasks.vae import latent_scale, psnr, reconstruct, vae_inputs, vae_task
 from jaxdiff.types import Params
 
 EVAL_IMAGES = 512  # at most, for the held-out figures
@@ -74,7 +74,10 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
     frozen = place(run.task.frozen, tree_shardings(mesh, run.task.frozen))
     schedule = learning_rate(config.optim, config.steps)
     tx = optimiser(config.optim, schedule)
-    init_key, key = jax.random.split(jax.random.key(config.seed))
+    everywhere = NamedSharding(mesh, PartitionSpec())  # else every step would copy its key to all devices
+    init_key, key = jax.jit(lambda key: tuple(jax.random.split(key)), out_shardings=everywhere)(
+        jax.random.key(config.seed)
+    )
     state = create_state(run.task, tx, init_key, mesh, config.ema)
     step_fn = make_step(run.task, tx, state, config.ema, config.optim.accumulate, jnp.dtype(config.dtype))
     count = sum(p.size for p in jax.tree.leaves(state.params))
@@ -109,13 +112,16 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             log.say(f"{workdir}: {count / 1e6:.2f} M parameters, from step {start} to {config.steps}.")
             for step in range(start + 1, config.steps + 1):
                 profile.before(step)
-                began = time.perf_counter()
-                batch = next(feed)
-                waited = time.perf_counter() - began
-                state, metrics = step_fn(state, frozen, batch, key)
+                # What every step does must copy nothing unasked between host and devices, or between devices: it would
+                # wait. (Reading a CPU's array is no copy, so that only GPUs and TPUs tell of such a read.)
+                with jax.transfer_guard("disallow"):
+                    began = time.perf_counter()
+                    batch = next(feed)
+                    waited = time.perf_counter() - began
+                    state, metrics = step_fn(state, frozen, batch, key)
+                    log.step(metrics, waited)
                 if step == start + 1:
                     give_back_memory()
-                log.step(metrics, waited)
                 profile.after(step, metrics, log.say)
 
                 stopped = stop.at(step)
@@ -148,21 +154,12 @@ def in_vain(step: int, in_a_row: int, saved: list[int]) -> str:
             f"training stops; {kept}. A lower --optim.lr or --optim.clip_norm may help.")  # fmt: skip
 
 
-def check_size(data: DataConfig, vae: VAEConfig) -> None:
-    """Pictures must be whole numbers of latent pixels wide and high."""
-    for side in (side for shape in data.shapes for side in shape):
-        if side % vae.factor:
-            name = "side_multiple" if data.aspects else "size"
-            raise ValueError(f"DataConfig.{name} {getattr(data, name)} is not a multiple of the VAE's factor "
-                             f"{vae.factor}: pictures have {side} pixels along a side.")  # fmt: skip
-
-
 def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
-    """Trains the autoencoder; evaluation measures the reconstruction of held-out pictures."""
+    """Trains the autoencoder; evaluation measures the reconstruction of held-out images."""
     assert isinstance(config.task, VAETask)
     task, data, dtype = config.task, config.data, jnp.dtype(config.dtype)
     if data.source == "latents":
-        raise ValueError("An autoencoder is trained on pictures, and DataConfig.source is 'latents'.")
+        raise ValueError("An autoencoder is trained on images, and DataConfig.source is 'latents'.")
     check_size(data, task.vae)
     source = open_source(data)
     heldout = replace(data, aspects=(), crop=1.0, flip=False, split=data.heldout or data.split, workers=0)
@@ -174,14 +171,15 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
         ) from error
     n = math.ceil(min(len(heldout_source), EVAL_IMAGES) / heldout.batch_size)
     run = reconstruct(task, dtype)
-    started, start = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, None)
-    trained = freeze(vae_task(task, start, dtype, config.remat), config.optim.factors)
+    started, weights = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, {})
+    start, frozen, _ = vae_inputs(task, data).split(weights)
+    trained = freeze(vae_task(task, frozen, start, dtype, config.remat), config.optim.factors)
 
     def evaluate(step: int, params: Params) -> dict[str, float]:
         images = [b["image"] for b in itertools.islice(batches(heldout, heldout_source, seed=0), n)]
         copies = [np.asarray(run(params, image)[0]) for image in images]
         figure = np.concatenate([psnr(a, b) for a, b in zip(images, copies, strict=True)])[: len(heldout_source)].mean()
-        pairs = [to_uint8(picture) for pair in zip(images[0][:16], copies[0][:16], strict=True) for picture in pair]
+        pairs = [to_uint8(image) for pair in zip(images[0][:16], copies[0][:16], strict=True) for image in pair]
         with staged(workdir / "samples") as folder:
             write_png(folder, f"{step:07}", contact_sheet(pairs, columns=8, cell=64))
         if started and not task.train_encoder:
@@ -201,75 +199,41 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
 
 
 def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
-    """Trains the UNet and the text encoder on a frozen VAE's latents; evaluation draws pictures with fixed seeds."""
+    """Trains the UNet and the text encoder on a frozen VAE's latents; evaluation draws images with fixed seeds."""
     assert isinstance(config.task, DiffusionTask)
     task, dtype = config.task, jnp.dtype(config.dtype)
-    vae, vae_params = read_part(task.vae, "vae", None, "DiffusionTask.vae")
-    if vae.latent_channels != task.unet.in_channels:
-        raise ValueError(f"The VAE in {task.vae} has {vae.latent_channels} latent channels and UNetConfig.in_channels "
-                         f"is {task.unet.in_channels}; they must be equal.")  # fmt: skip
-    check_size(config.data, vae)
-    tokenizer = Tokenizer.load(task.tokenizer, task.text_encoder.max_position_embeddings)
-    if len(tokenizer) > task.text_encoder.vocab_size:
-        raise ValueError(f"The tokenizer in {task.tokenizer} has {len(tokenizer)} tokens, more than "
-                         f"CLIPTextConfig.vocab_size {task.text_encoder.vocab_size}.")  # fmt: skip
-
-    start, frozen = {}, {"empty_tokens": tokenizer([""])[0]}
+    vae, vae_params = read_vae(task, config.data)
+    tokenizer = read_tokenizer(task)
+    weights: Params = {"vae": vae_params, "empty_tokens": tokenizer([""])[0]}
     for name in ("unet", "text_encoder"):
         if task.init and name not in task.scratch:
-            start[name] = read_part(task.init, name, getattr(task, name), "DiffusionTask.init")[1]
-    if not task.train_text_encoder:
-        frozen["text_encoder"] = start.pop("text_encoder")
-
-    # Latents are encoded once, or at every step by the frozen VAE; so are captions.
-    kept: Params = {"vae": vae_params}  # what evaluations need, and training may not
-    data, text_fn = config.data, None
+            weights[name] = read_part(task.init, name, getattr(task, name), "DiffusionTask.init")[1]
+    data = config.data
     captions = source = open_source(data)
     if task.latent_variants:
-        # Named after what made them, so that others are never taken for these.
-        made = {name: value for name, value in to_dict(data).items() if not FREE.fullmatch(f"data.{name}")}
-        made |= {"variants": task.latent_variants, "seed": config.seed, "records": identity(captions)}
-        makers = {name: vae_params[name] for name in ENCODER}
-        if task.text_variants:
-            kept["text_encoder"] = makers["text_encoder"] = frozen.pop("text_encoder")
-            made |= {"text_variants": task.text_variants, "text_encoder": to_dict(task.text_encoder)}
-            text_fn = text_encoder(task.text_encoder, kept["text_encoder"], tokenizer, dtype)
-            frozen["empty_context"] = text_fn([""])[0]
-        made_by = digest(makers, made)
-        path = (place_of(config.cache) if config.cache else workdir) / f"latents-{made_by}"
-        if is_remote(path):
-            raise ValueError(f"Latents cannot be read from a bucket ({path}): name a folder by --cache.")
-        cache_latents(
-            encoder(vae, vae_params, dtype),
-            data,
-            captions,
-            Path(path),
-            variants=task.latent_variants,
-            seed=config.seed,
-            text_fn=text_fn,
-            text_variants=task.text_variants,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        wait_for_all("latents")
-        data = replace(data, source="latents", root=str(path))
-        source = open_source(data)
-    elif data.source != "latents":
-        frozen["vae"] = vae_params
-
+        data, empty = encode_once(config, vae, weights, tokenizer, captions, workdir)
+        weights, source = weights | empty, open_source(data)
+    start, frozen, kept = diffusion_inputs(task, config.data, vae).split(weights)
     trained = freeze(diffusion_task(task, vae, frozen, start, dtype, config.remat), config.optim.factors)
+
     picked = np.linspace(0, len(captions) - 1, 16).astype(int)
     prompts = list(task.prompts) or [captions.record(int(i)).caption.full() for i in picked]
     size = config.data.size
 
     def evaluate(step: int, params: Params) -> dict[str, float]:
-        networks = {name: (kept | params)[name] for name in ("unet", "vae", "text_encoder")}
-        model = Folder(task.unet, vae, task.text_encoder, task.scheduler, networks, tokenizer)
+        trees = kept | params
+        networks = {
+            "denoiser": Network(task.unet, trees["unet"]),
+            "vae": Network(vae, trees["vae"]),
+            "text_encoder": Network(task.text_encoder, trees["text_encoder"]),
+        }
+        defaults = {} if task.guidance is None else {"guidance": task.guidance}
+        model = Model(networks, task.scheduler, tokenizer, defaults=defaults)
         with staged(workdir / "export") as folder:
-            write_folder(folder, model)
-        pictures = Pipeline(model, config.dtype)(prompts, seed=0, steps=EVAL_STEPS, size=(size, size))
+            model.save(folder)
+        images = Pipeline(model, config.dtype)(prompts, seed=0, steps=EVAL_STEPS, size=(size, size))
         with staged(workdir / "samples") as folder:
-            write_png(folder, f"{step:07}", contact_sheet(list(pictures), prompts))
+            write_png(folder, f"{step:07}", contact_sheet(list(images), prompts))
         return {}
 
     return Run(

@@ -78,6 +78,7 @@ def config() -> TrainConfig:
             tokenizer="jaxdiff/assets/emoji/tokenizer",
             latent_variants=6,
             prompts=PROMPTS,
+            guidance=3.0,
         ),
         data=DataConfig(source="emoji", root="data", size=64, batch_size=64),
         optim=OptimConfig(lr=8e-4, warmup_steps=300, b2=0.99, weight_decay=0.01, final_lr_share=0.02),

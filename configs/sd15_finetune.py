@@ -1,8 +1,8 @@
-"""Stable Diffusion 1.5 trained on at 512x512 on pictures of your own; its text encoder learns at a tenth of the rate.
+"""Stable Diffusion 1.5 trained on at 512x512 on images of your own; its text encoder learns at a tenth of the rate.
 
-python train.py configs/sd15_finetune.py --model models/stable-diffusion-v1-5 --data.source folder --data.root pictures
+python train.py configs/sd15_finetune.py --model models/stable-diffusion-v1-5 --data.source folder --data.root images
 
-Mesh: everything in parts over 16 chips (fsdp) of v5e (v5e:4x4), 16 pictures a chip, blocks computed again in the
+Mesh: everything in parts over 16 chips (fsdp) of v5e (v5e:4x4), 16 images a chip, blocks computed again in the
 backward pass. The UNet's step takes 10.5 of 15.75 GiB (9.6 GiB of them temporaries), and at the least 248 ms for its
 operations and 818 ms for its memory traffic (with attention in loops, before its kernels). What the text encoder adds,
 and any other slice or batch, is told by `python -m jaxdiff.tools.plan configs/sd15_finetune.py --topology v5e:4x4`.

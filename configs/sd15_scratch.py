@@ -3,8 +3,8 @@
 python train.py configs/sd15_scratch.py --model models/stable-diffusion-v1-5 --data.root prepared
 
 Mesh: parameters, optimiser and averages in parts over 16 chips (fsdp), the batch over all of them; 256 chips of v5e
-(v5e:16x16), 8 pictures a chip. By `python -m jaxdiff.tools.plan configs/sd15_scratch.py --topology v5e:4x4 --batch 8`,
-16 of these chips with 8 pictures each take 9.6 of 15.75 GiB (8.8 GiB of them temporaries), 19.9 TFLOP and 217 GiB of
+(v5e:16x16), 8 images a chip. By `python -m jaxdiff.tools.plan configs/sd15_scratch.py --topology v5e:4x4 --batch 8`,
+16 of these chips with 8 images each take 9.6 of 15.75 GiB (8.8 GiB of them temporaries), 19.9 TFLOP and 217 GiB of
 memory traffic: at the least 101 ms a step for the operations and 285 ms for the traffic (attention in loops, before
 its kernels). Latents are cached in `--cache`, a folder that all hosts share.
 """

@@ -1,8 +1,8 @@
 """Stable Diffusion 2.1 trained on at 768x768: v-prediction, OpenCLIP's text encoder (frozen), min-SNR weights.
 
-python train.py configs/sd21_v.py --model models/stable-diffusion-2-1 --data.source folder --data.root pictures
+python train.py configs/sd21_v.py --model models/stable-diffusion-2-1 --data.source folder --data.root images
 
-Mesh: everything in parts over 16 chips (fsdp) of v5e (v5e:4x4), 8 pictures a chip, norms and activations computed again
+Mesh: everything in parts over 16 chips (fsdp) of v5e (v5e:4x4), 8 images a chip, norms and activations computed again
 in the backward pass. Memory and step bound: `python -m jaxdiff.tools.plan configs/sd21_v.py --topology v5e:4x4`.
 Latents are cached in `--cache`.
 """

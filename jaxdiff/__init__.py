@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxdiff.pipeline import Pipeline, load
+    from jaxdiff.generation.pipeline import Pipeline, load
 
 __all__ = ["Pipeline", "__version__", "load"]
 __version__ = "0.1.0"
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Imports the pipeline when it is first asked for (PEP 562), so that `import jaxdiff` costs nothing."""
     if name in ("Pipeline", "load"):
-        return getattr(import_module("jaxdiff.pipeline"), name)
+        return getattr(import_module("jaxdiff.generation.pipeline"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,7 +1,7 @@
 """The vocabulary that every room shares: array shapes, parameter trees and the one function everything wraps."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jaxtyping import Array, Float
@@ -19,6 +19,18 @@ Latent: TypeAlias = Float[Array, "*b h w c"]
 Image: TypeAlias = Float[Array, "*b h w 3"]  # in [-1, 1]
 Context: TypeAlias = Float[Array, "*b tokens features"]
 Sigma: TypeAlias = Float[Array, ""]
+
+
+class Conditioning(NamedTuple):
+    """What a denoiser is told of a prompt, with any leading axes. What a family does not use is None."""
+
+    context: Float[Array, "*b tokens features"]
+    """A feature vector for each token, for cross-attention."""
+    pooled: Float[Array, "*b features2"] | None = None
+    """One vector for the whole prompt."""
+    extra: Float[Array, "*b numbers"] | None = None
+    """Further numbers, such as the size and crop that an image is to look like."""
+
 
 # (x, sigma) -> the model's guess of the clean x_0, where x = x_0 + sigma * eps and eps is standard normal.
 DenoiseFn: TypeAlias = Callable[[Latent, Sigma], Latent]

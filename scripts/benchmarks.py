@@ -1,4 +1,4 @@
-"""Measures jaxdiff against diffusers and writes README's table: `python scripts/benchmarks.py` (the parity extra).
+"""Measures jaxdiff against diffusers and writes the table of docs/benchmarks.md; needs the parity extra.
 
 `--short` takes minutes in place of an hour and writes no table; it is for CI. Both fail where the two give different
 results, and never for a time.
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxdiff.cli import exit_code
+from jaxdiff.runtime.cli import exit_code
 from jaxdiff.tools.bench.result import duration, read, scaled
 
 BEGIN, END = "<!-- benchmarks: made by scripts/benchmarks.py -->", "<!-- end of benchmarks -->"
@@ -49,7 +49,7 @@ class Args:
     """Tiny sizes, no table."""
     out: Path = Path("build/benchmarks")
     """The folder for the figures."""
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/benchmarks.md")
     """The file whose table is rewritten, between its two marks."""
 
 

@@ -27,13 +27,13 @@ def read(path: Path, head: int) -> np.ndarray:
 def main(source: Path, target: Path) -> None:
     """Writes fashion-00000.tar and so on."""
     target.mkdir(parents=True, exist_ok=True)
-    pictures = np.concatenate([read(source / f"{name}-images-idx3-ubyte.gz", 16) for name in ("train", "t10k")])
+    images = np.concatenate([read(source / f"{name}-images-idx3-ubyte.gz", 16) for name in ("train", "t10k")])
     labels = np.concatenate([read(source / f"{name}-labels-idx1-ubyte.gz", 8) for name in ("train", "t10k")])
     for start in range(0, len(labels), PER_TAR):
         with tarfile.open(target / f"fashion-{start // PER_TAR:05}.tar", "w") as tar:
             for i in range(start, min(start + PER_TAR, len(labels))):
                 out = io.BytesIO()
-                Image.fromarray(pictures.reshape(-1, 28, 28)[i]).save(out, "PNG")
+                Image.fromarray(images.reshape(-1, 28, 28)[i]).save(out, "PNG")
                 for kind, data in (("png", out.getvalue()), ("txt", f"a photo of {NAMES[labels[i]]}".encode())):
                     member = tarfile.TarInfo(f"{i:06}.{kind}")
                     member.size = len(data)

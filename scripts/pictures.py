@@ -1,6 +1,6 @@
-"""Draws README's pictures of tasks again, with the embedded model: `python scripts/pictures.py`.
+"""Draws the documentation's images of tasks again, with the embedded model: `python scripts/pictures.py`.
 
-Each is drawn by the command that README shows; the first is what the others begin from.
+Each is drawn by the command that docs/sampling.md shows; the others start from the first.
 """
 
 import shlex
@@ -22,13 +22,13 @@ PICTURES = {
     "--mask docs/tasks/mask.png --feather 4",
     "outpaint": f'"{FACE}" --image docs/tasks/text.png --outpaint 8 8 8 8',
     "style": f'"smiling face, flat style, on a blue background" --image docs/tasks/text.png --invert ddim '
-    f'--source-prompt "{FACE}" --guidance 4 --keep 0.4',
+    f'--source-prompt "{FACE}" --keep-layout 0.4',
     "regions": '"on a white background" --region "0,0,0.5,1:a red apple, on a white background" '
     '--region "0.5,0,1,1:a green leaf, on a white background"',
-    "panorama": '"a green leaf, on a yellow background" --size 192x64 --window 64',
+    "panorama": '"a green leaf, on a yellow background" --size 192x64 --tile 64',
     "weights": '"a (red:1.3) heart AND smiling face, on a yellow background"',
     "schedule": '"[a sun:smiling face:0.3], on a blue background" --seed 2',
-    "variation": f'"{FACE}" --seed 3 --to-seed 11 --share 0.4',
+    "variation": f'"{FACE}" --seed 3 --to-seed 11 --mix 0.4',
     "upscale": f'"{FACE}" --image docs/tasks/text.png --upscale 2 --strength 0.2 --guidance 1',
     "way": '"a red apple, on a blue background" --to-prompt "a star, on a black background" --to-seed 5 --frames 8',
     "steps": f'"{FACE}" --seed 3 --steps 8 --trajectory',

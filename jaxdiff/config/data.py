@@ -9,29 +9,29 @@ from jaxdiff.config.base import Checked, positive, require
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """What is read, and what is done to each picture on the way."""
+    """What is read, and what is done to each image on the way."""
 
     source: str = "emoji"
     """`emoji` (made by `python -m jaxdiff.tools.prepare emoji`), `prepared` (a collection that `python -m
-    jaxdiff.tools.prepare collect` wrote), `folder` (pictures as they are), `latents`, or any TFDS data set's name."""
+    jaxdiff.tools.prepare collect` wrote), `folder` (images as they are), `latents`, or any TFDS data set's name."""
     root: str = "data"
-    """The TFDS data directory, or the folder of pictures, of the prepared collection, or of the latents."""
+    """The TFDS data directory, or the folder of images, of the prepared collection, or of the latents."""
     split: str = "train"
     heldout: str = "heldout"
     """TFDS only: the split that reconstructions are measured on; empty measures on `split`."""
     image_field: str = "image"
-    """TFDS only: the feature that holds the picture."""
+    """TFDS only: the feature that holds the image."""
     text_field: str = "caption"
     """TFDS only: the feature that holds the caption, or a class label (its name becomes the caption)."""
     size: int = 64
     """Pixels along each side of the square crop; of other aspects, the square root of their area."""
     aspects: tuple[str, ...] = ()
-    """Shapes of the crops, as width:height, such as 1:1 4:3 3:4 16:9: each picture is cropped to the nearest, and each
+    """Shapes of the crops, as width:height, such as 1:1 4:3 3:4 16:9: each image is cropped to the nearest, and each
     batch has one. Empty: squares."""
     side_multiple: int = 64
     """Sides of `aspects` are multiples of this many pixels; the VAE's factor times the UNet's divides it."""
     batch_size: int = 64
-    """Global batch: pictures an optimiser step, over all hosts."""
+    """Global batch: images an optimiser step, over all hosts."""
     crop: float = 1.0
     """Smallest share of the shorter side that a random square crop may take; 1 crops nothing but to a square."""
     flip: bool = False
@@ -55,7 +55,7 @@ class DataConfig(Checked):
     def _check(self) -> None:
         require(
             self.batch_size <= 2**24,
-            f"DataConfig.batch_size is {self.batch_size}; more than {2**24} pictures a step are not planned for.",
+            f"DataConfig.batch_size is {self.batch_size}; more than {2**24} images a step are not planned for.",
         )
         positive(self, "size", "batch_size", "side_multiple")
         for text, shape in zip(self.aspects, self.shapes, strict=False):

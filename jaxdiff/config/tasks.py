@@ -60,13 +60,15 @@ class DiffusionTask(Checked):
     """Of logit_normal; above 0 draws more noise (Esser et al. 2024, section 3.1)."""
     logit_std: float = 1.0
     noise_offset: float = 0.0
-    """Size of the constant added to each channel's noise, for darker and brighter pictures; 0.05 to 0.1 is usual."""
+    """Size of the constant added to each channel's noise, for darker and brighter images; 0.05 to 0.1 is usual."""
     latent_variants: int = 0
-    """Latents encoded once for so many augmentations of each picture, before training; 0 encodes at every step."""
+    """Latents encoded once for so many augmentations of each image, before training; 0 encodes at every step."""
     text_variants: int = 0
     """Captions drawn, and encoded once by a frozen text encoder, for each of these latents; 0 encodes at every step."""
     prompts: tuple[str, ...] = ()
     """Drawn at every evaluation, with seeds 0, 1, ...; empty draws captions of the training data."""
+    guidance: float | None = None
+    """The guidance scale that the exported model is sampled with where a user gives none; None is 7.5."""
 
     @property
     def sized(self) -> bool:

@@ -1,1 +1,1 @@
-"""Pictures and captions: where they come from, how they are varied, and in what order they are read."""
+"""Images and captions: where they come from, how they are varied, and in what order they are read."""

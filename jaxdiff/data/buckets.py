@@ -1,9 +1,9 @@
-"""Batches of one shape each, out of a fixed set: which shape a step has, and which pictures of it.
+"""Batches of one shape each, out of a fixed set: which shape a step has, and which images of it.
 
-Every picture belongs to the bucket of the nearest aspect, so each bucket is a stream of pictures of its own: epochs of
+Every image belongs to the bucket of the nearest aspect, so each bucket is a stream of images of its own: epochs of
 its members, each in an order of its own, one after the other. Epoch e of a run is as many whole batches of each bucket
 as its stream's first e + 1 epochs fill and the first e do not: what is left of a bucket at the end of an epoch comes
-first in the next one, and no picture is lost or repeated. The order of the buckets within an epoch is random.
+first in the next one, and no image is lost or repeated. The order of the buckets within an epoch is random.
 """
 
 from bisect import bisect_right

@@ -19,18 +19,18 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (0, 200, 220),
     "brown": (110, 65, 25),
 }
-"""The plain backgrounds that transparent pictures get, as 8-bit sRGB."""
+"""The plain backgrounds that transparent images get, as 8-bit sRGB."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What is known of a picture. A plain text is a label alone, and is never changed."""
+    """What is known of an image. A plain text is a label alone, and is never changed."""
 
     label: str
     style: str = ""
     keywords: tuple[str, ...] = ()
     colour: str = ""
-    """The background's name, one of `COLOURS`; empty where the picture has none of its own."""
+    """The background's name, one of `COLOURS`; empty where the image has none of its own."""
 
     def full(self) -> str:
         """Every part: "red apple, noto style, on a blue background"."""

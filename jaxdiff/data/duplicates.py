@@ -1,4 +1,4 @@
-"""Pictures that are there twice: equal pixels by a digest, pictures that look alike by a perceptual hash.
+"""Images that are there twice: equal pixels by a digest, images that look alike by a perceptual hash.
 
 The hash is 64 bits: the signs of the 48 lowest frequencies of the luma's cosine transform against their median (Zauner
 2010, "pHash"), and 16 bits of the mean chroma, without which drawings that differ in colour alone would be equal.
@@ -28,13 +28,13 @@ _CHROMA = 128 + np.array([-48, -32, -16, -6, 6, 16, 32, 48])
 
 
 def pixel_digest(image: Image.Image) -> str:
-    """Equal for pictures of the same pixels, however they were compressed: 32 hexadecimal digits of SHA-256."""
+    """Equal for images of the same pixels, however they were compressed: 32 hexadecimal digits of SHA-256."""
     head = f"{image.mode} {image.width} {image.height}\n".encode()
     return hashlib.sha256(head + image.tobytes()).hexdigest()[:32]
 
 
 def look(image: Image.Image) -> int:
-    """The perceptual hash of an RGB or RGBA picture; what is transparent counts as grey."""
+    """The perceptual hash of an RGB or RGBA image; what is transparent counts as grey."""
     if image.mode == "RGBA":
         small = image.resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2)
         ground = Image.new("RGB", small.size, (128, 128, 128))

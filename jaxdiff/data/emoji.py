@@ -78,7 +78,7 @@ class EmojiConfig(tfds.core.BuilderConfig):
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """RGBA pictures of emoji with their label, keywords and style; of only so many `concepts`, evenly spread, if not 0.
+    """RGBA images of emoji with their label, keywords and style; of only so many `concepts`, evenly spread, if not 0.
 
     Splits: `train`; `test`, drawings whose concept is in `train` in another style; `heldout`, concepts (and what
     differs from them only in gender) of which no drawing is in `train`.

@@ -1,4 +1,4 @@
-"""From a record's bytes to a picture of the size asked for: a background, crop and flip."""
+"""From a record's bytes to an image of the size asked for: a background, crop and flip."""
 
 import dataclasses
 
@@ -6,27 +6,27 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-import jaxdiff.decode
+import jaxdiff.io.images.decode
 from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import COLOURS, Caption
 from jaxdiff.data.record import BadRecord, Record
 
 
 def decode(data: bytes) -> Image.Image:
-    """`jaxdiff.decode.decode`, for a record.
+    """`jaxdiff.io.images.decode.decode`, for a record.
 
     Raises:
-        BadRecord: where the bytes are no picture that can be decoded.
+        BadRecord: where the bytes are no image that can be decoded.
 
     """
     try:
-        return jaxdiff.decode.decode(data)
+        return jaxdiff.io.images.decode.decode(data)
     except ValueError as error:
         raise BadRecord(str(error)) from error
 
 
 def on_background(image: Image.Image, colour: str) -> Image.Image:
-    """A transparent picture on one of `COLOURS`. Art that is pure black is drawn white on black."""
+    """A transparent image on one of `COLOURS`. Art that is pure black is drawn white on black."""
     drawing = image.convert("RGB")
     if colour == "black" and drawing.getextrema() == ((0, 0),) * 3:
         drawing = ImageOps.invert(drawing)
@@ -58,10 +58,10 @@ def augment(
 def prepare(
     record: Record, rng: np.random.Generator, config: DataConfig, shape: tuple[int, int]
 ) -> tuple[UInt8[np.ndarray, "h w 3"], Caption]:
-    """The record's picture in `shape` (height, width), augmented by `rng`, and its caption with the ground's colour.
+    """The record's image in `shape` (height, width), augmented by `rng`, and its caption with the ground's colour.
 
     Raises:
-        BadRecord: where the picture cannot be decoded.
+        BadRecord: where the image cannot be decoded.
 
     """
     image, caption = decode(record.image), record.caption
@@ -73,5 +73,5 @@ def prepare(
 
 
 def to_float(images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b h w 3"]:
-    """uint8 pictures as float32 in [-1, 1]."""
+    """uint8 images as float32 in [-1, 1]."""
     return images.astype(np.float32) / 127.5 - 1

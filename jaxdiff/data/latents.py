@@ -1,4 +1,4 @@
-"""Latents that are encoded once, for several variants of each picture, and then read in place of the pictures.
+"""Latents that are encoded once, for several variants of each image, and then read in place of the images.
 
 The cache is a folder of parts, `part-00000-of-00012.array_record`. Which records a part holds depends on the data
 alone, so any number of processes can make them side by side, and a part that is there is never made again. The last
@@ -29,7 +29,7 @@ PART_RECORDS = 1024
 """Latents in a part, as long as this makes no more than `MAX_PARTS`."""
 MAX_PARTS = 512
 MAX_ENCODED = 64
-"""Pictures, or captions, that are encoded at once; no more than a batch has."""
+"""Images, or captions, that are encoded at once; no more than a batch has."""
 
 _PART = re.compile(r"part-(\d{5})-of-(\d{5})\.array_record")
 
@@ -104,10 +104,10 @@ def cache_latents(
     Args:
         encode_fn: float32 images [b, h, w, 3] in [-1, 1], of one of `config.shapes`, -> moments [b, h/f, w/f, 2c];
             always called with the same b (the last images are filled up with copies).
-        config: Says how the pictures are cropped, flipped and batched.
-        source: Records with pictures.
+        config: Says how the images are cropped, flipped and batched.
+        source: Records with images.
         folder: Each part is written beside its place there and moved into it when it is whole.
-        variants: Augmentations (background, crop, flip) of each picture.
+        variants: Augmentations (background, crop, flip) of each image.
         seed: Fixes the augmentations.
         dtype: `float16` or `float32`, of the moments and the contexts in the files.
         text_fn: Captions -> [b, t, d], what the text encoder makes of them; b is that of `encode_fn`.

@@ -1,6 +1,6 @@
 """Batches whose every part is a function of the seed and the global sample index: any step can be read directly.
 
-Sample `index` of a run (= step * batch_size + row) is the same picture, drawn the same way, with the same caption,
+Sample `index` of a run (= step * batch_size + row) is the same image, drawn the same way, with the same caption,
 after a resume and on any number of processes. With `DataConfig.aspects`, each step's global batch has one of their
 shapes (see `buckets`). grain reads ahead, in threads or in worker processes.
 """
@@ -152,7 +152,7 @@ class _MakeBatch:
     def _sample(
         self, index: int, bucket: int, place: int, bad: list[tuple[str, str]]
     ) -> tuple[np.ndarray, str | np.ndarray]:
-        """Sample `index`, at `place` of its bucket's stream: a uint8 picture or moments, and a caption or its context.
+        """Sample `index`, at `place` of its bucket's stream: a uint8 image or moments, and a caption or its context.
 
         Another record of the bucket takes the place of a bad one.
         """

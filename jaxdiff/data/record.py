@@ -15,7 +15,7 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """A picture as its file's bytes, or as the `moments` [h, w, 2c] that a VAE encoded; and what is known of it."""
+    """An image as its file's bytes, or as the `moments` [h, w, 2c] that a VAE encoded; and what is known of it."""
 
     caption: Caption
     image: bytes = b""

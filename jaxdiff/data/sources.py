@@ -16,7 +16,7 @@ from jaxdiff.data.captions import Caption
 from jaxdiff.data.latents import LatentSource
 from jaxdiff.data.prepared import PreparedSource
 from jaxdiff.data.record import BadRecord, Record, Source
-from jaxdiff.decode import header_size
+from jaxdiff.io.images.decode import header_size
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -107,7 +107,7 @@ class TFDSSource:
         return f"{self._name} record {index}"
 
     def sizes(self) -> Int[np.ndarray, "n 2"]:
-        """(width, height) of every picture; reads every record."""
+        """(width, height) of every image; reads every record."""
         if self._is_emoji:
             return np.ones((len(self), 2), np.int64)  # square
 
@@ -121,22 +121,22 @@ class TFDSSource:
 
 
 class FolderSource:
-    """Pictures of a user's own.
+    """Images of a user's own.
 
     Either `metadata.jsonl` holds an object with `file_name` and `text` on each line (and, for drawings on transparent
-    ground, a `style` and `keywords` that captions may leave out), or each picture has a `.txt` of its name beside it.
+    ground, a `style` and `keywords` that captions may leave out), or each image has a `.txt` of its name beside it.
     """
 
     def __init__(self, root: str | Path) -> None:
         self._root = Path(root)
         if not self._root.is_dir():
-            raise ValueError(f"{root} is not a folder: DataConfig.root must name one that holds pictures.")
+            raise ValueError(f"{root} is not a folder: DataConfig.root must name one that holds images.")
         metadata = self._root / "metadata.jsonl"
         self._rows = self._from_metadata(metadata) if metadata.is_file() else self._from_sidecars()
         if not self._rows:
-            raise ValueError(f"{root} holds no pictures ({', '.join(sorted(PICTURES))}).")
+            raise ValueError(f"{root} holds no images ({', '.join(sorted(PICTURES))}).")
         if not any(caption.label for _, caption in self._rows):
-            raise ValueError(f"{root} holds {len(self._rows)} pictures and no captions: name them in metadata.jsonl "
+            raise ValueError(f"{root} holds {len(self._rows)} images and no captions: name them in metadata.jsonl "
                              '({"file_name": ..., "text": ...} on each line), or put a .txt beside each.')  # fmt: skip
 
     def __len__(self) -> int:
@@ -157,7 +157,7 @@ class FolderSource:
         return self._rows[index][0].relative_to(self._root).as_posix()
 
     def sizes(self) -> Int[np.ndarray, "n 2"]:
-        """(width, height) of every picture; reads the heads of all files."""
+        """(width, height) of every image; reads the heads of all files."""
         return _sizes(lambda index: header_size(self._rows[index][0]), len(self))
 
     def _from_metadata(self, metadata: Path) -> list[tuple[Path, Caption]]:

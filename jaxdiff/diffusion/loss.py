@@ -43,7 +43,7 @@ def diffusion_loss(
         prediction: what the network predicts.
         weight_fn: gives how much each level counts; see `jaxdiff.diffusion.weights`.
         draw_fn: draws a sample's level; see `jaxdiff.diffusion.timesteps`. None draws all levels alike.
-        noise_offset: the size of a constant that each channel's noise has added, so that whole pictures learn to be
+        noise_offset: the size of a constant that each channel's noise has added, so that whole images learn to be
             dark or bright (Guttenberg 2023).
 
     Returns:
@@ -55,7 +55,7 @@ def diffusion_loss(
         level_key, noise_key, offset_key = jax.random.split(jax.random.fold_in(key, index), 3)
         eps = jax.random.normal(noise_key, x_0.shape[1:])
         if noise_offset:
-            eps += noise_offset * jax.random.normal(offset_key, x_0.shape[-1:])
+            eps += noise_offset * jax.random.normal(offset_key, (1, 1, x_0.shape[-1]))
         return *draw_fn(level_key), eps
 
     level, share, eps = jax.vmap(draw)(index)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from jaxtyping import Float64
@@ -11,7 +12,7 @@ from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.prediction import PREDICTIONS
 
 # Zero-terminal-SNR leaves nothing of x_0 at the last step, and sigma infinite. This in place of 0 keeps it finite (1e6)
-# and adds less than float32 resolves: diffusers, which has an exact zero there, draws the same pictures.
+# and adds less than float32 resolves: diffusers, which has an exact zero there, draws the same images.
 TERMINAL_ALPHA_BAR = 1e-12
 
 
@@ -36,6 +37,7 @@ class NoiseSchedule:
         return steps * self.sigmas / (1 + self.sigmas) if self.flow else np.arange(steps, dtype=np.float64)
 
 
+@cache
 def make_schedule(config: SchedulerConfig) -> NoiseSchedule:
     """The noise schedule that diffusers makes of the same `scheduler_config.json`."""
     steps = config.num_train_timesteps
@@ -57,7 +59,7 @@ def zero_terminal_snr(alpha_bar: Float64[np.ndarray, " t"]) -> Float64[np.ndarra
 
 
 def shifted(t: Float64[np.ndarray, " t"], shift: float) -> Float64[np.ndarray, " t"]:
-    """Times on the line moved towards noise, as larger pictures need it (Esser et al. 2024, eq. 23)."""
+    """Times on the line moved towards noise, as larger images need it (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -1,1 +1,1 @@
-"""Files: weights, names, folders, pictures and checkpoints."""
+"""Files: weights, names, folders, images and checkpoints."""

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from jaxdiff.io.fingerprint import fingerprints
 from jaxdiff.io.storage import is_remote
-from jaxdiff.sharding import path_name
+from jaxdiff.runtime.mesh import path_name
 
 logger = logging.getLogger(__name__)
 

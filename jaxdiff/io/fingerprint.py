@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdiff.sharding import path_name
+from jaxdiff.runtime.mesh import path_name
 
 
 def fingerprints(tree: Any) -> tuple[dict[str, str], list[str]]:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -42,20 +42,6 @@ class TokenizerFiles(Protocol):
     def save(self, folder: Path) -> None:
         """Writes the files into an existing folder."""
         ...
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A whole text-to-image model, in memory."""
-
-    unet: UNetConfig
-    vae: VAEConfig
-    text_encoder: CLIPTextConfig
-    scheduler: SchedulerConfig
-    params: dict[str, Params]
-    """The trees of "unet", "vae" and "text_encoder"."""
-    tokenizer: Path | TokenizerFiles
-    """The folder that holds the tokenizer's files, or the tokenizer itself."""
 
 
 class _Network(NamedTuple):
@@ -165,21 +151,17 @@ _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_con
                     "added_tokens.json")  # fmt: skip
 MARK = {"_written_by": "jaxdiff"}
 """Stands in a JSON file of each folder that is ours to replace."""
+DEFAULTS = "_defaults"
+"""In `model_index.json`, settings that the model is sampled with where a user gives none."""
 # The layout is this version's; below 0.9 diffusers would change `sample_size` on reading.
 _VERSION = {"_diffusers_version": "0.42.0"}
 
 
-def read_folder(path: Path | str, variant: str | None = None) -> Folder:
-    """Reads a Stable Diffusion folder. Weights keep the type they are stored in.
-
-    Their shapes are not looked at here: `jaxdiff.io.weights.check_params` compares them with what the networks want.
-
-    Args:
-        path: the folder that holds `model_index.json`.
-        variant: "fp16" and the like, for folders with several sets of weights.
+def read_index(path: Path | str) -> dict[str, Any]:
+    """`model_index.json`, after a check that the folder holds the networks of `NETWORKS` and no others.
 
     Raises:
-        ValueError: in one sentence, naming the file and, for a setting that is not supported, the field and its value.
+        ValueError: in one sentence, naming the file and what is missing or not supported.
     """
     path = Path(path)
     if not path.is_dir():
@@ -196,20 +178,21 @@ def read_folder(path: Path | str, variant: str | None = None) -> Folder:
             raise ValueError(f"{index_file}: {name} is {value}; supported: {parts[name]}.")
         if name not in parts and name not in ("scheduler", "tokenizer"):
             raise ValueError(f"{index_file}: {name} is {value}; models with such a part are not supported.")
-    networks = {name: read_network(path, name, variant) for name in NETWORKS}
-    return Folder(
-        **{name: config for name, (config, _) in networks.items()},
-        scheduler=read_scheduler(path),
-        params={name: params for name, (_, params) in networks.items()},
-        tokenizer=_check_tokenizer(_subfolder(path, "tokenizer")),
-    )
+    return index
 
 
 def read_network(path: Path | str, name: str, variant: str | None = None) -> tuple[Any, Params]:
-    """The config and the params of one network ("unet", "vae" or "text_encoder") of a folder.
+    """The config and the params of one network ("unet", "vae" or "text_encoder") of a folder, in the type stored there.
+
+    The shapes are not checked here: `jaxdiff.io.weights.check_params` compares them with what the network wants.
+
+    Args:
+        path: the folder that holds `model_index.json`.
+        name: the network's folder.
+        variant: "fp16" and the like, for folders with several sets of weights.
 
     Raises:
-        ValueError: as `read_folder`.
+        ValueError: in one sentence, naming the file and, for a setting that is not supported, the field and its value.
     """
     config = read_config(path, name)
     folder = _subfolder(Path(path), name)
@@ -224,7 +207,7 @@ def read_config(path: Path | str, name: str) -> Any:
     """The config of one network ("unet", "vae" or "text_encoder") of a folder, without its weights.
 
     Raises:
-        ValueError: as `read_folder`.
+        ValueError: as `read_network`.
     """
     network = NETWORKS[name]
     return _config(_subfolder(Path(path), name) / "config.json", network.config, network.only, network.ignored)
@@ -236,7 +219,7 @@ def read_scheduler(path: Path | str) -> SchedulerConfig:
     Where the file leaves out `steps_offset` and `clip_sample` they are 1 and False, as in StableDiffusionPipeline.
 
     Raises:
-        ValueError: as `read_folder`.
+        ValueError: as `read_network`.
     """
     file = _subfolder(Path(path), "scheduler") / "scheduler_config.json"
     cls = load_json(file).get("_class_name", "DDIMScheduler")
@@ -245,49 +228,69 @@ def read_scheduler(path: Path | str) -> SchedulerConfig:
     return _config(file, SchedulerConfig, _SCHEDULER_ONLY, _SOLVER_FIELDS, SCHEDULERS[cls] | _PIPELINE)
 
 
-def write_folder(path: Path | str, folder: Folder, dtype: DTypeLike = np.float32) -> None:
+def write_folder(
+    path: Path | str,
+    networks: Mapping[str, tuple[NetworkConfig, Params]],
+    scheduler: SchedulerConfig,
+    tokenizer: Path | TokenizerFiles,
+    defaults: Mapping[str, Any] | None = None,
+    dtype: DTypeLike = np.float32,
+) -> None:
     """Writes what `diffusers.StableDiffusionPipeline.from_pretrained` loads; all of it, or nothing.
 
-    diffusers reads a `steps_offset` other than 1 as 1 and `clip_sample` as off: such a model draws other pictures
-    there, and a warning is logged. A flow's scheduler is its FlowMatchEulerDiscreteScheduler.
+    diffusers reads a `steps_offset` other than 1 as 1 and `clip_sample` as off: such a model draws other images there,
+    and a warning is logged. A flow's scheduler is its FlowMatchEulerDiscreteScheduler.
 
     Args:
         path: a new or empty folder, or one that this function wrote.
-        folder: the model.
+        networks: config and params of each, by the name of its folder.
+        scheduler: the noise schedule.
+        tokenizer: a folder of its files, or a tokenizer that can write them.
+        defaults: settings that the model is sampled with where a user gives none, as JSON values.
         dtype: float32, float16 or bfloat16, the type of the stored weights.
 
     Raises:
         ValueError: when the folder holds anything else or cannot be written, a weight does not fit into the type, or
             the tokenizer's files are gone.
     """
-    if isinstance(folder.tokenizer, Path):
-        _check_tokenizer(folder.tokenizer)
-    flow = folder.scheduler.prediction_type == "flow_prediction"
-    if not flow and (folder.scheduler.steps_offset != 1 or folder.scheduler.clip_sample):
-        logger.warning("diffusers' StableDiffusionPipeline takes steps_offset as 1 and clip_sample as False, "
-                       "this model has %s and %s: its pictures will differ there.",
-                       folder.scheduler.steps_offset, folder.scheduler.clip_sample)  # fmt: skip
+    if isinstance(tokenizer, Path):
+        _check_tokenizer(tokenizer)
+    flow = scheduler.prediction_type == "flow_prediction"
+    if not flow and (scheduler.steps_offset != 1 or scheduler.clip_sample):
+        logger.warning(
+            "diffusers' StableDiffusionPipeline takes steps_offset as 1 and clip_sample as False; this model has %s "
+            "and %s, and its images will differ there.",
+            scheduler.steps_offset,
+            scheduler.clip_sample,
+        )
     with replaced(Path(path), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}) as new:
-        for name, network in NETWORKS.items():
+        for name, (config, params) in networks.items():
             (new / name).mkdir()
-            _write_network(new / name, network, getattr(folder, name), folder.params[name], dtype)
+            _write_network(new / name, NETWORKS[name], config, params, dtype)
         (new / "scheduler").mkdir()
         cls = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
-        values = scheduler_values(folder.scheduler)
-        _write_json(new / "scheduler" / "scheduler_config.json", {"_class_name": cls} | _VERSION | values)
+        values = {"_class_name": cls} | _VERSION | scheduler_values(scheduler)
+        _write_json(new / "scheduler" / "scheduler_config.json", values)
         (new / "tokenizer").mkdir()
-        if isinstance(folder.tokenizer, Path):
+        if isinstance(tokenizer, Path):
             for file in _TOKENIZER_FILES:
-                if (folder.tokenizer / file).exists():
-                    shutil.copyfile(folder.tokenizer / file, new / "tokenizer" / file)
+                if (tokenizer / file).exists():
+                    shutil.copyfile(tokenizer / file, new / "tokenizer" / file)
         else:
-            folder.tokenizer.save(new / "tokenizer")
-        _write_json(new / "model_index.json", {
-            "_class_name": "StableDiffusionPipeline", **_VERSION, **MARK,
-            "feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
-            "scheduler": ["diffusers", cls], "tokenizer": ["transformers", "CLIPTokenizer"],
-            **{name: [network.library, network.cls] for name, network in NETWORKS.items()},
-        })  # fmt: skip
+            tokenizer.save(new / "tokenizer")
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            **_VERSION,
+            **MARK,
+            **({DEFAULTS: dict(defaults)} if defaults else {}),
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", cls],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            **{name: [NETWORKS[name].library, NETWORKS[name].cls] for name in networks},
+        }
+        _write_json(new / "model_index.json", index)
 
 
 def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
@@ -314,6 +317,15 @@ def _subfolder(path: Path, name: str) -> Path:
     if not (path / name).is_dir():
         raise ValueError(f"{path} has no folder {name!r}; it is not a diffusers model folder, or only half of one.")
     return path / name
+
+
+def tokenizer_folder(path: Path | str) -> Path:
+    """The folder of a model's tokenizer.
+
+    Raises:
+        ValueError: where it is not there, or lacks a file.
+    """
+    return _check_tokenizer(_subfolder(Path(path), "tokenizer"))
 
 
 def _check_tokenizer(folder: Path) -> Path:

@@ -89,7 +89,7 @@ class CLIPEmbeddings(nn.Module):
         positions_table = nn.Embed(
             self.max_positions, self.hidden_size, dtype=self.dtype, embedding_init=init, name="position_embedding"
         )
-        return tokens_table(tokens) + positions_table(jnp.arange(tokens.shape[-1]))
+        return tokens_table(tokens) + positions_table(jnp.arange(tokens.shape[-1])[None])
 
 
 class CLIPEncoder(nn.Module):

@@ -1,10 +1,6 @@
 """The autoencoder between pixels and latents (Kingma & Welling 2014; Rombach et al. 2022, section 3.1)."""
 
-import math
-from collections.abc import Callable
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -14,9 +10,6 @@ from jaxdiff.nn.conv import Conv3x3
 from jaxdiff.nn.layers import Conv1x1, GroupNorm, Remat
 
 EPS = 1e-6
-
-SLICE = 64 * 64 * 4
-"""Latent pixels that `in_slices` decodes at a time: four images of 512x512 by Stable Diffusion's autoencoder."""
 
 
 class Encoder(nn.Module):
@@ -102,11 +95,3 @@ class AutoencoderKL(nn.Module):
     def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Encodes, takes the mean, decodes: what initialisation and reconstruction figures use."""
         return self.decode(self.encode(image)[..., : self.latent_channels])
-
-
-def in_slices(decode: Callable[[Array], Array], z: Float[Array, "b h w c"], most: int = SLICE) -> Array:
-    """`decode` of each latent, `most` of their pixels at a time, or one latent: memory does not grow with the batch.
-
-    The images are those of `jax.vmap(decode)`. Slices of one image would not be: GroupNorm looks at all of it.
-    """
-    return jax.lax.map(decode, z, batch_size=min(len(z), max(1, most // math.prod(z.shape[1:3]))))

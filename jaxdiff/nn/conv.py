@@ -59,7 +59,7 @@ class Conv3x3(nn.Module):
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
         n = self.padding
         padding = ((n, n), (n, n)) if isinstance(n, int) else n
-        return conv3x3(x, kernel, transformed, stride=self.stride, padding=padding) + bias
+        return conv3x3(x, kernel, transformed, stride=self.stride, padding=padding) + bias.reshape(1, 1, 1, -1)
 
 
 def conv3x3(

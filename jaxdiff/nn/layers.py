@@ -1,5 +1,6 @@
 """Convolutions, normalisations and embeddings: NHWC, compute in `dtype`, statistics in float32."""
 
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
@@ -51,21 +52,27 @@ class GroupNorm(nn.Module):
         b, *hw, c = x.shape
         scale = self.param("scale", nn.initializers.ones_init(), (c,))
         bias = self.param("bias", nn.initializers.zeros_init(), (c,))
-        x = x.astype(jnp.float32)
+        x, scale, bias = (v.astype(jnp.float32) for v in (x, scale, bias))
         # Sums for each channel first, groups after: one pass over the pixels that every backend vectorises.
         pixels = tuple(range(1, x.ndim - 1))
         moments = jnp.stack([x.mean(pixels), jnp.square(x).mean(pixels)])
         mean, square = moments.reshape(2, b, self.groups, c // self.groups).mean(-1)
         inverse_std = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
         mean, inverse_std = (jnp.repeat(v, c // self.groups, axis=-1) for v in (mean, inverse_std))
-        gain = inverse_std * scale
+        gain = inverse_std * scale[None]
         shape = (b, *(1 for _ in hw), c)
-        return (x * gain.reshape(shape) + (bias - mean * gain).reshape(shape)).astype(self.dtype)
+        return (x * gain.reshape(shape) + (bias[None] - mean * gain).reshape(shape)).astype(self.dtype)
 
 
-def LayerNorm(*, eps: float = 1e-5, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+def LayerNorm(*, eps: float = 1e-5, dtype: DTypeLike, name: str) -> Callable[[Array], Array]:
     """Normalises each token over its features; statistics in float32 (linen's own rule)."""
-    return nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
+    norm = nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
+
+    def normalise(x: Array) -> Array:
+        with jax.numpy_dtype_promotion("standard"):  # linen subtracts float32 means from bfloat16 numbers
+            return norm(x)
+
+    return normalise
 
 
 def timestep_embedding(
@@ -74,7 +81,7 @@ def timestep_embedding(
     """Sinusoids of the step number at geometric frequencies (Vaswani et al. 2017, section 3.5; Ho et al. 2020, B)."""
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = jnp.outer(t.astype(jnp.float32), frequencies)
     waves = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
     return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, dim % 2)))
 

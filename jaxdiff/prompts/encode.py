@@ -15,18 +15,18 @@ MAX_CHUNKS = 32
 
 
 class Words(NamedTuple):
-    """What one picture shall show."""
+    """What one image shall show."""
 
     prompt: str
     negative_prompt: str = ""
     regions: tuple[str, ...] = ()
-    """A prompt for each region of the picture."""
+    """A prompt for each region of the image."""
 
 
 class Prompts(NamedTuple):
-    """The prompts of a batch. A phase is a run of steps over which no picture's text changes.
+    """The prompts of a batch. A phase is a run of steps over which no image's text changes.
 
-    Each picture's are padded to the batch's sizes so that its picture stays the same in any batch: parts with weight
+    Each image's are padded to the batch's sizes so that its image stays the same in any batch: parts with weight
     0, phases that never begin, and chunks by repeating all of a text's own, which attention over them does not notice.
     """
 
@@ -37,13 +37,13 @@ class Prompts(NamedTuple):
     part_weights: Float32[np.ndarray, "b phases parts"]
     """How far each part counts; 0 for padding. The same in all phases."""
     part_region: Int32[np.ndarray, "b parts"]
-    """The region that a part belongs to; -1 is all of the picture, and padding."""
+    """The region that a part belongs to; -1 is all of the image, and padding."""
     starts: Int32[np.ndarray, "b phases"]
     """The step at which each phase begins, 0 for the first; padding begins at `steps`, which is never."""
 
 
 def fill(words: Words, wildcards: Wildcards, seed: int) -> tuple[Words, list[str]]:
-    """The words with a line in place of each wildcard, chosen by the picture's seed; and sentences of warning."""
+    """The words with a line in place of each wildcard, chosen by the image's seed; and sentences of warning."""
     texts = {"prompt": words.prompt, "negative": words.negative_prompt}
     texts |= {f"region{i}": text for i, text in enumerate(words.regions)}
     filled = {place: wildcards.fill(text, seed, place) for place, text in texts.items()}
@@ -61,9 +61,9 @@ def encode(
     two by empty ones. The negative prompt may have weights and schedules; AND in it is text.
 
     Args:
-        batch: at least one picture's words.
+        batch: at least one image's words.
         tokenizer: the text encoder's.
-        steps: how many steps the pictures are drawn in, at least 1.
+        steps: how many steps the images are drawn in, at least 1.
         literal: takes all texts as they are, without any syntax.
 
     Raises:

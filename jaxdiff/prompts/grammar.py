@@ -60,9 +60,11 @@ def parse(text: str, steps: int, *, compose: bool = True) -> tuple[list[Part], l
 
     Args:
         text: any.
-        steps: how many steps the picture is drawn in.
+        steps: how many steps the image is drawn in.
         compose: whether AND joins prompts; else it is text.
     """
+    if not _SYNTAX.search(text):
+        return [plain(text, steps)], []
     warnings: dict[str, None] = {}
     items = _tree(_tokens(text), warnings)
     sides = _split(items, "AND") if compose else [items]

@@ -1,4 +1,4 @@
-"""`__animals__` in a prompt: a line of `animals.txt`, chosen by the picture's seed."""
+"""`__animals__` in a prompt: a line of `animals.txt`, chosen by the image's seed."""
 
 import hashlib
 import re

@@ -1,6 +1,6 @@
 """From a clean latent up to the noise that it would be drawn from, and a sampler that can be undone exactly.
 
-`ddim_inversion` and `edict_inversion` are samplers at levels in reverse order (`backwards`): they start at a picture.
+`ddim_inversion` and `edict_inversion` are samplers at levels in reverse order (`backwards`): they start at an image.
 """
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def backwards(sigmas: Sigmas, steps: int) -> Sigmas:
 def ddim_inversion(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
     """DDIM's steps backwards, as if the noise were the same at both ends of a step (Song et al. 2021, section 4.3).
 
-    The result comes nearer to the noise of the picture the more steps there are.
+    The result comes nearer to the noise of the image the more steps there are.
     """
 
     def step_fn(x: Latent, history: History, step: Step) -> tuple[Latent, History]:

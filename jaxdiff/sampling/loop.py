@@ -34,6 +34,9 @@ class State(NamedTuple):
     """How many steps were taken. A loop may start at a later step than 0 and has no history there."""
     guess: Latent
     """The denoiser's guess of x_0 in the last step, from its first call; zeros before any."""
+    memory: tuple[Array, ...] = ()
+    """What the denoiser keeps between steps, where it keeps anything: it is then called as (x, sigma, *memory), and
+    returns x_0 and the new memory. That of a step's first call is kept."""
 
 
 class Step(NamedTuple):
@@ -93,12 +96,12 @@ def sampling_loop(
     count = jnp.count_nonzero(read)
 
     def body(i: Int[Array, ""], state: State) -> State:
-        guesses: list[Latent] = []
+        calls: list[tuple[Latent, tuple[Array, ...]]] = []
 
         def recorded(x: Latent, sigma: Sigma) -> Latent:
-            x_0 = denoise_fn(x, sigma)
-            if not guesses:
-                guesses.append(x_0)
+            out = denoise_fn(x, sigma, *state.memory)
+            x_0, *memory = out if state.memory else (out,)
+            calls.append((x_0, tuple(memory)))
             return x_0
 
         step = Step(
@@ -113,7 +116,7 @@ def sampling_loop(
         )
         step_fn = sampler(recorded, noise_fn)
         x, history = step_fn(state.x * jnp.sqrt(1 + step.sigma**2), state.history, step)
-        return State(x / jnp.sqrt(1 + step.sigma_next**2), history, state.taken + 1, guesses[0])
+        return State(x / jnp.sqrt(1 + step.sigma_next**2), history, state.taken + 1, *calls[0])
 
     return jax.lax.fori_loop(start, stop, body, state)
 

@@ -49,7 +49,7 @@ def pndm(denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> StepFn:
         again = from_top & (step.taken == 1)
         x = jnp.where(again, history[3], x)
         sigma = jnp.where(again, step.sigmas_before[0], step.sigma)
-        row = step.taken + (~from_top & (step.taken > 0))
+        row = step.taken + (~from_top & (step.taken > 0)).astype(int)
         weights = jnp.array(ADAMS)[jnp.minimum(row, len(ADAMS) - 1)]
         x_next = x + (step.sigma_next - sigma) * weighted_sum(weights, eps, history)
         kept = jnp.where(again, history[:3], push(history, eps)[:3])
@@ -73,7 +73,8 @@ def _cubic(step: Step) -> Float[Array, " 4"]:
     nodes = jnp.concatenate([step.sigma[None], step.sigmas_before[:3]])
     there = jnp.arange(4) <= step.taken
     half = (step.sigma_next - step.sigma) / 2
-    points = step.sigma + half + half * jnp.array([-1, 1]) / jnp.sqrt(3)
-    factors = (points[:, None, None] - nodes) / (nodes[:, None] - nodes)  # point, polynomial, its other nodes
-    factors = jnp.where(jnp.eye(4, dtype=bool) | ~there, 1, factors)
+    points = step.sigma + half + half * jnp.array([-1.0, 1.0]) / jnp.sqrt(3)
+    others = nodes[None]
+    factors = (points[:, None, None] - others[None]) / (nodes[:, None] - others)[None]  # point, polynomial, other nodes
+    factors = jnp.where(jnp.eye(4, dtype=bool) | ~there[None], 1, factors)
     return jnp.where(there, half * factors.prod(2).sum(0), 0)

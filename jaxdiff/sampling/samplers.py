@@ -65,6 +65,8 @@ SAMPLERS: dict[str, Sampler] = {
     "tcd": Sampler(tcd, TCD, (), ("model",), reuses=False),
     "edict": Sampler(edict, MODEL),
 }
+BUILT_IN = dict(SAMPLERS)
+"""The samplers of this package; others may be added to `SAMPLERS`, or take their place there."""
 WITH_ETA = tuple(name for name, entry in SAMPLERS.items() if "eta" in entry.options or entry.family.takes_eta)
 """The samplers with a share of noise, eta: ddim as an option, tcd for its levels."""
 
@@ -82,7 +84,8 @@ def check_sampler(sampler: object, schedule: object = "model", eta: float = 0.0,
     known = SAMPLERS[sampler].schedules
     if schedule not in known:
         raise ValueError(f"The sampler {sampler} cannot use the schedule {schedule!r}; it can use: {', '.join(known)}.")
-    if eta and sampler not in WITH_ETA:
+    entry = SAMPLERS[sampler]
+    if eta and "eta" not in entry.options and not entry.family.takes_eta:
         raise ValueError(
             f"eta is {eta:g}, which the sampler {sampler} does not take; it is for {' and '.join(WITH_ETA)}."
         )

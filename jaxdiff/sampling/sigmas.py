@@ -192,7 +192,7 @@ SpacingFn = Callable[[float, float, int], Falling]
 
 
 def karras(top: float, bottom: float, steps: int) -> Falling:
-    """Even in sigma^(1/7): most levels where pictures take shape (Karras et al. 2022, eq. 5)."""
+    """Even in sigma^(1/7): most levels where images take shape (Karras et al. 2022, eq. 5)."""
     return np.linspace(top ** (1 / 7), bottom ** (1 / 7), steps) ** 7
 
 

@@ -2,16 +2,17 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
-from jaxdiff.cli import exit_code
 from jaxdiff.config import TrainConfig, VAETask, from_dict, load_json
 from jaxdiff.io.checkpoint import read_part
-from jaxdiff.io.folder import read_folder, read_network, write_folder, write_network
+from jaxdiff.io.folder import read_network, write_network
+from jaxdiff.model import read_model
+from jaxdiff.runtime.cli import exit_code
 from jaxdiff.training.ema import Snapshot, combine, posthoc
 from jaxdiff.training.state import merge
 from jaxdiff.types import Params
@@ -59,8 +60,10 @@ def main(args: Args) -> None:
         vae, params = read_network(export, "vae")
         write_network(args.out, "vae", vae, merge(params, made))
     else:
-        model = read_folder(export)
-        write_folder(args.out, replace(model, params=merge(model.params, made)))
+        model = read_model(export)
+        folders = model.family.FOLDERS
+        params = merge({folders[role]: tree for role, tree in model.params.items()}, made)
+        model.with_params({role: params[name] for role, name in folders.items()}).save(args.out)
     print(f"{args.out}: width {args.width:g} at step {args.step or steps[-1]}, of {len(snapshots)} stored averages.")
 
 

@@ -11,20 +11,20 @@ import tyro
 from jaxtyping import UInt8
 
 from jaxdiff import load
-from jaxdiff.cli import exit_code
 from jaxdiff.config import DataConfig, VAETask
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.loader import batches, open_source
+from jaxdiff.runtime.cli import exit_code
 from jaxdiff.training.tasks.vae import psnr, reconstruct
 
 FRAME = 3  # pixels along each edge that are taken for background
 
 
-def background_colour(picture: UInt8[np.ndarray, "h w 3"]) -> str:
-    """The name in `COLOURS` that is nearest to the median colour of the picture's frame, in RGB."""
-    frame = np.ones(picture.shape[:2], bool)
+def background_colour(image: UInt8[np.ndarray, "h w 3"]) -> str:
+    """The name in `COLOURS` that is nearest to the median colour of the image's frame, in RGB."""
+    frame = np.ones(image.shape[:2], bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
-    median = np.median(picture[frame], axis=0)
+    median = np.median(image[frame], axis=0)
     return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
 
 
@@ -45,18 +45,18 @@ def colours(
     model: Path | None = None,
     seed: int = 0,
     steps: int = 30,
-    guidance: float = 7.5,
+    guidance: float | None = None,
     batch: int = 16,
 ) -> None:
-    """Draws one picture a prompt and counts those whose frame has the background that the prompt names.
+    """Draws one image a prompt and counts those whose frame has the background that the prompt names.
 
     Args:
         prompts: a text file, one prompt a line.
         model: a diffusers folder or run directory; the embedded model if left out.
         seed: of the first prompt; the next one has the next.
         steps: of the sampler.
-        guidance: scale of classifier-free guidance.
-        batch: pictures drawn together.
+        guidance: scale of classifier-free guidance; the model's own if left out.
+        batch: images drawn together.
     """
     lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     wanted = [wanted_colour(line) for line in lines]
@@ -64,9 +64,9 @@ def colours(
     obeyed = 0
     for first in range(0, len(lines), batch):
         part = lines[first : first + batch]
-        pictures = pipe(part, seed=seed + first, steps=steps, guidance=guidance)
-        for line, colour, picture in zip(part, wanted[first:], pictures, strict=False):
-            seen = background_colour(picture)
+        images = pipe(part, seed=seed + first, steps=steps, guidance=guidance)
+        for line, colour, image in zip(part, wanted[first:], images, strict=False):
+            seen = background_colour(image)
             obeyed += seen == colour
             if seen != colour:
                 print(f"{line}: drawn on {seen}")
@@ -74,25 +74,25 @@ def colours(
 
 
 def reconstruction(data_dir: str = "data", model: Path | None = None, split: str = "heldout", batch: int = 32) -> None:
-    """Encodes and decodes a split of the `emoji` data and prints the mean PSNR over its pictures.
+    """Encodes and decodes a split of the `emoji` data and prints the mean PSNR over its images.
 
     Args:
         data_dir: where `python -m jaxdiff.tools.prepare emoji` put the data.
         model: a diffusers folder or run directory; the embedded model if left out.
         split: `heldout` has the concepts of which no drawing was trained on.
-        batch: pictures reconstructed together.
+        batch: images reconstructed together.
     """
     pipe = load(model)
-    run = reconstruct(VAETask(pipe.model.vae))
+    run = reconstruct(VAETask(pipe.model.configs["vae"]))
     data = DataConfig(
         source="emoji", root=data_dir, split=split, size=pipe.size[0] if pipe.size else 64, batch_size=batch
     )
     source = open_source(data)
-    pictures = itertools.islice(batches(data, source, seed=0), math.ceil(len(source) / batch))
-    # The loader goes round: the first pass holds each picture once, the last batch's rest is left out.
-    figures = [psnr(b["image"], np.asarray(run(pipe.params["vae"], b["image"])[0])) for b in pictures]
+    images = itertools.islice(batches(data, source, seed=0), math.ceil(len(source) / batch))
+    # The loader goes round: the first pass holds each image once, the last batch's rest is left out.
+    figures = [psnr(b["image"], np.asarray(run(pipe.params["vae"], b["image"])[0])) for b in images]
     figures = np.concatenate(figures)[: len(source)]
-    print(f"PSNR of {len(figures)} pictures, {split}: mean {figures.mean():.2f} dB, median {np.median(figures):.2f} dB")
+    print(f"PSNR of {len(figures)} images, {split}: mean {figures.mean():.2f} dB, median {np.median(figures):.2f} dB")
 
 
 if __name__ == "__main__":

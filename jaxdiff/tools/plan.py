@@ -27,19 +27,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdiff import build
-from jaxdiff.cli import exit_code
 from jaxdiff.config import DiffusionTask, TrainConfig, VAEConfig, VAETask
 from jaxdiff.io.folder import read_config as read_network_config
-from jaxdiff.io.programs import give_back_memory
-from jaxdiff.sharding import batch_sharding, make_mesh, tree_shardings
+from jaxdiff.runtime.cli import exit_code
+from jaxdiff.runtime.mesh import batch_sharding, make_mesh, tree_shardings
+from jaxdiff.runtime.programs import give_back_memory
 from jaxdiff.tools import hlo
 from jaxdiff.tools.chips import TPUS, Chip
 from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.options import read_config, resolve
 from jaxdiff.training.parts import model_folder
 from jaxdiff.training.state import Task, create_state, freeze, make_step
-from jaxdiff.training.tasks.diffusion import diffusion_task
-from jaxdiff.training.tasks.vae import vae_task
+from jaxdiff.training.tasks.diffusion import diffusion_inputs, diffusion_task
+from jaxdiff.training.tasks.vae import vae_inputs, vae_task
 from jaxdiff.types import Params
 
 USAGE = (
@@ -58,7 +58,7 @@ class Plan:
     devices: int
     mesh: dict[str, int]
     batch: int
-    """Pictures a chip."""
+    """Images a chip."""
     parameters: int
     optimiser: int
     ema: int
@@ -99,34 +99,16 @@ class Plan:
 
 def abstract_task(config: TrainConfig) -> tuple[Task, dict[str, jax.ShapeDtypeStruct]]:
     """The task that `train.py` would train, with shapes in place of weights, and the shapes of a batch."""
-    b, (height, width), dtype = config.data.batch_size, config.data.shapes[0], jnp.dtype(config.dtype)
-    shape = jax.ShapeDtypeStruct
-    batch = {"index": shape((b,), jnp.int32)}
-    if isinstance(task := config.task, VAETask):
-        batch["image"] = shape((b, height, width, 3), jnp.float32)
-        start = None if task.train_encoder else build.param_shapes(build.vae(task.vae), task.vae)
-        trained = vae_task(task, start, dtype, config.remat)
-        return freeze(replace(trained, start=trained.start or {}), config.optim.factors), batch
-
-    vae = _vae_config(task)
-    tokens, width_of_text = task.text_encoder.max_position_embeddings, task.text_encoder.hidden_size
-    frozen: Params = {"empty_tokens": shape((tokens,), jnp.int32)}
-    if task.latent_variants or config.data.source == "latents":
-        side = vae.factor
-        batch["moments"] = shape((b, height // side, width // side, 2 * vae.latent_channels), jnp.float32)
+    task, dtype = config.task, jnp.dtype(config.dtype)
+    if isinstance(task, VAETask):
+        inputs = vae_inputs(task, config.data)
+        trained = vae_task(task, inputs.frozen, None, dtype, config.remat)
     else:
-        batch["image"] = shape((b, height, width, 3), jnp.float32)
-        frozen["vae"] = build.param_shapes(build.vae(vae), vae)
-    if task.text_variants:
-        batch["context"] = shape((b, tokens, width_of_text), jnp.float32)
-        frozen["empty_context"] = shape((tokens, width_of_text), jnp.float32)
-    else:
-        batch["tokens"] = shape((b, tokens), jnp.int32)
-        if not task.train_text_encoder:
-            frozen["text_encoder"] = build.param_shapes(build.text_encoder(task.text_encoder), task.text_encoder)
-    trained = diffusion_task(task, vae, frozen, None, dtype, config.remat)
+        vae = _vae_config(task)
+        inputs = diffusion_inputs(task, config.data, vae)
+        trained = diffusion_task(task, vae, inputs.frozen, None, dtype, config.remat)
     start = jax.eval_shape(trained.init, jax.random.key(0))  # what rates of 0 freeze must have a start
-    return freeze(replace(trained, start=start), config.optim.factors), batch
+    return freeze(replace(trained, start=start), config.optim.factors), inputs.batch
 
 
 def _vae_config(task: DiffusionTask) -> VAEConfig:
@@ -365,7 +347,7 @@ def report(plan: Plan, name: str) -> str:
         return f"{size / 2**scale:8.2f} {unit}"
 
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
-    lines = [f"{name}: {plan.devices} devices ({mesh}), {plan.batch} pictures a chip", "", "Memory of each chip"]
+    lines = [f"{name}: {plan.devices} devices ({mesh}), {plan.batch} images a chip", "", "Memory of each chip"]
     for part in (*PARTS, "temporaries"):
         lines.append(f"  {part:<22}{gib(getattr(plan, part))}")
     limit = f" of {plan.memory / 2**30:.2f} GiB: {'it fits' if plan.fits else 'TOO MUCH'}" if plan.memory else ""
@@ -380,7 +362,7 @@ def report(plan: Plan, name: str) -> str:
         lines += ["", "At the least"]
         lines += [f"  {bound:<22}{1e3 * seconds:8.1f} ms" for bound, seconds in plan.bounds.items()]
         assert plan.images_per_second
-        lines.append(f"  {'a call':<22}{1e3 * plan.seconds:8.1f} ms: at most {plan.images_per_second:,.0f} pictures/s")
+        lines.append(f"  {'a call':<22}{1e3 * plan.seconds:8.1f} ms: at most {plan.images_per_second:,.0f} images/s")
     if plan.run_seconds and plan.peak:
         lines += ["", f"Run: {plan.run_seconds:.2f} s a call; this process took {plan.peak / 1e9:.2f} GB at most."]
     return "\n".join([*lines, "", f"Compiled in {plan.compile_seconds:.0f} s."])
@@ -393,7 +375,7 @@ def main(argv: list[str]) -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--topology", help="a TPU slice, such as v5e:16x16 (needs the tpu extra)")
     where.add_argument("--devices", type=int, help="so many devices of the CPU")
-    parser.add_argument("--batch", type=int, help="pictures a chip, in place of the config's batch")
+    parser.add_argument("--batch", type=int, help="images a chip, in place of the config's batch")
     parser.add_argument("--forward", action="store_true", help="plan one call of the UNet in place of a step")
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits")
     parser.add_argument("--run", type=int, default=0, help="steps to take on the CPU's devices, to be timed")
@@ -450,7 +432,7 @@ def _plan_on(options: argparse.Namespace, config: TrainConfig, devices: Sequence
             found[batch] = plan(sized, mesh, chip, options.dump, options.run, options.forward)
             if options.fit:
                 fits = "fits" if found[batch].fits else "does not fit"
-                print(f"{batch} pictures a chip: {found[batch].total / 2**30:.2f} GiB, {fits}", file=sys.stderr)
+                print(f"{batch} images a chip: {found[batch].total / 2**30:.2f} GiB, {fits}", file=sys.stderr)
         return found[batch]
 
     batch = options.batch or max(1, config.data.batch_size // mesh.size)

@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 import tensorflow_datasets as tfds
 import tyro
 
-from jaxdiff.cli import exit_code
+from jaxdiff.runtime.cli import exit_code
 
 
 @dataclass(frozen=True)
 class Args:
     """Downloads a data set and writes it as ArrayRecord files, which training reads.
 
-    `prepare collect --help` tells how collections of captioned pictures are prepared.
+    `prepare collect --help` tells how collections of captioned images are prepared.
     """
 
     name: Annotated[str, tyro.conf.Positional] = "emoji"
@@ -32,14 +32,14 @@ class Args:
 
 @dataclass(frozen=True)
 class CollectArgs:
-    """Turns a collection of captioned pictures into shards that training reads, without what is not fit for it.
+    """Turns a collection of captioned images into shards that training reads, without what is not fit for it.
 
     A killed command goes on where it was, by the same command. Options after `--` are Apache Beam's, which runs it
     here or, with `-- --runner=...`, on a cluster whose workers have jaxdiff and see the same files.
     """
 
     source: Annotated[str, tyro.conf.Positional]
-    """A folder (metadata.jsonl with file_name and a caption, or a .txt beside each picture), WebDataset tars (.tar,
+    """A folder (metadata.jsonl with file_name and a caption, or a .txt beside each image), WebDataset tars (.tar,
     .tar.gz) or parquet files: a file, a folder of them, or a pattern in quotes; or tfds:NAME."""
     name: str
     """DATA_DIR/NAME is written; train with --data.source prepared --data.root DATA_DIR/NAME."""
@@ -48,25 +48,25 @@ class CollectArgs:
     split: str = "train"
     """TFDS only."""
     image_field: str = ""
-    """Parquet and TFDS: the field of the pictures' bytes; empty takes `image`, or what else is usual."""
+    """Parquet and TFDS: the field of the images' bytes; empty takes `image`, or what else is usual."""
     text_field: str = ""
     """The field of the captions; empty takes `caption`, `text`, or what else is usual."""
     min_side: int = 1
-    """Smaller pictures are left out: pixels along the shorter side."""
+    """Smaller images are left out: pixels along the shorter side."""
     max_aspect: float = 16.0
-    """Pictures whose longer side is more times the shorter one are left out."""
+    """Images whose longer side is more times the shorter one are left out."""
     min_caption: int = 1
-    """Characters; pictures with shorter captions are left out."""
+    """Characters; images with shorter captions are left out."""
     max_caption: int = 2000
-    """Characters; pictures with longer captions are left out."""
+    """Characters; images with longer captions are left out."""
     near: int = -1
-    """Pictures are left out whose perceptual hash differs in at most this many of 64 bits from an earlier one's, from
+    """Images are left out whose perceptual hash differs in at most this many of 64 bits from an earlier one's, from
     0 to 15; -1 leaves out only those of equal pixels. Above 3 it is slow where there are millions; small and plain
     drawings are alike without being the same, so look at the report."""
     max_side: int = 0
-    """Larger pictures are made smaller, to this many pixels along the longer side; 0 does not."""
+    """Larger images are made smaller, to this many pixels along the longer side; 0 does not."""
     encode: Literal["keep", "webp", "jpeg", "png"] = "keep"
-    """How pictures are stored; `keep` leaves the files as they are, and those made smaller become WebP."""
+    """How images are stored; `keep` leaves the files as they are, and those made smaller become WebP."""
     quality: int = 90
     """Of WebP and JPEG, 1 to 100."""
     max_bad_share: float = 0.01
@@ -135,7 +135,7 @@ def collect(args: CollectArgs, options: list[str]) -> None:
     report = collect(collection, filters, folder, max_bad_share=args.max_bad_share, options=options)
     seconds = time.perf_counter() - began
     print(report.table())
-    print(f"{folder}: {report.kept} pictures; {seconds:.0f} s, {report.read / seconds:.0f} images/s. See report.json.")
+    print(f"{folder}: {report.kept} images; {seconds:.0f} s, {report.read / seconds:.0f} images/s. See report.json.")
 
 
 def _builder(args: Args) -> tfds.core.DatasetBuilder:

@@ -8,12 +8,12 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from jaxdiff.cli import exit_code
 from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.record import BadRecord, Source
 from jaxdiff.data.sources import open_source
 from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.runtime.cli import exit_code
 
 
 @dataclass(frozen=True)

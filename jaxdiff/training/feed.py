@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff.sharding import batch_sharding
+from jaxdiff.runtime.mesh import batch_sharding
 from jaxdiff.training.state import Batch
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from jaxdiff.distributed import leads
 from jaxdiff.io.storage import copy_into, is_remote, write_text
+from jaxdiff.runtime.distributed import leads
 from jaxdiff.training.state import Metrics
 
 WARM_UP = 3  # steps before a profile: the first compiles
@@ -84,7 +84,7 @@ class Log:
         self._bar.update()
 
     def _count(self, metrics: Metrics) -> None:
-        skipped = int(metrics["skipped"])
+        skipped = int(jax.device_get(metrics["skipped"]))
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         self.skipped += skipped
 

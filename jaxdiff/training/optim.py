@@ -11,7 +11,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, ScheduleFreeState, muon, schedule_free, schedule_free_eval_params
 
 from jaxdiff.config import OptimConfig
-from jaxdiff.sharding import path_name
+from jaxdiff.runtime.mesh import path_name
 from jaxdiff.types import Params
 
 # Learning rates -------------------------------------------------------------------------------------------------------
@@ -68,7 +68,17 @@ def optimiser(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTr
     )
     if config.name == "schedule_free":
         step = schedule_free(step, schedule, config.b1)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), step)
+    return _promoting(optax.chain(optax.clip_by_global_norm(config.clip_norm), step))
+
+
+def _promoting(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` whatever `jax_numpy_dtype_promotion` says: optax mixes floats with its counts and with bfloat16 moments."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def _adafactor(config: OptimConfig) -> optax.GradientTransformation:

@@ -15,16 +15,16 @@ from etils import epath
 
 import jaxdiff.config
 from jaxdiff.config import SchedulerConfig, TrainConfig, VAETask, from_dict, load_json, nearest, to_dict
-from jaxdiff.distributed import leads
 from jaxdiff.io.folder import read_config as read_network_config
 from jaxdiff.io.folder import read_scheduler
 from jaxdiff.io.storage import is_remote, place_of, write_text
+from jaxdiff.runtime.distributed import leads
 from jaxdiff.training.parts import model_folder
 
 FREE = re.compile(
     r"workdir|steps|log_every|eval_every|checkpoint_every|keep_checkpoints|keep_every|max_skipped|profile|tensorboard"
     r"|remat|mesh\..*|distributed\..*|cache"
-    r"|data\.(root|workers|max_bad_share|heldout)|task\.prompts|optim\.(?!(name|state_dtype|rates)$).*"
+    r"|data\.(root|workers|max_bad_share|heldout)|task\.(prompts|guidance)|optim\.(?!(name|state_dtype|rates)$).*"
 )
 """Fields that may change when a run goes on: how long, where and how it is optimised, and what it shows; not the
 networks, the data and the draws."""

@@ -12,10 +12,11 @@ from jax.typing import DTypeLike
 
 from jaxdiff import build
 from jaxdiff.build import NetworkConfig
-from jaxdiff.compiling import Compiled
-from jaxdiff.config import CLIPTextConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, DataConfig, DiffusionTask, VAEConfig
+from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.io.folder import read_network
 from jaxdiff.io.weights import check_params
+from jaxdiff.runtime.compile import Compiled
 from jaxdiff.types import Params
 
 
@@ -34,6 +35,48 @@ def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) ->
     make = {"unet": build.unet, "vae": build.vae, "text_encoder": build.text_encoder}[name]
     check_params(params, build.param_shapes(make(wanted or config), wanted or config), folder / name)
     return config, jax.tree.map(lambda p: np.asarray(p, np.float32), params)
+
+
+def read_vae(task: DiffusionTask, data: DataConfig) -> tuple[VAEConfig, Params]:
+    """The config and params of the autoencoder that makes a diffusion task's latents.
+
+    Raises:
+        ValueError: where the UNet does not take its latents, or it does not take the images; or as `read_part` does.
+    """
+    vae, params = read_part(task.vae, "vae", None, "DiffusionTask.vae")
+    if vae.latent_channels != task.unet.in_channels:
+        raise ValueError(
+            f"The VAE in {task.vae} has {vae.latent_channels} latent channels and UNetConfig.in_channels is "
+            f"{task.unet.in_channels}; they must be equal."
+        )
+    check_size(data, vae)
+    return vae, params
+
+
+def check_size(data: DataConfig, vae: VAEConfig) -> None:
+    """Refuses images that are not whole numbers of latent pixels wide and high."""
+    for side in (side for shape in data.shapes for side in shape):
+        if side % vae.factor:
+            name = "side_multiple" if data.aspects else "size"
+            raise ValueError(
+                f"DataConfig.{name} {getattr(data, name)} is not a multiple of the VAE's factor {vae.factor}: images "
+                f"have {side} pixels along a side."
+            )
+
+
+def read_tokenizer(task: DiffusionTask) -> Tokenizer:
+    """The tokenizer, for captions as long as the text encoder reads.
+
+    Raises:
+        ValueError: where it has more tokens than the text encoder knows.
+    """
+    tokenizer = Tokenizer.load(task.tokenizer, task.text_encoder.max_position_embeddings)
+    if len(tokenizer) > task.text_encoder.vocab_size:
+        raise ValueError(
+            f"The tokenizer in {task.tokenizer} has {len(tokenizer)} tokens, more than CLIPTextConfig.vocab_size "
+            f"{task.text_encoder.vocab_size}."
+        )
+    return tokenizer
 
 
 def encoder(config: VAEConfig, params: Params, dtype: DTypeLike) -> Callable[[np.ndarray], np.ndarray]:

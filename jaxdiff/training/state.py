@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.config import EMAConfig
-from jaxdiff.sharding import BATCH, gather_params, path_name, tree_shardings
+from jaxdiff.runtime.mesh import BATCH, gather_params, path_name, tree_shardings
 from jaxdiff.training.ema import profiles
 from jaxdiff.training.optim import check_rates, evaluated, rate_of
 from jaxdiff.types import Key, Params
@@ -24,6 +24,22 @@ Notes: TypeAlias = dict[str, Array]  # one row a sample
 
 # (params, frozen, batch, key, memory) -> (the mean loss of the samples, metrics, notes)
 LossFn: TypeAlias = Callable[[Params, Params, Batch, Key, Any], tuple[Float[Array, ""], Metrics, Notes]]
+
+# (loss, and its arguments) -> (gradients shaped as the params, metrics with "loss", notes)
+GradientsFn: TypeAlias = Callable[[LossFn, Params, Params, Batch, Key, Any], tuple[Params, Metrics, Notes]]
+
+
+def gradients_of_mean(
+    loss: LossFn, params: Params, frozen: Params, batch: Batch, key: Key, memory: Any
+) -> tuple[Params, Metrics, Notes]:
+    """The gradients of the loss at `params`, with its metrics and notes."""
+
+    def with_aux(params: Params) -> tuple[Float[Array, ""], tuple[Metrics, Notes]]:
+        value, metrics, notes = loss(params, frozen, batch, key, memory)
+        return value, (metrics | {"loss": value}, notes)
+
+    grads, (metrics, notes) = jax.grad(with_aux, has_aux=True)(params)
+    return grads, metrics, notes
 
 
 @jax.tree_util.register_dataclass
@@ -54,8 +70,8 @@ class Task:
 
     init: Callable[[Key], Params]
     loss: LossFn
-    """Draws for a sample depend on the key and the sample's `index` alone, and what a sample adds to the loss not on
-    other samples: so micro-batches, and places in a batch, change nothing."""
+    """Draws for a sample depend on the key and the sample's `index` alone, so that its place in a batch changes
+    nothing. What a sample adds to the loss does not depend on other samples either, unless `independent` is False."""
     start: Params | None = None
     frozen: Params = field(default_factory=dict)
     """An argument of the loss, not a constant in it, which merges it with the params: whole networks, or leaves."""
@@ -63,6 +79,16 @@ class Task:
     """The first memory. The loss only reads it; `remember` makes the next one."""
     remember: Callable[[Any, Notes], Any] = lambda memory, notes: memory
     """(memory, the notes of all samples of a step, in the batch's order) -> the next memory."""
+    gradients: GradientsFn = gradients_of_mean
+    """What the optimiser is given. Another function may clip each sample's gradient and add noise (Abadi et al. 2016),
+    set two losses against each other (Goodfellow et al. 2014), or weigh several by the size of their gradients.
+
+    It calls the `loss` that it is given, which spreads parameters over the mesh, and not the task's. The metrics that
+    it returns include "loss", and a step is skipped where that is not finite. Of micro-batches, each is handed to it
+    with the same key, and the gradients are averaged."""
+    independent: bool = True
+    """Whether the loss is a mean over samples that do not know of each other. False, as for a contrastive loss, forbids
+    micro-batches, which would change what each sample is compared with."""
 
 
 def apply(module: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -173,30 +199,41 @@ def make_step(
         ema: the averages; None is the config's default.
         accumulate: micro-batches, taken one after another.
         dtype: what the networks compute in, and matrices are gathered in.
+
+    Raises:
+        ValueError: where micro-batches would change the loss, as the task says.
     """
+    if accumulate > 1 and not task.independent:
+        raise ValueError(
+            f"OptimConfig.accumulate is {accumulate}, and the task's loss compares the samples of a batch with each "
+            "other, so that micro-batches would change it: set accumulate to 1."
+        )
     decays = profiles(ema or EMAConfig())
     stored = jax.tree.map(lambda p: p.sharding, state.params)
     mesh = state.step.sharding.mesh
 
     def step(state: TrainState, frozen: Params, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(key, state.step)
+        grads, metrics, notes = gradients(state, frozen, batch, jax.random.fold_in(key, state.step))
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        new = either(finite, updated(state, grads, notes), replace(state, skipped=state.skipped + 1))
+        metrics |= {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
+        return replace(new, step=state.step + 1), metrics
+
+    def gradients(state: TrainState, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Metrics, Notes]:
         frozen = gather_params(frozen, tree_shardings(mesh, frozen), dtype)
 
-        def loss_fn(params: Params, part: Batch) -> tuple[Float[Array, ""], tuple[Metrics, Notes]]:
-            params = gather_params(params, stored, dtype)
-            loss, metrics, notes = task.loss(params, frozen, part, step_key, state.memory)
-            return loss, (metrics | {"loss": loss}, notes)
+        def loss(params: Params, *rest: Any) -> tuple[Float[Array, ""], Metrics, Notes]:
+            return task.loss(gather_params(params, stored, dtype), *rest)
 
-        def gradients(part: Batch) -> tuple[Params, Metrics, Notes]:
-            grads, (metrics, notes) = jax.grad(loss_fn, has_aux=True)(state.params, part)
+        def of_part(part: Batch) -> tuple[Params, Metrics, Notes]:
+            grads, metrics, notes = task.gradients(loss, state.params, frozen, part, key, state.memory)
             return jax.lax.with_sharding_constraint(grads, stored), metrics, notes
 
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention's kernels are split over it
-            taken = gradients(batch) if accumulate == 1 else in_parts(gradients, batch, accumulate, mesh)
-        grads, metrics, notes = taken
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            return of_part(batch) if accumulate == 1 else in_parts(of_part, batch, accumulate, mesh)
 
+    def updated(state: TrainState, grads: Params, notes: Notes) -> TrainState:
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         mean = evaluated(params, opt)  # pyright: ignore[reportArgumentType]: optax has its own Params
@@ -205,11 +242,10 @@ def make_step(
             for name, decay in decays.items()
         }
         memory = task.remember(state.memory, jax.lax.with_sharding_constraint(notes, NamedSharding(mesh, P())))
-        new = TrainState(state.step, params, averages, opt, memory, state.skipped.at[0].set(0))  # pyright: ignore
-        old = replace(state, skipped=state.skipped + 1)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        metrics |= {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
-        return replace(kept, step=state.step + 1), metrics
+        return TrainState(state.step, params, averages, opt, memory, state.skipped.at[0].set(0))  # pyright: ignore
+
+    def either(first: Array, new: TrainState, old: TrainState) -> TrainState:
+        return jax.tree.map(lambda new, old: jnp.where(first, new, old), new, old)
 
     # XLA's CPU compiler (that of jax 0.10) drops barriers before it looks for common subexpressions, takes what remat
     # computes again for the first computation, and keeps that. Left alone, barriers reach the end.

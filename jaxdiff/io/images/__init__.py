@@ -1,24 +1,24 @@
-"""Pictures on disk and beside each other: reading what is not trusted, writing what says how it was made."""
+"""Images on disk and beside each other: reading what is not trusted, writing what says how it was made."""
 
 from jaxdiff.io.images.masks import feathered, outpaint_canvas
-from jaxdiff.io.images.read import read_bytes, read_mask, read_picture, read_settings
+from jaxdiff.io.images.read import read_bytes, read_image, read_mask, read_settings
 from jaxdiff.io.images.sheets import contact_sheet, film_strip
-from jaxdiff.io.images.write import FORMATS, encode_picture, slug, webui_parameters, write_gif, write_picture, write_png
+from jaxdiff.io.images.write import FORMATS, encode_image, slug, webui_parameters, write_gif, write_image, write_png
 
 __all__ = [
     "FORMATS",
     "contact_sheet",
-    "encode_picture",
+    "encode_image",
     "feathered",
     "film_strip",
     "outpaint_canvas",
     "read_bytes",
+    "read_image",
     "read_mask",
-    "read_picture",
     "read_settings",
     "slug",
     "webui_parameters",
     "write_gif",
-    "write_picture",
+    "write_image",
     "write_png",
 ]

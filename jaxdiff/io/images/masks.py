@@ -13,7 +13,7 @@ MAX_SIDE = 8192
 def feathered(mask: Float[np.ndarray, "h w"], radius: SupportsFloat) -> Float32[np.ndarray, "h w"]:
     """The mask with soft edges: still 0 wherever it is 0, rising smoothly to its own value `radius` pixels inside.
 
-    What is kept stays exactly as it is, therefore. The picture's borders are no edges.
+    What is kept stays exactly as it is, therefore. The image's borders are no edges.
 
     Args:
         mask: in [0, 1].
@@ -22,7 +22,7 @@ def feathered(mask: Float[np.ndarray, "h w"], radius: SupportsFloat) -> Float32[
     Raises:
         ValueError: for a mask out of [0, 1], or a radius below 0 or not finite.
     """
-    from scipy import ndimage  # here, since most who write pictures need no masks
+    from scipy import ndimage  # here, since most who write images need no masks
 
     reach = float(radius)
     if not (math.isfinite(reach) and reach >= 0):
@@ -41,10 +41,10 @@ def feathered(mask: Float[np.ndarray, "h w"], radius: SupportsFloat) -> Float32[
 def outpaint_canvas(
     image: UInt8[np.ndarray, "h w 3"], left: int = 0, right: int = 0, top: int = 0, bottom: int = 0
 ) -> tuple[UInt8[np.ndarray, "h2 w2 3"], Float32[np.ndarray, "h2 w2"]]:
-    """A larger picture, its edges continued outwards, and the mask of what is new: 1 there, 0 on the old part.
+    """A larger image, its edges continued outwards, and the mask of what is new: 1 there, 0 on the old part.
 
     Args:
-        image: the picture.
+        image: the image.
         left: pixels to add on this side, as on the others.
         right: as left.
         top: as left.
@@ -62,10 +62,10 @@ def outpaint_canvas(
         if added[side] < 0:
             raise ValueError(f"{side} is {n!r}; it must be a whole number of pixels, 0 or more.")
     if not any(added.values()):
-        raise ValueError("Nothing is added to the picture; give left, right, top or bottom some pixels.")
+        raise ValueError("Nothing is added to the image; give left, right, top or bottom some pixels.")
     around = (added["top"], added["bottom"]), (added["left"], added["right"])
     height, width = (side + sum(new) for side, new in zip(image.shape, around, strict=False))
     if max(height, width) > MAX_SIDE:
-        raise ValueError(f"The picture would be {width}x{height}; a side may have {MAX_SIDE} pixels at most.")
+        raise ValueError(f"The image would be {width}x{height}; a side may have {MAX_SIDE} pixels at most.")
     mask = np.pad(np.zeros(image.shape[:2], np.float32), around, constant_values=1)
     return np.pad(image, (*around, (0, 0)), mode="edge"), mask

@@ -1,4 +1,4 @@
-"""Pictures, masks and settings from files that nobody vouches for."""
+"""Images, masks and settings from files that nobody vouches for."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,15 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image
 
-from jaxdiff.decode import decode
+from jaxdiff.io.images.decode import decode
 from jaxdiff.io.images.write import JSON_CHUNK, JSON_MARK
 
 MAX_BYTES = 256_000_000
 """Files of more bytes than this are not read."""
 
 
-def read_picture(file: Path | str | bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture in PNG, JPEG, WebP, BMP, GIF (its first frame) or TIFF; what is transparent becomes white.
+def read_image(file: Path | str | bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """An image in PNG, JPEG, WebP, BMP, GIF (its first frame) or TIFF; what is transparent becomes white.
 
     Args:
         file: its path, or its bytes.
@@ -32,26 +32,26 @@ def read_picture(file: Path | str | bytes) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def read_mask(file: Path | str | bytes, size: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
-    """A picture's grey as a mask: white, 1, is drawn anew, black, 0, is kept, and so is what is transparent.
+    """An image's grey as a mask: white, 1, is drawn anew, black, 0, is kept, and so is what is transparent.
 
     Args:
         file: its path, or its bytes.
-        size: (width, height) of the picture that it is for, in pixels.
+        size: (width, height) of the image that it is for, in pixels.
 
     Raises:
-        ValueError: as `read_picture`, and where the mask has another size.
+        ValueError: as `read_image`, and where the mask has another size.
     """
     image = _read(file)
     if image.size != tuple(size):
         name = "The mask" if isinstance(file, bytes) else f"The mask {file}"
-        raise ValueError(f"{name} is {image.width}x{image.height}, the picture {size[0]}x{size[1]}; "
+        raise ValueError(f"{name} is {image.width}x{image.height}, the image {size[0]}x{size[1]}; "
                          "they must have one size.")  # fmt: skip
     mask = np.asarray(image.convert("L"), np.float32) / 255
     return mask * (np.asarray(image.getchannel("A"), np.float32) / 255) if image.mode == "RGBA" else mask
 
 
 def read_settings(path: Path | str) -> dict[str, Any] | None:
-    """The settings that `write_picture` put into a file; None for a picture that carries none.
+    """The settings that `write_image` put into a file; None for an image that carries none.
 
     Raises:
         ValueError: when the file is no PNG, JPEG or WebP, or its settings are damaged.
@@ -79,7 +79,7 @@ def read_settings(path: Path | str) -> dict[str, Any] | None:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """A file of a size that a picture can have.
+    """A file of a size that an image can have.
 
     Raises:
         ValueError: where it cannot be read, is no file, or too large.
@@ -101,5 +101,5 @@ def _read(file: Path | str | bytes) -> Image.Image:
     try:
         return decode(data)
     except ValueError as error:
-        name = "The picture" if isinstance(file, bytes) else file
+        name = "The image" if isinstance(file, bytes) else file
         raise ValueError(f"{name} cannot be read: {error}.") from error

@@ -1,4 +1,4 @@
-"""Several pictures in one: contact sheets and film strips."""
+"""Several images in one: contact sheets and film strips."""
 
 import textwrap
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ def contact_sheet(
     columns: int | None = None,
     cell: int = 160,
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Pictures of one size in rows on white, each over its caption.
+    """Images of one size in rows on white, each over its caption.
 
     Args:
         images: at least one.
         captions: as many, or none; long ones are wrapped, and cut after three lines.
-        columns: pictures in a row; None makes the sheet about square.
-        cell: pictures narrower than this are enlarged by a whole factor, so that captions fit and pixels stay square.
+        columns: images in a row; None makes the sheet about square.
+        cell: images narrower than this are enlarged by a whole factor, so that captions fit and pixels stay square.
 
     Raises:
-        ValueError: when there is no picture, sizes differ, or there are fewer or more captions than pictures.
+        ValueError: when there is no image, sizes differ, or there are fewer or more captions than images.
     """
     if not len(images):
         raise ValueError("A contact sheet needs at least one image.")

@@ -1,4 +1,4 @@
-"""Pictures into files that say how they were made and never overwrite others."""
+"""Images into files that say how they were made and never overwrite others."""
 
 import io
 import json
@@ -18,7 +18,7 @@ JSON_MARK = "jaxdiff: "
 """What comes before that JSON in the ImageDescription of a JPEG or WebP."""
 
 FORMATS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
-"""The kinds of files that pictures are written as, and their endings."""
+"""The kinds of files that images are written as, and their endings."""
 _OPTIONS: dict[str, dict[str, Any]] = {
     "png": {},
     "jpeg": {"quality": 95, "subsampling": 0},
@@ -33,7 +33,7 @@ def slug(text: str, length: int = 60) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain.lower())[:length].strip("-") or "image"
 
 
-def write_picture(
+def write_image(
     folder: Path | str,
     stem: str,
     image: UInt8[np.ndarray, "h w 3"],
@@ -45,8 +45,8 @@ def write_picture(
     Args:
         folder: made if it is not there.
         stem: the file name without its ending (see `slug`).
-        image: the picture.
-        settings: how it was made (see `encode_picture`); None leaves nothing in the file.
+        image: the image.
+        settings: how it was made (see `encode_image`); None leaves nothing in the file.
         format: one of `FORMATS`.
 
     Returns:
@@ -55,24 +55,24 @@ def write_picture(
     Raises:
         ValueError: for another format, when the folder cannot be made or written to, or the settings do not fit.
     """
-    data = encode_picture(image, settings, format)
+    data = encode_image(image, settings, format)
     return _write_new(Path(folder), stem, FORMATS[format], data)
 
 
 def write_png(
     folder: Path | str, stem: str, image: UInt8[np.ndarray, "h w 3"], settings: Mapping[str, Any] | None = None
 ) -> Path:
-    """`write_picture` as PNG."""
-    return write_picture(folder, stem, image, settings)
+    """`write_image` as PNG."""
+    return write_image(folder, stem, image, settings)
 
 
-def encode_picture(
+def encode_image(
     image: UInt8[np.ndarray, "h w 3"], settings: Mapping[str, Any] | None = None, format: str = "png"
 ) -> bytes:
-    """A picture as the bytes of a file.
+    """An image as the bytes of a file.
 
     Args:
-        image: the picture.
+        image: the image.
         settings: how it was made, as JSON values (keys as `webui_parameters` takes them). A PNG has them in the text
             chunks `jaxdiff` (JSON) and `parameters` (the form that Stable Diffusion's web UIs read), a JPEG or WebP in
             the EXIF fields ImageDescription (JSON) and UserComment (the web UIs').
@@ -96,7 +96,7 @@ def encode_picture(
         Image.fromarray(image).save(out, format, **options)
     except (OSError, ValueError) as error:  # the encoders' own limits
         height, width = image.shape[:2]
-        raise ValueError(f"A picture of {width}x{height} cannot be written as {format}: {error}.") from error
+        raise ValueError(f"An image of {width}x{height} cannot be written as {format}: {error}.") from error
     return out.getvalue()
 
 
@@ -154,7 +154,7 @@ def _exif(settings: Mapping[str, Any]) -> bytes:
     comment = b"UNICODE\0" + webui_parameters(settings).encode("utf-16-be", "replace")
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     if len(data := exif.tobytes()) > _MAX_EXIF:
-        raise ValueError(f"The settings take {len(data)} bytes, and such a picture holds {_MAX_EXIF}; write a PNG.")
+        raise ValueError(f"The settings take {len(data)} bytes, and such an image holds {_MAX_EXIF}; write a PNG.")
     return data
 
 

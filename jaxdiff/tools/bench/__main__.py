@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import jax
 import tyro
 
-from jaxdiff.cli import exit_code
 from jaxdiff.config import DataConfig, MeshConfig
-from jaxdiff.sharding import make_mesh
+from jaxdiff.runtime.cli import exit_code
+from jaxdiff.runtime.mesh import make_mesh
 from jaxdiff.tools.bench import measure, result, run
-from jaxdiff.tools.bench.models import Model, find_model
+from jaxdiff.tools.bench.models import ModelSizes, find_model
 from jaxdiff.tools.bench.targets import Setting
 from jaxdiff.tools.bench.versus import check_torch
 
@@ -94,7 +94,7 @@ class Sample(Program):
     """Times prompt to pixels: text encoder, all steps of DDIM with guidance, decoder."""
 
     runs: int = 5
-    """Pictures (batches of them) that are timed."""
+    """Images (batches of them) that are timed."""
     warmup: int = 1
     """Runs before them, after the first."""
     steps: int = 30
@@ -115,7 +115,7 @@ class Loader:
     source: str | None = None
     """emoji, prepared, folder, or any TFDS data set's name."""
     root: str = "data"
-    """The TFDS data directory, or the folder of pictures."""
+    """The TFDS data directory, or the folder of images."""
     split: str = "train"
     text_field: str = "caption"
     """TFDS only: the field that holds the caption, or a class label."""
@@ -134,7 +134,7 @@ class Loader:
 class Train(Program):
     """Times a training step of the UNet (AdamW, average), on cached latents and captions that are random.
 
-    With `--data.source` it is fed by the loader and encodes pictures and captions at every step, and the share of time
+    With `--data.source` it is fed by the loader and encodes images and captions at every step, and the share of time
     that it waits for input is told.
     """
 
@@ -152,10 +152,10 @@ class Train(Program):
 
 @dataclass(frozen=True)
 class Data(Shared):
-    """Times the loader alone: records to batches of pictures and tokens in memory."""
+    """Times the loader alone: records to batches of images and tokens in memory."""
 
     batch: tuple[int, ...] = (64,)
-    """Pictures."""
+    """Images."""
     steps: Annotated[int, tyro.conf.arg(aliases=["--runs"])] = 50
     """Timed batches."""
     data: Loader = field(default_factory=lambda: Loader("emoji"))
@@ -203,7 +203,7 @@ def main(args: Shared | Compare) -> None:
         result.plot(args.plot, machine, results)
 
 
-def _setting(args: Program, model: Model, batch: int, size: int) -> Setting:
+def _setting(args: Program, model: ModelSizes, batch: int, size: int) -> Setting:
     mesh = make_mesh(args.mesh.data, args.mesh.fsdp, args.mesh.tensor)
     spread = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % spread:
@@ -214,7 +214,7 @@ def _setting(args: Program, model: Model, batch: int, size: int) -> Setting:
     return Setting(model, batch, size, dtype, mesh, args.options(), fed)
 
 
-def _check(args: Shared, model: Model, size: int) -> None:
+def _check(args: Shared, model: ModelSizes, size: int) -> None:
     """Refuses before anything is compiled."""
     if not args.batch or min(args.batch) < 1:
         raise ValueError(f"--batch is {' '.join(map(str, args.batch)) or 'empty'}; give whole numbers above 0.")

@@ -40,7 +40,7 @@ def unet(config: UNetConfig, batch: int, height: int, width: int, tokens: int) -
 
 
 def vae_encode(config: VAEConfig, batch: int, height: int, width: int) -> int:
-    """Pictures of this size, in pixels, to moments."""
+    """Images of this size, in pixels, to moments."""
     channels, moments = config.block_out_channels, 2 * config.latent_channels
     pixels = _pyramid(height, width, len(channels))
     total = _conv(pixels[0], config.in_channels, channels[0])
@@ -55,7 +55,7 @@ def vae_encode(config: VAEConfig, batch: int, height: int, width: int) -> int:
 
 
 def vae_decode(config: VAEConfig, batch: int, height: int, width: int) -> int:
-    """Latents to pictures of this size, in pixels."""
+    """Latents to images of this size, in pixels."""
     channels, latent = config.block_out_channels, config.latent_channels
     pixels = _pyramid(height, width, len(channels))
     c = channels[-1]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.io.programs import give_back_memory
+from jaxdiff.runtime.programs import give_back_memory
 from jaxdiff.tools.chips import CHIPS, chip_name
 
 

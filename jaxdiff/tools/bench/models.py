@@ -15,15 +15,15 @@ from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.io.folder import read_config, read_network, read_scheduler
 from jaxdiff.io.weights import check_params
-from jaxdiff.pipeline import EMBEDDED, on_device
-from jaxdiff.sharding import tree_shardings
+from jaxdiff.model import EMBEDDED, cast, place_params, prepare_kernels
+from jaxdiff.runtime.mesh import tree_shardings
 from jaxdiff.training.feed import place
 from jaxdiff.training.parts import model_folder
 from jaxdiff.types import Params
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSizes:
     """The sizes of a text-to-image model, and where its weights are, if anywhere."""
 
     name: str
@@ -53,8 +53,8 @@ _BETAS = SchedulerConfig(
     clip_sample=False,
 )
 SIZES = {
-    "sd15": Model("sd15", UNetConfig(cross_attention_dim=768), VAEConfig(), CLIPTextConfig(), _BETAS),
-    "sd21": Model(
+    "sd15": ModelSizes("sd15", UNetConfig(cross_attention_dim=768), VAEConfig(), CLIPTextConfig(), _BETAS),
+    "sd21": ModelSizes(
         "sd21",
         UNetConfig(
             sample_size=96,
@@ -74,7 +74,7 @@ SIZES = {
         _BETAS,
     ),
     # A UNet of 37 million parameters between SD1.5's autoencoder and text encoder.
-    "small": Model(
+    "small": ModelSizes(
         "small",
         UNetConfig(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=768),
         VAEConfig(sample_size=256),
@@ -84,7 +84,7 @@ SIZES = {
 }
 
 
-def find_model(name: str) -> Model:
+def find_model(name: str) -> ModelSizes:
     """A size by name, `emoji` (the embedded model), or a diffusers folder or run directory.
 
     Raises:
@@ -96,15 +96,15 @@ def find_model(name: str) -> Model:
     if not folder.is_dir():
         raise ValueError(f"--model {name!r} is neither a folder nor one of emoji, {', '.join(SIZES)}.")
     configs = {part: read_config(folder, part) for part in ("unet", "vae", "text_encoder")}
-    return Model(name, **configs, scheduler=read_scheduler(folder), folder=folder)
+    return ModelSizes(name, **configs, scheduler=read_scheduler(folder), folder=folder)
 
 
-def weights(model: Model, *parts: str) -> dict[str, Params]:
+def weights(model: ModelSizes, *parts: str) -> dict[str, Params]:
     """The params of "unet", "vae" or "text_encoder" on the host: the folder's, or random ones where it has none."""
     return {part: _weights(model, part) for part in parts}
 
 
-def _weights(model: Model, part: str) -> Params:
+def _weights(model: ModelSizes, part: str) -> Params:
     config = getattr(model, part)
     shapes = build.param_shapes(getattr(build, part)(config), config)
     if model.folder is not None and any((model.folder / part).glob("*.safetensors*")):
@@ -135,7 +135,7 @@ def random_params(shapes: Any) -> Any:
 def ready(params: dict[str, Params], mesh: Mesh, dtype: DTypeLike) -> dict[str, Params]:
     """The params as they are computed with, on the devices: on one, what `jaxdiff.load` makes of them."""
     if mesh.size == 1:
-        return on_device(params, dtype)
+        return prepare_kernels(place_params(cast(params, dtype)))
     return place(params, tree_shardings(mesh, params))
 
 

@@ -229,7 +229,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(path: Path, machine: dict[str, Any], results: Sequence[Result]) -> None:
-    """Throughput against batch, with quartiles, ours and theirs, as a picture."""
+    """Throughput against batch, with quartiles, ours and theirs, as an image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

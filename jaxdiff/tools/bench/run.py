@@ -14,7 +14,7 @@ from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.tools import hlo
 from jaxdiff.tools.bench import measure
 from jaxdiff.tools.bench.measure import Spread
-from jaxdiff.tools.bench.models import Model
+from jaxdiff.tools.bench.models import ModelSizes
 from jaxdiff.tools.bench.result import Result
 from jaxdiff.tools.bench.targets import TARGETS, Setting, Work
 from jaxdiff.tools.bench.versus import versus
@@ -116,7 +116,7 @@ def _runner(compiled: Any, work: Work) -> Callable[..., Any]:
 
 
 def _feed(work: Work, setting: Setting) -> Feed | None:
-    """The batches of training on real pictures."""
+    """The batches of training on real images."""
     if setting.fed is None:
         return None
     assert work.config is not None
@@ -125,11 +125,11 @@ def _feed(work: Work, setting: Setting) -> Feed | None:
     return Feed(batches(data, open_source(data), _tokenizer(setting.model), seed=0, rows=rows), setting.mesh)
 
 
-def _tokenizer(model: Model) -> Tokenizer:
+def _tokenizer(model: ModelSizes) -> Tokenizer:
     return Tokenizer.load(model.tokenizer, model.text_encoder.max_position_embeddings)
 
 
-def loader(config: DataConfig, model: Model, steps: int) -> Result:
+def loader(config: DataConfig, model: ModelSizes, steps: int) -> Result:
     """Times the loader alone, over so many batches; images/s are those of all of them together."""
     measure.forget_peak()
     with closing(batches(config, open_source(config), _tokenizer(model), seed=0)) as source:

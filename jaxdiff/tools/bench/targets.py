@@ -11,18 +11,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff import build
-from jaxdiff.compiling import Compiled
 from jaxdiff.config import DataConfig, DiffusionTask, MeshConfig, TrainConfig
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.generate import Program, Scene, keys_and_noise, read_prompts, text_to_image
+from jaxdiff.families import StableDiffusion
+from jaxdiff.generation.network import Inputs
+from jaxdiff.generation.programs import Program, decode, denoise, encode_prompts, keys_and_noise
 from jaxdiff.nn.layers import Remat
+from jaxdiff.runtime.compile import Compiled
+from jaxdiff.runtime.mesh import batch_sharding, gather_params, tree_shardings
 from jaxdiff.sampling.loop import begin
 from jaxdiff.sampling.sigmas import MODEL
-from jaxdiff.sharding import batch_sharding, gather_params, tree_shardings
 from jaxdiff.tools.bench import flops
-from jaxdiff.tools.bench.models import Model, random_inputs, ready, weights
+from jaxdiff.tools.bench.models import ModelSizes, random_inputs, ready, weights
 from jaxdiff.tools.plan import abstract_task
 from jaxdiff.training.feed import place
 from jaxdiff.training.optim import learning_rate, optimiser
@@ -61,7 +63,7 @@ class Work:
 class Setting:
     """What targets share."""
 
-    model: Model
+    model: ModelSizes
     batch: int
     size: int
     """Pixels along each side."""
@@ -155,23 +157,21 @@ def sample(setting: Setting) -> Work:
     raw = weights(model, "text_encoder", "unet", "vae")
     params = ready(raw, setting.mesh, dtype)
     keys, x = keys_and_noise(jnp.arange(batch, dtype=jnp.uint32), setting.latent[1:])  # pyright: ignore
-    program = Program(
-        text_encoder=build.text_encoder(model.text_encoder, dtype),
-        unet=build.unet(model.unet, dtype),
-        vae=build.vae(model.vae, dtype),
-        scheduler=model.scheduler,
-        scaling_factor=model.vae.scaling_factor,
-    )
+    configs = {"denoiser": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    program = Program(StableDiffusion.of(configs, dtype), model.scheduler)
     ids = np.stack([tokenizer(negatives), tokenizer(prompts)], axis=1)[:, None, :, None]
     rows = _spread((jnp.asarray(ids), jax.vmap(begin)(x), keys), setting)
     everywhere, always = np.ones((batch, 1, 1, 1, 1, 1), np.float32), np.zeros((batch, 1), np.float32)
 
-    def draw(params: dict[str, Params], ids: Any, state: Any, keys: Any, *turned: Any) -> Any:
-        words = unwrap(read_prompts)(params["text_encoder"], ids, jnp.ones(ids.shape), ids[0, 0, 0, 0], program=program)
-        return unwrap(text_to_image)(params, Scene(words, everywhere, always), state, keys, *turned, program=program)
+    def draw(params: dict[str, Params], ids: Any, state: Any, keys: Any, *numbers: Any) -> Any:
+        tokens = ids, jnp.ones(ids.shape), ids[0, 0, 0, 0]
+        conditioning = unwrap(encode_prompts)(params["text_encoder"], *tokens, program=program)
+        inputs = Inputs(conditioning, everywhere, always)
+        state = unwrap(denoise)(params["unet"], inputs, state, keys, *numbers, program=program)
+        return unwrap(decode)(params["vae"], state.x, program=program)
 
-    grid = MODEL(model.scheduler, make_schedule(model.scheduler), steps)
-    ends = np.int32(0), np.int32(steps), np.int32(steps)
+    sigmas = MODEL(model.scheduler, make_schedule(model.scheduler), steps)
+    ends = np.int32(0), np.int32(steps)
     guidance = np.float32(setting.options["guidance"])
     length = model.text_encoder.max_position_embeddings
     return Work(
@@ -179,7 +179,7 @@ def sample(setting: Setting) -> Work:
         (
             params,
             *rows,
-            grid,
+            sigmas,
             *ends,
             Guidance(guidance, np.float32(0), np.float32(1), np.float32(np.inf)),
             np.float32(0),
@@ -190,7 +190,7 @@ def sample(setting: Setting) -> Work:
         raw,
         {"prompts": prompts, "negatives": negatives, "latents": x, "steps": steps, "guidance": float(guidance)},
         turns=steps,
-        fetch=lambda out: np.asarray(out[1]),
+        fetch=np.asarray,
     )
 
 
@@ -248,7 +248,7 @@ def train(setting: Setting) -> Work:
 def _draw(shape: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.Array:
     if jnp.issubdtype(shape.dtype, jnp.integer):
         return jax.device_put(jnp.zeros(shape.shape, shape.dtype), batch_sharding(mesh))
-    return jax.device_put(random_inputs(shape.shape), batch_sharding(mesh))
+    return jax.device_put(random_inputs(shape.shape).astype(shape.dtype), batch_sharding(mesh))
 
 
 def filled(state: TrainState, params: Params) -> TrainState:

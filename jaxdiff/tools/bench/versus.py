@@ -317,7 +317,7 @@ def _train(setting: Setting, work: Work) -> Rival:
     assert work.config is not None
     optim = work.config.optim
     network = _module(setting, work.raw, "unet", "float32").train()
-    seen = {name: _tensor(x) for name, x in _example(setting, work).items()}
+    seen = {name: _tensor(x, "float32") for name, x in _example(setting, work).items()}
     adamw = torch.optim.AdamW(network.parameters(), optim.lr / (min(optim.warmup_steps, work.config.steps - 1) + 1),
                               (optim.b1, optim.b2), optim.eps, optim.weight_decay)  # fmt: skip
     told: list[dict[str, float]] = []

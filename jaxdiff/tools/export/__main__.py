@@ -16,12 +16,13 @@ import tyro
 from safetensors.numpy import save_file
 
 import jaxdiff
-from jaxdiff.arguments import fits
-from jaxdiff.cli import exit_code
+from jaxdiff.generation.canvas import image_size
+from jaxdiff.generation.pipeline import Pipeline
+from jaxdiff.generation.request import Request
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import MARK, replaced
-from jaxdiff.pipeline import Pipeline, in_dtype
-from jaxdiff.settings import settings
+from jaxdiff.model import cast
+from jaxdiff.runtime.cli import exit_code
 from jaxdiff.tools.export import load
 from jaxdiff.tools.export.program import all_levels, custom_calls, export, inputs_of
 
@@ -47,14 +48,14 @@ class Args:
     model: Path | None = None
     """A diffusers folder or a run directory; without it, the model that comes with the package."""
     batch: int = 1
-    """Pictures drawn at once; the loader takes any number of prompts."""
+    """Images drawn at once; the loader takes any number of prompts."""
     size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
     """Width and height in pixels, as 64x64; without it, the model's own."""
     sampler: str = "ddim"
     """How the steps are taken: ddim, euler, dpmpp_2m, unipc and others; a wrong name lists them all."""
-    grid: str = "model"
-    """Which noise levels they visit: the model's own, trailing, karras, exponential, beta, sgm_uniform or
-    align_your_steps."""
+    schedule: str = "model"
+    """The noise levels (sigmas) of the steps: model (the one the model's config asks for), trailing, karras,
+    exponential, beta, sgm_uniform or align_your_steps."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in, on all platforms."""
     platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = ("cpu", "cuda", "tpu")
@@ -76,7 +77,7 @@ def check(args: Args) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    settings({"sampler": args.sampler, "grid": args.grid, "size": args.size})
+    wish(args).check()
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; it must be at least 1.")
     if not args.platforms or len(set(args.platforms)) < len(args.platforms):
@@ -86,28 +87,29 @@ def check(args: Args) -> None:
                          "known to the others' compilers.")  # fmt: skip
 
 
+def wish(args: Args) -> Request:
+    """What the program draws, but for the prompt."""
+    return Request(sampler=args.sampler, schedule=args.schedule, size=args.size)
+
+
 def write(args: Args, pipe: Pipeline) -> None:
     """Writes the folder; all of it, or nothing.
 
     Raises:
         ValueError: in one sentence, for what cannot be exported, or where the folder holds anything else.
     """
-    ask = settings({"sampler": args.sampler, "grid": args.grid, "size": args.size})
-    size: Any = ask.size or pipe.size
-    if size is None:
-        raise ValueError("The model does not say at which size it was trained; give a --size.")
-    factor = pipe.model.vae.factor
-    fits("size", size, factor)
-    program = pipe.program(args.sampler)
-    if program.inpaints:
+    width, height = size = image_size(wish(args), pipe.networks, pipe.size)
+    factor = pipe.networks.factor
+    program = pipe.program(wish(args))
+    if program.family.inpaints:
         raise ValueError("This model is for inpainting; the export draws from prompts alone.")
-    levels = all_levels(program, args.grid)
+    levels = all_levels(program, args.schedule)
 
-    tokenizer, empty = pipe.tokenizer, pipe.tokenizer([""])[0]
+    tokenizer, empty = pipe.model.tokenizer, pipe.model.tokenizer([""])[0]
     inputs = inputs_of(program, args.batch, len(empty))
     stored, computed = weights(pipe, args.dtype)
     exported = export(
-        computed, inputs, program=program, shape=(size[1] // factor, size[0] // factor, pipe.model.vae.latent_channels),
+        computed, inputs, program=program, shape=(height // factor, width // factor, program.family.latent_channels),
         empty=empty, platforms=args.platforms, kernels=args.kernels,
     )  # fmt: skip
     calls = custom_calls(exported)
@@ -116,11 +118,12 @@ def write(args: Args, pipe: Pipeline) -> None:
             "special": tokenizer.special}  # fmt: skip
     about = {
         "format": load.FORMAT, **MARK, "about": told(args, calls), "model": pipe.name, "sampler": args.sampler,
-        "grid": args.grid, "dtype": args.dtype, "size": list(size), "batch": args.batch,
+        "schedule": args.schedule, "dtype": args.dtype, "size": list(size), "batch": args.batch,
         "platforms": list(exported.platforms), "devices": 1, "kernels": args.kernels, "custom_calls": calls,
         "calling_convention_version": exported.calling_convention_version,
         "made_by": {"jaxdiff": jaxdiff.__version__, **{name: version(name) for name in ("jax", "jaxlib", "numpy")}},
         "tokenizer": text,
+        "defaults": {name: pipe.defaults[name] for name in ("steps", "guidance")},
         "inputs": {name: entry._asdict() for name, entry in inputs.items()},
         "outputs": {name: described(aval) for name, aval in outputs.items()},
         "weights": {name: described(aval) for name, aval in computed.items()},
@@ -146,8 +149,8 @@ def weights(pipe: Pipeline, dtype: str) -> tuple[dict[str, np.ndarray], dict[str
 
     Stored are the model's own where these are the smaller: the loader turns them into the others, which is exact.
     """
-    own = {name: pipe.model.params[name] for name in ("text_encoder", "unet", "vae")}
-    wanted = dict(leaves(jax.eval_shape(lambda params: in_dtype(params, jnp.dtype(dtype)), own)))
+    own = pipe.model.params
+    wanted = dict(leaves(jax.eval_shape(lambda params: cast(params, jnp.dtype(dtype)), own)))
     stored, computed = {}, {}
     for path, leaf in leaves(own):
         name, aval = "/".join(path), wanted[path]
@@ -167,13 +170,13 @@ def told(args: Args, calls: list[str]) -> list[str]:
     """What someone who finds the folder should know."""
     many = len(args.platforms) > 1
     return [
-        f"{load.PROGRAM} is StableHLO, made by jax.export; it draws {args.batch} picture(s) from tokens and seeds, on "
+        f"{load.PROGRAM} is StableHLO, made by jax.export; it draws {args.batch} image(s) from tokens and seeds, on "
         "one device: it is not split over several.",
         "Its arguments are " + ("the index of the platform in `platforms` (int32), then " if many else "")
         + "`weights` and then `inputs`, each in the order of their names; its results are `outputs`, likewise.",
         f"{load.WEIGHTS} holds the weights, some narrower than the program takes them: cast them as `weights` says.",
-        f"{load.LEVELS} holds the noise levels of the sampler {args.sampler} on the grid {args.grid}: for n steps, "
-        "`sigmas` and `sigmas_next` from `ends`[n - 1] to `ends`[n]. Any other falling levels can be given.",
+        f"{load.LEVELS} holds the noise levels of the sampler {args.sampler} on the schedule {args.schedule}: for n "
+        "steps, `sigmas` and `sigmas_next` from `ends`[n - 1] to `ends`[n]. Any other falling levels can be given.",
         *(["The levels of tcd are those of eta 0."] if args.sampler == "tcd" else []),
         "It has kernels beside StableHLO's own operations (" + ", ".join(calls) + "); JAX promises those of cuDNN and "
         "Triton to no other version than that of `made_by`." if calls else
@@ -192,7 +195,7 @@ def check_tokenizer(folder: Path, text: dict[str, Any], pipe: Pipeline) -> None:
     """
     theirs = load.Tokenizer(load.read_json(folder / load.VOCAB), load.read_merges(folder / load.MERGES), **text)
     for trial in (*TRIALS, *text["special"]):
-        if (theirs([trial]) != pipe.tokenizer([trial])).any():
+        if (theirs([trial]) != pipe.model.tokenizer([trial])).any():
             raise ValueError(f"The model's tokenizer is not CLIP's: of {trial!r} it makes other tokens, so the loader "
                              "cannot do without the package tokenizers, and the model is not exported.")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Draws pictures with the program in this folder; needs jax and numpy, and nothing else.
+"""Draws images with the program in this folder; needs jax and numpy, and nothing else.
 
     python load.py "a red apple" --out apple.png
 
@@ -37,7 +37,9 @@ VOCAB, MERGES = "tokenizer/vocab.json", "tokenizer/merges.txt"
 FILES = (PROGRAM, WEIGHTS, LEVELS, VOCAB, MERGES)
 """What `program.json` has checksums of."""
 DTYPES = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32, "I32": jnp.int32}
-TURNED = {"guidance": 7.5, "eta": 0.0, "rescale": 0.0, "parallel": 1.0, "limit": math.inf}
+NUMBERS = {
+    "guidance": 7.5, "eta": 0.0, "guidance_rescale": 0.0, "apg_eta": 1.0, "apg_norm_threshold": math.inf,
+}  # fmt: skip
 """Numbers that a program may take, and what they are if nothing is said; `program.json` says what they mean."""
 
 
@@ -45,7 +47,7 @@ class Model:
     """A folder that `python -m jaxdiff.tools.export` wrote."""
 
     def __init__(self, folder: str | Path, verify: bool = True) -> None:
-        """Reads the folder; the program is compiled at the first picture.
+        """Reads the folder; the program is compiled at the first image.
 
         Args:
             folder: where `program.json` lies.
@@ -77,7 +79,7 @@ class Model:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of its pictures."""
+        """Width and height of its images."""
         height, width, _ = self.about["outputs"]["images"]["shape"][1:]
         return width, height
 
@@ -86,25 +88,25 @@ class Model:
         prompts: str | Sequence[str],
         negative_prompt: str | Sequence[str] = "",
         seed: int = 0,
-        steps: int = 30,
+        steps: int | None = None,
         levels: tuple[Any, Any] | None = None,
-        **turned: float,
+        **numbers: float,
     ) -> np.ndarray:
-        """Draws one picture for each prompt.
+        """Draws one image for each prompt.
 
         Args:
             prompts: taken as they are written, brackets and all; what is longer than the model reads is left out.
             negative_prompt: what to steer away from; one for all, or one each.
-            seed: from 0 to 2^32 - 1; picture i has `seed + i`.
-            steps: how many times the model is asked.
+            seed: from 0 to 2^32 - 1; image i has `seed + i`.
+            steps: denoising steps; None is the model's own.
             levels: noise levels (each step's first and last) in place of those for so many steps.
-            turned: numbers by their names in `TURNED`, as far as the program takes them.
+            numbers: numbers by their names in `NUMBERS`, as far as the program takes them.
 
         Returns:
-            uint8 [pictures, height, width, 3].
+            uint8 [images, height, width, 3].
 
         Raises:
-            ValueError: in one sentence, for values that are none, and where a picture comes to nothing.
+            ValueError: in one sentence, for values that are none, and where an image comes to nothing.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         n, b = len(prompts), self.about["inputs"]["ids"]["shape"][0]
@@ -113,13 +115,14 @@ class Model:
             raise ValueError(f"There are {n} prompts and {len(negatives)} negative prompts; give at least one prompt, "
                              "and one negative prompt for all or one each.")  # fmt: skip
         if not 0 <= seed <= 2**32 - n:
-            raise ValueError(f"seed is {seed}; for {n} pictures it must lie from 0 to {2**32 - n}.")
-        for name, value in turned.items():
-            if name not in TURNED or name not in self.about["inputs"]:
-                known = [name for name in TURNED if name in self.about["inputs"]]
+            raise ValueError(f"seed is {seed}; for {n} images it must lie from 0 to {2**32 - n}.")
+        for name, value in numbers.items():
+            if name not in NUMBERS or name not in self.about["inputs"]:
+                known = [name for name in NUMBERS if name in self.about["inputs"]]
                 raise ValueError(f"This program takes no {name}; it takes {', '.join(known)}.")
             if math.isnan(value):
                 raise ValueError(f"{name} is {value}; it must be a number.")
+        steps = int(self.about["defaults"]["steps"] if steps is None else steps)
         sigmas, sigmas_next = self.levels(steps) if levels is None else (np.asarray(part) for part in levels)
         if sigmas.ndim != 1 or sigmas.shape != sigmas_next.shape or not 0 < len(sigmas) <= self._most:
             raise ValueError(f"levels must be two rows of 1 to {self._most} noise levels, as many in each.")
@@ -127,11 +130,11 @@ class Model:
             "sigmas": np.pad(sigmas, (0, self._most - len(sigmas))),
             "sigmas_next": np.pad(sigmas_next, (0, self._most - len(sigmas))),
             "steps": len(sigmas),
-            **{name: turned.get(name, value) for name, value in TURNED.items()},
+            **{name: numbers.get(name, value) for name, value in self.numbers.items()},
         }
         images = []
         for first in range(0, n, b):
-            rows = [min(first + i, n - 1) for i in range(b)]  # the last batch is filled with its last picture
+            rows = [min(first + i, n - 1) for i in range(b)]  # the last batch is filled with its last image
             own = {
                 "ids": np.stack([self.tokenizer([negatives[i], prompts[i]]) for i in rows]),
                 "token_weights": np.ones(self.about["inputs"]["ids"]["shape"]),
@@ -139,6 +142,11 @@ class Model:
             }
             images.append(self.draw(**{k: v for k, v in (shared | own).items() if k in self.about["inputs"]}))
         return np.concatenate(images)[:n]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What stands in for each number that is not given."""
+        return {**NUMBERS, "guidance": float(self.about["defaults"]["guidance"])}
 
     def draw(self, **inputs: Any) -> np.ndarray:
         """The program itself, once: `inputs` as `program.json` lists them, all of them."""
@@ -151,7 +159,7 @@ class Model:
                 raise ValueError(f"{name} has the shape {array.shape}; the program takes {known[name]['shape']}.")
         out = self._compiled(self._weights, arrays)
         if not np.asarray(out["finite"]).all():
-            raise ValueError("The picture came to nothing: numbers overflowed. Use less guidance, or other levels.")
+            raise ValueError("The image came to nothing: numbers overflowed. Use less guidance, or other levels.")
         return np.asarray(out["images"])
 
     def levels(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -263,6 +271,11 @@ def read_about(path: Path) -> dict[str, Any]:
         "platforms": lambda names: isinstance(names, list) and names and all(isinstance(name, str) for name in names),
         "calling_convention_version": lambda version: type(version) is int,
         "made_by": lambda made: isinstance(made, dict),
+        "defaults": lambda own: (
+            isinstance(own, dict)
+            and all(type(own.get(name)) in (int, float) for name in ("steps", "guidance"))
+            and all(math.isfinite(value) for value in own.values())
+        ),
         "files": lambda files: isinstance(files, dict) and all(isinstance(files.get(name), str) for name in FILES),
         "weights": lambda _: has("weights"),
         "inputs": lambda _: (
@@ -502,7 +515,7 @@ def _bytes() -> list[str]:
 BYTES = _bytes()
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------------------------
 
 
 def png(image: np.ndarray, settings: dict[str, Any]) -> bytes:
@@ -541,18 +554,19 @@ def write_new(path: Path, data: bytes) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; errors are a sentence and exit code 2."""
-    parser = argparse.ArgumentParser(description="Draws pictures with the program in this folder.")
+    parser = argparse.ArgumentParser(description="Draws images with the program in this folder.")
     parser.add_argument("prompts", nargs="+", help="what to draw; taken as written")
-    parser.add_argument("--out", type=Path, default=Path("picture.png"), help="a PNG; several are numbered")
+    parser.add_argument("--out", type=Path, default=Path("image.png"), help="a PNG; several are numbered")
     parser.add_argument("--negative", default="", help="what to steer away from")
-    parser.add_argument("--n", type=int, default=1, help="pictures of each prompt")
-    parser.add_argument("--seed", type=int, default=0, help="the first picture's; picture i has SEED + i")
-    parser.add_argument("--steps", type=int, default=30, help="how many times the model is asked")
+    parser.add_argument("--n", type=int, default=1, help="images of each prompt")
+    parser.add_argument("--seed", type=int, default=0, help="the first image's; image i has SEED + i")
+    parser.add_argument("--steps", type=int, help="denoising steps; the model's own if not given")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where program.json lies")
-    for name, value in TURNED.items():
-        parser.add_argument(f"--{name}", type=float, help=f"{value:g} if not given; see program.json")
+    for name, value in NUMBERS.items():
+        usual = "the model's own" if name == "guidance" else f"{value:g}"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help=f"{usual} if not given; see program.json")
     args = parser.parse_args(argv)
-    turned = {name: getattr(args, name) for name in TURNED if getattr(args, name) is not None}
+    numbers = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
     try:
         if args.n < 1:
             raise ValueError(f"--n is {args.n}; it must be at least 1.")
@@ -564,13 +578,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (n := len(model.tokenizer.encode(prompt))) > model.tokenizer.length - 2:
                 print(f"warning: {prompt[:40]!r}... has {n} tokens; those after the first "
                       f"{model.tokenizer.length - 2} are left out", file=sys.stderr)  # fmt: skip
-        images = model(prompts, args.negative, args.seed, args.steps, **turned)
-        taken = {name: turned.get(name, TURNED[name]) for name in TURNED if name in model.about["inputs"]}
+        steps = int(model.about["defaults"]["steps"] if args.steps is None else args.steps)
+        images = model(prompts, args.negative, args.seed, steps, **numbers)
+        taken = {
+            name: numbers.get(name, value) for name, value in model.numbers.items() if name in model.about["inputs"]
+        }
         for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             settings = {
-                "prompt": prompt, "negative_prompt": args.negative, "seed": args.seed + i, "steps": args.steps,
+                "prompt": prompt, "negative_prompt": args.negative, "seed": args.seed + i, "steps": steps,
                 **{name: value for name, value in taken.items() if math.isfinite(value)},
-                **{name: model.about.get(name) for name in ("sampler", "grid", "model", "dtype")},
+                **{name: model.about.get(name) for name in ("sampler", "schedule", "model", "dtype")},
                 "width": image.shape[1], "height": image.shape[0], "literal": True,
             }  # fmt: skip
             named = args.out if len(images) == 1 else args.out.with_stem(f"{args.out.stem}-{args.seed + i}")

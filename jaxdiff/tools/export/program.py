@@ -12,9 +12,10 @@ from jaxtyping import Array
 
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.generate import Program, Scene, keys_and_noise, read_prompts, text_to_image
-from jaxdiff.io.programs import KERNELS
+from jaxdiff.generation.network import Inputs
+from jaxdiff.generation.programs import Program, decode, denoise, encode_prompts, keys_and_noise
 from jaxdiff.nn.attention import portable
+from jaxdiff.runtime.programs import KERNELS
 from jaxdiff.sampling.loop import begin
 from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
 from jaxdiff.sampling.sigmas import Sigmas
@@ -35,14 +36,14 @@ class Input(NamedTuple):
 INPUTS = {
     "ids": Input(("b", 2, "t"), "int32", "tokens of the negative prompt and the prompt, with start, end, padding"),
     "token_weights": Input(("b", 2, "t"), "float32", "how much each token counts; 1 takes it as it is"),
-    "seeds": Input(("b",), "uint32", "each picture's own, from which its noise is drawn"),
+    "seeds": Input(("b",), "uint32", "each image's own, from which its noise is drawn"),
     "sigmas": Input(("n",), "float32", "where each step begins, in sigma of x_0 + sigma eps; then zeros"),
     "sigmas_next": Input(("n",), "float32", "where it ends; then zeros"),
     "steps": Input((), "int32", "how many levels there are"),
     "guidance": Input((), "float32", "how hard to follow the prompt; 1 is the model's own answer to it"),
-    "rescale": Input((), "float32", "how much of the contrast that guidance adds is taken back, 0 to 1"),
-    "parallel": Input((), "float32", "how much is left of the guidance along the picture itself, 1 is all"),
-    "limit": Input((), "float32", "the largest norm of the guidance's direction; infinity is none"),
+    "guidance_rescale": Input((), "float32", "how much of the contrast that guidance adds is taken back, 0 to 1"),
+    "apg_eta": Input((), "float32", "how much is left of the guidance along the image itself, 1 is all"),
+    "apg_norm_threshold": Input((), "float32", "the largest norm of the guidance's direction; infinity is none"),
     "eta": Input((), "float32", "the share of fresh noise at each step, 0 to 1"),
 }
 
@@ -63,28 +64,35 @@ def draw(
     """`jaxdiff.Pipeline` without what is Python's: no checks, no files, no tokenizer.
 
     Args:
-        weights: the params of the text encoder, the UNet and the VAE's decoder by names such as "unet/conv_in/kernel".
+        weights: the params of text encoder, denoiser and decoder by names such as "denoiser/conv_in/kernel".
         inputs: as `INPUTS` has them.
         program: networks and settings.
         shape: height, width and channels of a latent.
         empty: the tokens of the empty prompt.
 
     Returns:
-        "images", uint8 [b, height, width, 3], and "finite", bool [b]: whether each is a picture.
+        "images", uint8 [b, height, width, 3], and "finite", bool [b]: whether each is an image.
     """
     params = nested(weights)
     ids, token_weights = (jnp.asarray(inputs[name])[:, None, :, None] for name in ("ids", "token_weights"))
     b = len(ids)
-    context = unwrap(read_prompts)(params["text_encoder"], ids, token_weights, jnp.asarray(empty), program=program)
-    scene = Scene(context, jnp.ones((b, 1, 1, 1, 1, 1)), jnp.zeros((b, 1)))
+    tokens = ids, token_weights, jnp.asarray(empty)
+    conditioning = unwrap(encode_prompts)(params["text_encoder"], *tokens, program=program)
     keys, noise = keys_and_noise(inputs["seeds"], shape)
-    guidance = Guidance(inputs["guidance"], inputs["rescale"], inputs["parallel"], inputs["limit"])
-    steps = inputs["steps"]
-    state, images = unwrap(text_to_image)(
-        {name: params[name] for name in ("unet", "vae")}, scene, jax.vmap(begin)(noise), keys,
-        Sigmas(inputs["sigmas"], inputs["sigmas_next"]), jnp.int32(0), steps, steps, guidance,
-        inputs.get("eta", jnp.float32(0)), program=program,
-    )  # fmt: skip
+    guidance = Guidance(*(inputs[name] for name in ("guidance", "guidance_rescale", "apg_eta", "apg_norm_threshold")))
+    state = unwrap(denoise)(
+        params["denoiser"],
+        Inputs(conditioning, jnp.ones((b, 1, 1, 1, 1, 1)), jnp.zeros((b, 1))),
+        jax.vmap(begin)(noise),
+        keys,
+        Sigmas(inputs["sigmas"], inputs["sigmas_next"]),
+        jnp.int32(0),
+        inputs["steps"],
+        guidance,
+        inputs.get("eta", jnp.float32(0)),
+        program=program,
+    )
+    images = unwrap(decode)(params["vae"], state.x, program=program)
     return {"images": images, "finite": jnp.isfinite(state.x).all((1, 2, 3))}
 
 
@@ -126,8 +134,8 @@ def custom_calls(exported: jax.export.Exported) -> list[str]:
     return sorted(set(re.findall(r"stablehlo\.custom_call @\"?([^\s\"(]+)", exported.mlir_module())))
 
 
-def all_levels(program: Program, grid: str) -> dict[str, np.ndarray]:
-    """The noise levels for every number of steps that the sampler can take on the grid, one after the other.
+def all_levels(program: Program, schedule_name: str) -> dict[str, np.ndarray]:
+    """The noise levels for every number of steps that the sampler can take on the schedule, one after the other.
 
     Returns:
         "sigmas" and "sigmas_next", in which those of n steps lie from "ends"[n - 1] to "ends"[n].
@@ -137,7 +145,7 @@ def all_levels(program: Program, grid: str) -> dict[str, np.ndarray]:
     nothing, told = Sigmas(np.zeros(0, np.float32), np.zeros(0, np.float32)), ""
     for steps in range(1, total + 1):
         try:
-            levels = make_sigmas(program.sampler, grid, program.scheduler, schedule, steps)
+            levels = make_sigmas(program.sampler, schedule_name, program.scheduler, schedule, steps)
             n = count_steps(levels)
             grids.append(Sigmas(*(np.asarray(part)[:n] for part in levels)))
         except ValueError as error:
@@ -151,7 +159,7 @@ def all_levels(program: Program, grid: str) -> dict[str, np.ndarray]:
 
 
 def nested(weights: Arrays) -> Params:
-    """Names such as "unet/conv_in/kernel" as a tree."""
+    """Names such as "denoiser/conv_in/kernel" as a tree."""
     tree: Params = {}
     for name, leaf in weights.items():
         *modules, last = name.split("/")

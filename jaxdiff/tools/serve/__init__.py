@@ -1,1 +1,1 @@
-"""A page to try a model: prompts, sliders, masks drawn by hand, and pictures as they come into being."""
+"""A page to try a model: prompts, sliders, masks drawn by hand, and images as they come into being."""

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import tyro
 
 import jaxdiff
-from jaxdiff.cli import exit_code
+from jaxdiff.runtime.cli import check_writable, exit_code
 from jaxdiff.tools.serve.ask import Limits
 
 
@@ -35,7 +34,7 @@ class Args:
     dtype: str | None = None
     """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
     out: Path | None = None
-    """Write the pictures into this folder, too; without it nothing is written."""
+    """Write the images into this folder, too; without it nothing is written."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -101,16 +100,6 @@ def listen(host: str, port: int) -> socket.socket:
             raise ValueError(f"Port {port} of {host} is taken; choose another by --port.") from error
         raise ValueError(f"{host}, port {port}, cannot be listened at: {error}.") from error
     return listener
-
-
-def check_writable(folder: Path) -> None:
-    """Finds out before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written to: {error.strerror}.") from error
 
 
 def cli(argv: list[str] | None = None) -> int:

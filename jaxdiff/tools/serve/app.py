@@ -16,14 +16,15 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import jaxdiff
+from jaxdiff.generation.request import Request
 from jaxdiff.sampling.samplers import SAMPLERS, WITH_ETA
-from jaxdiff.settings import Settings
 from jaxdiff.tools.serve.ask import Limits, Refused, read_ask
 from jaxdiff.tools.serve.studio import Job, Studio
 
@@ -44,13 +45,13 @@ def make_app(studio: Studio, names: Sequence[str] = (), is_open: bool = False) -
     """
     page = PAGE.read_bytes()
 
-    async def index(request: Request) -> Response:
+    async def index(request: HTTPRequest) -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": _policy(page.decode())})
 
-    async def info(request: Request) -> Response:
+    async def info(request: HTTPRequest) -> Response:
         return JSONResponse(await run_in_threadpool(describe, studio))
 
-    async def draw(request: Request) -> Response:
+    async def draw(request: HTTPRequest) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "The request must be JSON: send Content-Type: application/json.")
         body = await _body(request, studio.limits)
@@ -75,8 +76,8 @@ def describe(studio: Studio) -> dict[str, Any]:
         "dtype": pipe.dtype,
         "version": f"jaxdiff {jaxdiff.__version__}",
         "size": pipe.size,
-        "factor": pipe.model.vae.factor,
-        "defaults": asdict(Settings()),
+        "factor": pipe.networks.factor,
+        "defaults": Request().values() | pipe.defaults,
         "samplers": {name: list(sampler.schedules) for name, sampler in SAMPLERS.items()},
         "with_eta": list(WITH_ETA),
         "limits": asdict(studio.limits),
@@ -118,7 +119,7 @@ class Stream(StreamingResponse):
             self._job.ended = True
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
+async def _body(request: HTTPRequest, limits: Limits) -> bytes:
     """The request's bytes, as long as they are not too many."""
     too_large = Refused(413, f"The request has more than {limits.body} bytes, which are the most.")
     told = request.headers.get("content-length", "0")
@@ -136,7 +137,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return b"".join(parts)
 
 
-async def _refusal(request: Request, error: Exception) -> Response:
+async def _refusal(request: HTTPRequest, error: Exception) -> Response:
     status = error.status if isinstance(error, Refused) else getattr(error, "status_code", 400)
     sentence = f"{error.detail}." if isinstance(error, HTTPException) else str(error)
     headers = {"Retry-After": "10"} if status == 503 else None

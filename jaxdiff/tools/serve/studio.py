@@ -1,7 +1,6 @@
 """The one thread that draws, and the queue before it."""
 
 import base64
-import hashlib
 import threading
 import traceback
 import warnings
@@ -11,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import jaxdiff
-from jaxdiff.io.images import encode_picture, slug, write_picture
-from jaxdiff.pipeline import Pipeline
-from jaxdiff.scenes import PromptWarning
+from jaxdiff.generation.batch.draw import metadata
+from jaxdiff.generation.conditioning import PromptWarning
+from jaxdiff.generation.pipeline import Pipeline
+from jaxdiff.generation.request import Request
+from jaxdiff.io.images import encode_image, slug, write_image
 from jaxdiff.tools.serve.ask import Ask, Limits, Refused
 
 TellFn = Callable[[str, dict[str, Any]], object]
@@ -37,7 +37,9 @@ class Job:
         self.ended = False
         """Whether nobody waits for it any more."""
         self._ahead: int | None = None
-        self._left = len(ask.seeds)
+        self.images = ask.request.images(0)
+        """A request for each image."""
+        self._left = len(self.images)
 
     def wait(self, ahead: int) -> None:
         """Says how many pictures are ahead, if that is news."""
@@ -48,7 +50,7 @@ class Job:
     def deliver(self, index: int, png: bytes, told: dict[str, Any]) -> None:
         """One picture is there."""
         data = base64.b64encode(png).decode()
-        self.tell("picture", {"index": index, "seed": self.ask.seeds[index], "settings": told, "png": data})
+        self.tell("picture", {"index": index, "seed": self.images[index].seed, "settings": told, "png": data})
         self._left -= 1
         if not self._left:
             self.ended = True
@@ -62,10 +64,16 @@ class Job:
 
 
 class Row(NamedTuple):
-    """One picture to be drawn."""
+    """One image to be drawn."""
 
     job: Job
     index: int
+    """Its number among the job's images."""
+
+    @property
+    def request(self) -> Request:
+        """The request of this image."""
+        return self.job.images[self.index]
 
 
 class _NobodyWaits(Exception):
@@ -91,7 +99,7 @@ class Studio(threading.Thread):
         Raises:
             Refused: when too many wait.
         """
-        n = len(job.ask.seeds)
+        n = len(job.images)
         with self._changed:
             ahead = len(self._awaited())
             if ahead + n > self.limits.waiting:
@@ -150,49 +158,35 @@ class Studio(threading.Thread):
     def _call(self, rows: Sequence[Row]) -> np.ndarray:
         n = len(rows)
         padded = [*rows, *[rows[-1]] * (min(self.limits.batch, 1 << (n - 1).bit_length()) - n)]
-        asks = [row.job.ask for row in padded]
-        ask, told = asks[0].settings, _of_each(rows)
+        ask, waiting = rows[0].job.ask, _of_each(rows)
+        steps = ask.request.steps or self.pipe.defaults["steps"]
 
         def tell(done: int, guesses: np.ndarray | None = None) -> None:
-            if all(job.ended for job, _ in told):
+            if all(job.ended for job, _ in waiting):
                 raise _NobodyWaits
-            for job, indices in told:
-                event: dict[str, Any] = {"pictures": indices, "done": min(done, ask.steps), "steps": ask.steps}
-                if guesses is not None and done < ask.steps:
-                    mine = [i for i, row in enumerate(rows) if row.job is job]
-                    event["guesses"] = [
-                        base64.b64encode(encode_picture(guesses[i], None, "jpeg")).decode() for i in mine
-                    ]
+            for job, indices in waiting:
+                event: dict[str, Any] = {"pictures": indices, "done": min(done, steps), "steps": steps}
+                if guesses is not None and done < steps:
+                    mine = [guesses[i] for i, row in enumerate(rows) if row.job is job]
+                    files = (encode_image(guess, None, "jpeg") for guess in mine)
+                    event["guesses"] = [base64.b64encode(file).decode() for file in files]
                 job.tell("progress", event)
 
-        # Looking on after each step would compute the kept features at each step, and draw another picture.
-        looks = asks[0].preview and ask.cache_interval == 1
+        # Looking on after each step would compute kept features at each step, and draw another image.
+        looks = ask.preview and ask.request.cache_interval == 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptWarning)  # each request has heard of its own
-            return self.pipe(
-                [a.prompt for a in asks],
-                [a.negative_prompt for a in asks],
-                [a.seeds[row.index] for a, row in zip(asks, padded, strict=True)],
-                image=_stacked([a.image for a in asks]),
-                mask=_stacked([a.mask for a in asks]),
+            return self.pipe.draw(
+                [row.request for row in padded],
                 progress=None if looks else tell,
-                watch=tell if looks else None,
-                **vars(ask),
+                on_step=(lambda done, guess: tell(done, self.pipe.preview(guess))) if looks else None,
             )[:n]
 
     def _deliver(self, row: Row, image: np.ndarray) -> None:
-        ask = row.job.ask
-        told = {
-            "prompt": ask.prompt, "negative_prompt": ask.negative_prompt, "seed": ask.seeds[row.index],
-            **{name: value for name, value in vars(ask.settings).items() if name != "size"},
-            **{f"{name}_sha256": hashlib.sha256(array.tobytes()).hexdigest()
-               for name, array in (("image", ask.image), ("mask", ask.mask)) if array is not None},
-            "width": image.shape[1], "height": image.shape[0], "model": self.pipe.name, "dtype": self.pipe.dtype,
-            "version": f"jaxdiff {jaxdiff.__version__}",
-        }  # fmt: skip
+        request, how = row.request, metadata(self.pipe, row.request, image)
         if self.out is not None:
-            write_picture(self.out, f"{slug(ask.prompt)}-{ask.seeds[row.index]}", image, told)
-        row.job.deliver(row.index, encode_picture(image, told), told)
+            write_image(self.out, f"{slug(request.prompt)}-{request.seed}", image, how)
+        row.job.deliver(row.index, encode_image(image, how), how)
 
 
 def _of_each(rows: Sequence[Row]) -> list[tuple[Job, list[int]]]:
@@ -201,11 +195,6 @@ def _of_each(rows: Sequence[Row]) -> list[tuple[Job, list[int]]]:
     for row in rows:
         jobs.setdefault(row.job, []).append(row.index)
     return list(jobs.items())
-
-
-def _stacked(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    given = [array for array in arrays if array is not None]
-    return np.stack(given) if given else None
 
 
 def _sentence(error: Exception) -> str:

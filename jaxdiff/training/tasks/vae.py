@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -10,8 +11,9 @@ from jaxtyping import Array, Float
 
 from jaxdiff import build
 from jaxdiff.build import Remat
-from jaxdiff.compiling import Compiled
-from jaxdiff.config import VAETask
+from jaxdiff.config import DataConfig, VAETask
+from jaxdiff.runtime.compile import Compiled
+from jaxdiff.training.inputs import LossInputs
 from jaxdiff.training.noise import normal_like
 from jaxdiff.training.state import Batch, Metrics, Notes, Task, apply, merge
 from jaxdiff.types import Key, Params
@@ -31,22 +33,38 @@ def sample_moments(moments: Float[Array, "b h w c2"], index: Array, key: Key) ->
     return mean + std * normal_like(key, index, mean)
 
 
+def vae_inputs(config: VAETask, data: DataConfig) -> LossInputs:
+    """A batch holds "image" [b, h, w, 3] and "index" [b]; `ENCODER` is frozen where the decoder is trained alone."""
+    b, (height, width) = data.batch_size, data.shapes[0]
+    shapes = build.param_shapes(build.vae(config.vae), config.vae)
+    frozen = {} if config.train_encoder else {name: shapes[name] for name in ENCODER}
+    return LossInputs(
+        batch={
+            "index": jax.ShapeDtypeStruct((b,), jnp.int32),
+            "image": jax.ShapeDtypeStruct((b, height, width, 3), jnp.float32),
+        },
+        trained=tuple(name for name in shapes if name not in frozen),
+        frozen=frozen,
+    )
+
+
 def vae_task(
-    config: VAETask, start: Params | None = None, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
+    config: VAETask,
+    frozen: Params,
+    start: Params | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat = "none",
 ) -> Task:
-    """Params are the autoencoder's; those of `ENCODER` are frozen where the decoder is trained alone.
+    """Training of the autoencoder. Its params are the parts that are not frozen.
 
     Args:
         config: what is trained, and how.
+        frozen: what `vae_inputs` says, as weights or as shapes.
         start: the first params in place of random ones.
         dtype: what the network computes in.
         remat: what the backward pass computes again.
     """
     module = build.vae(config.vae, dtype, remat)
-    frozen = {}
-    if start is not None and not config.train_encoder:
-        frozen = {name: start[name] for name in ENCODER}
-        start = {name: tree for name, tree in start.items() if name not in ENCODER}
 
     def init(key: Key) -> Params:
         return {name: tree for name, tree in build.init(module, config.vae, key).items() if name not in frozen}
@@ -83,7 +101,7 @@ def reconstruct(config: VAETask, dtype: DTypeLike = jnp.float32) -> Callable[...
 
 
 def psnr(a: Float[np.ndarray, "b h w c"], b: Float[np.ndarray, "b h w c"]) -> Float[np.ndarray, " b"]:
-    """Peak signal-to-noise ratio of each picture in dB; both lie in [-1, 1], and what `b` has outside is clipped."""
+    """Peak signal-to-noise ratio of each image in dB; both lie in [-1, 1], and what `b` has outside is clipped."""
     error = np.square((a - b.clip(-1, 1)).astype(np.float64) / 2).mean((1, 2, 3))
     return -10 * np.log10(np.maximum(error, 1e-10))
 

@@ -1,4 +1,4 @@
-"""The folder of a batch's pictures: each is there whole or not at all, and the same command again draws the rest."""
+"""The folder of a batch's images: each is there whole or not at all, and the same command again draws the rest."""
 
 import errno
 import fcntl
@@ -16,47 +16,49 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxdiff.config import load_json
-from jaxdiff.io.images import FORMATS, contact_sheet, encode_picture, read_picture, slug
-from jaxdiff.rows.group import Picture
-from jaxdiff.rows.page import page
-from jaxdiff.rows.row import Row
+from jaxdiff.generation.batch.groups import Job
+from jaxdiff.generation.batch.page import page
+from jaxdiff.generation.request import Pixels, Request
+from jaxdiff.io.images import FORMATS, contact_sheet, encode_image, read_image, slug
 
 _RUN, _PAGE, _SHEET = "batch.json", "index.html", "contact-sheet.png"
 
 
-def fingerprint(wanted: Iterable[Picture]) -> str:
-    """A batch's pictures in a short text: it changes with any argument of any row, and with the images' contents."""
+def fingerprint(wanted: Iterable[Job]) -> str:
+    """A batch's images in a short text: it changes with any argument of any row, and with the images' contents."""
     contents: dict[str, str] = {}
 
-    def content(path: str | None) -> str | None:
-        if path is not None and path not in contents:
-            with open(path, "rb") as file:
-                contents[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        return path and contents[path]
+    def content(image: Pixels | None) -> str | None:
+        if image is None or isinstance(image, np.ndarray):
+            return None if image is None else hashlib.sha256(image.tobytes()).hexdigest()
+        if str(image) not in contents:
+            with open(image, "rb") as file:
+                contents[str(image)] = hashlib.file_digest(file, "sha256").hexdigest()
+        return contents[str(image)]
 
-    @lru_cache(1)  # the pictures of a row come one after another
-    def asked(row: Row) -> dict[str, Any]:
-        return row.values() | {name: content(getattr(row, name)) for name in ("image", "mask")}
+    @lru_cache(1)  # the images of a request come one after another
+    def asked(request: Request) -> dict[str, Any]:
+        return request.values() | {name: content(getattr(request, name)) for name in ("image", "mask")}
 
     digest = hashlib.sha256()
-    for picture in wanted:
-        digest.update(json.dumps([picture.line, picture.seed, asked(picture.row)]).encode())
+    for job in wanted:
+        digest.update(json.dumps([job.line, job.seed, asked(job.request)]).encode())
     return digest.hexdigest()[:16]
 
 
 class Store:
-    """Pictures and their settings in a folder, from one process or several.
+    """Images and their settings in a folder, from one process or several.
 
-    `batch.json` says which batch it is, `images.jsonl` has a line for each picture that is whole: `file`, `line`,
+    `batch.json` says which batch it is, `images.jsonl` has a line for each image that is whole: `file`, `line`,
     `seed`, `bytes` and `settings`. Of several processes, number K has `images-K.jsonl` to itself. A process that is
-    killed at any moment leaves pictures that are whole and listed, and others that are drawn again.
+    killed at any moment leaves images that are whole and listed, and others that are drawn again.
     """
 
     def __init__(
         self,
         folder: Path | str,
         batch: Mapping[str, Any],
-        wanted: Iterable[Picture],
+        wanted: Iterable[Job],
         format: str = "png",
         metadata: bool = True,
         index: int = 0,
@@ -65,23 +67,23 @@ class Store:
         """Opens or makes the folder, and finds out what is there already.
 
         Args:
-            folder: where the pictures go.
+            folder: where the images go.
             batch: what makes it this batch, as JSON values: the rows' `fingerprint`, the model, the type and so on.
-            wanted: all of the batch's pictures, those of other processes too.
+            wanted: all of the batch's images, those of other processes too.
             format: one of `jaxdiff.io.images.FORMATS`.
-            metadata: whether pictures, their names and the index say how they were made.
+            metadata: whether images, their names and the index say how they were made.
             index: this process, from 0.
             count: how many there are.
 
         Raises:
-            ValueError: when the folder holds another batch, or files with the pictures' names; is being drawn into by
+            ValueError: when the folder holds another batch, or files with the images' names; is being drawn into by
                 another process; or cannot be written to.
         """
         self.folder, self.format, self.metadata = Path(folder), format, metadata
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}; choose one of {', '.join(FORMATS)}.")
         everything = list(wanted)
-        self.wanted = [picture for picture in everything if picture.index % count == index]
+        self.wanted = [job for job in everything if job.index % count == index]
         self._mark = f".{index}.partial"
         self._lock = threading.Lock()
         try:
@@ -105,33 +107,33 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def name(self, picture: Picture) -> str:
-        """The picture's file: line, prompt and seed."""
-        words = f"{slug(picture.row.prompt)}-" if self.metadata else ""
-        return f"{picture.line:05d}-{words}{picture.seed}.{FORMATS[self.format]}"
+    def name(self, job: Job) -> str:
+        """The image's file: line, prompt and seed."""
+        words = f"{slug(job.request.prompt)}-" if self.metadata else ""
+        return f"{job.line:05d}-{words}{job.seed}.{FORMATS[self.format]}"
 
-    def has(self, picture: Picture) -> bool:
-        """Whether the picture is there already."""
-        return self.name(picture) in self.done
+    def has(self, job: Job) -> bool:
+        """Whether the image is there already."""
+        return self.name(job) in self.done
 
-    def missing(self) -> list[Picture]:
-        """This process's pictures that are not there yet."""
-        return [picture for picture in self.wanted if not self.has(picture)]
+    def missing(self) -> list[Job]:
+        """This process's images that are not there yet."""
+        return [job for job in self.wanted if not self.has(job)]
 
-    def add(self, picture: Picture, image: UInt8[np.ndarray, "h w 3"], settings: Mapping[str, Any]) -> Path:
-        """Writes a picture, and then the line that says so. Threads may call this at once.
+    def add(self, job: Job, image: UInt8[np.ndarray, "h w 3"], settings: Mapping[str, Any]) -> Path:
+        """Writes an image, and then the line that says so. Threads may call this at once.
 
         Args:
-            picture: which one it is.
+            job: which image it is.
             image: what was drawn.
             settings: how, as JSON values.
 
         Raises:
             ValueError: when it cannot be written.
         """
-        name = self.name(picture)
-        data = encode_picture(image, settings if self.metadata else None, self.format)
-        entry = {"file": name, "line": picture.line, "seed": picture.seed, "bytes": len(data),
+        name = self.name(job)
+        data = encode_image(image, settings if self.metadata else None, self.format)
+        entry = {"file": name, "line": job.line, "seed": job.seed, "bytes": len(data),
                  "settings": dict(settings) if self.metadata else {}}  # fmt: skip
         path, partial = self.folder / name, self.folder / f".{name}{self._mark}"
         try:
@@ -146,7 +148,7 @@ class Store:
         return path
 
     def entries(self) -> list[dict[str, Any]]:
-        """What the index files say of pictures that are there, of all processes: by line and seed, each once."""
+        """What the index files say of images that are there, of all processes: by line and seed, each once."""
         found: dict[str, dict[str, Any]] = {}
         for part in sorted(self.folder.glob("images*.jsonl")):
             for line in part.read_bytes().split(b"\n"):
@@ -155,7 +157,7 @@ class Store:
         return sorted(found.values(), key=lambda entry: (entry["line"], entry["seed"]))
 
     def finish(self, title: str = "") -> list[Path]:
-        """Writes what shows the pictures that are there, and returns the paths.
+        """Writes what shows the images that are there, and returns the paths.
 
         `index.html` is a page to look through them, and `contact-sheet.png`, where there are several, has the first.
         """
@@ -164,16 +166,16 @@ class Store:
             entries, sheet = self.entries(), self.sheet()
             written = [self._write(self.folder / _PAGE, page(entries, title).encode("utf-8", "replace"))]
             if sheet is not None:
-                written.append(self._write(self.folder / _SHEET, encode_picture(sheet)))
+                written.append(self._write(self.folder / _SHEET, encode_image(sheet)))
             if len(entries) == len(self.entries()):  # else another process has ended meanwhile, and may have been first
                 return written
 
     def sheet(self, most: int = 100) -> UInt8[np.ndarray, "h w 3"] | None:
-        """A contact sheet of the first pictures that are there; None where there are fewer than two."""
+        """A contact sheet of the first images that are there; None where there are fewer than two."""
         entries = self.entries()[:most]
         if len(entries) < 2:
             return None
-        images = [read_picture(self.folder / entry["file"]) for entry in entries]
+        images = [read_image(self.folder / entry["file"]) for entry in entries]
         height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
         cells = []
         for image in images:
@@ -189,7 +191,7 @@ class Store:
         except (OSError, ValueError):  # ValueError: a name that no file can have
             return False
 
-    def _check(self, batch: dict[str, Any], everything: list[Picture]) -> None:
+    def _check(self, batch: dict[str, Any], everything: list[Job]) -> None:
         """That the folder is this batch's, or becomes it."""
         path = self.folder / _RUN
         batch = json.loads(json.dumps(batch))

@@ -1,39 +1,37 @@
-"""Prompt files: text, JSON Lines or CSV, read line by line; a bad row concerns itself alone."""
+"""Prompt files: text, JSON Lines or CSV, read line by line. A bad line stops no other."""
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxdiff.config import nearest
-from jaxdiff.rows.row import HINTS, Row
+from jaxdiff.generation.request import Request, current_name
 
 MAX_LINE = 1_000_000
-"""A line of more bytes than this is a bad row."""
+"""A line of more bytes than this is refused."""
+FIELDS = tuple(field.name for field in fields(Request))
 
 
 class Line(NamedTuple):
-    """A row of a file: what it asks for, or why it cannot be."""
+    """A line of a file: its request, or why there is none."""
 
     number: int
-    """The line it begins on, from 1."""
-    row: Row | None
+    """The line that it begins on, from 1."""
+    request: Request | None
     problem: str = ""
     """A sentence that begins with the file and the line."""
 
 
-def read_rows(
-    path: Path | str, defaults: Row | None = None, check: Callable[[Row], object] = lambda row: None
-) -> Iterator[Line]:
-    """A prompt file's rows, one at a time, in its order.
+def read_requests(path: Path | str, defaults: Mapping[str, Any] | None = None) -> Iterator[Line]:
+    """A prompt file's requests, one at a time, in its order.
 
     Args:
-        path: `.jsonl` (an object a line) and `.csv` or `.tsv` (with a header) may give each row any field of `Row`
-            and of `Settings`; in all others each line is a prompt. Blank lines are none. Paths of images are relative
-            to the file.
-        defaults: where a row's fields come from that are not given; its prompt is not used.
-        check: raises ValueError for a row that cannot be drawn.
+        path: `.jsonl` (an object a line) and `.csv` or `.tsv` (with a header) may give any field of `Request`; in all
+            other files each line is a prompt. Blank lines are skipped. Paths of images are relative to the file.
+        defaults: fields for lines that do not give them.
 
     Raises:
         ValueError: when the file cannot be read, is not UTF-8, is empty, or its header is wrong.
@@ -51,22 +49,22 @@ def read_rows(
                 try:
                     if isinstance(values, ValueError):
                         raise values
-                    row = Row.of(_resolved(values, path.parent), defaults)
-                    check(row)
+                    request = Request.of(_resolved(values, path.parent), defaults)
+                    request.check_portable()
                 except ValueError as error:
                     yield Line(number, None, f"{path} line {number}: {_short(str(error))}")
                 else:
-                    yield Line(number, row)
+                    yield Line(number, request)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     if empty:
-        raise ValueError(f"{path} holds no prompt.")
+        raise ValueError(f"{path} has no prompt.")
 
 
-_Rows = Iterator[tuple[int, dict[str, Any] | ValueError]]
+_Lines = Iterator[tuple[int, dict[str, Any] | ValueError]]
 
 
-def _text(path: Path, file: BinaryIO) -> _Rows:
+def _text(path: Path, file: BinaryIO) -> _Lines:
     for number, line in _lines(file):
         if isinstance(line, ValueError):
             yield number, line
@@ -74,7 +72,7 @@ def _text(path: Path, file: BinaryIO) -> _Rows:
             yield number, {"prompt": line.strip()}
 
 
-def _json(path: Path, file: BinaryIO) -> _Rows:
+def _json(path: Path, file: BinaryIO) -> _Lines:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
@@ -83,7 +81,7 @@ def _json(path: Path, file: BinaryIO) -> _Rows:
         return values
 
     def finite(word: str) -> Any:
-        raise ValueError(f"{word} is no number in JSON.")
+        raise ValueError(f"{word} is not a number in JSON.")
 
     for number, line in _lines(file):
         if isinstance(line, ValueError):
@@ -92,7 +90,7 @@ def _json(path: Path, file: BinaryIO) -> _Rows:
             try:
                 values = json.loads(line, object_pairs_hook=once, parse_constant=finite)
                 if not isinstance(values, dict):
-                    raise ValueError('It is no JSON object, such as {"prompt": "a red apple"}.')
+                    raise ValueError('It is not a JSON object, such as {"prompt": "a red apple"}.')
                 yield number, values
             except json.JSONDecodeError as error:
                 yield number, ValueError(f"It is not JSON: {error.msg} at character {error.pos + 1}.")
@@ -102,7 +100,7 @@ def _json(path: Path, file: BinaryIO) -> _Rows:
                 yield number, error
 
 
-def _csv(path: Path, file: BinaryIO) -> _Rows:
+def _csv(path: Path, file: BinaryIO) -> _Lines:
     broken: dict[int, ValueError] = {}
 
     def lines() -> Iterator[str]:
@@ -142,10 +140,10 @@ def _csv(path: Path, file: BinaryIO) -> _Rows:
 
 def _check_header(path: Path, header: list[str]) -> None:
     for name in header:
-        if name not in HINTS:
-            raise ValueError(f"{path}: the header has {name!r}, which is no argument{nearest(name, list(HINTS))}")
-        if header.count(name) > 1:
-            raise ValueError(f"{path}: the header has {name!r} twice.")
+        if current_name(name) not in FIELDS:
+            raise ValueError(f"{path}: the header has an unknown column {name!r}{nearest(name, FIELDS)}")
+        if [current_name(other) for other in header].count(current_name(name)) > 1:
+            raise ValueError(f"{path}: the header has {name!r} twice, or once by its old name.")
     if "prompt" not in header:
         raise ValueError(f"{path}: the header has no prompt.")
 
@@ -168,7 +166,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, str | ValueError]]:
 
 
 def _check_encoding(path: Path, file: BinaryIO) -> None:
-    """Goes past a byte order mark."""
+    """Skips a byte order mark; refuses UTF-16."""
     start = file.read(3)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"{path} is UTF-16; save it as UTF-8.")
@@ -177,7 +175,7 @@ def _check_encoding(path: Path, file: BinaryIO) -> None:
 
 
 def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The values with their paths as they are seen from here.
+    """The values, with paths relative to the working directory.
 
     Raises:
         ValueError: where there is no such file.

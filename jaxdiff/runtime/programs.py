@@ -1,6 +1,6 @@
 """Programs kept between processes: JAX's compiled ones, and beside them what they were traced to.
 
-Tracing this package's networks takes longer than drawing a small picture, and JAX's own cache begins after it. What is
+Tracing this package's networks takes longer than drawing a small image, and JAX's own cache begins after it. What is
 kept is StableHLO and JSON, never a pickle; but like JAX's compiled programs it ends as code that runs, so a folder in
 which other users may write is not used.
 """
@@ -16,7 +16,6 @@ import os
 import stat
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import jax
 import jax.export
 
-from jaxdiff.compiling import Compiled
+from jaxdiff.runtime.compile import Compiled
 
 PACKAGE = Path(__file__).parents[1]
 MOST = 64
@@ -98,12 +97,11 @@ def remembered(name: str, parts: Any, make: Callable[[], bytes]) -> bytes:
     return made
 
 
-def kept(fn: Callable[..., Any], outline: Callable[..., Any], *args: Any, **static: Any) -> Callable[..., Any]:
+def kept(fn: Callable[..., Any], *args: Any, **static: Any) -> Callable[..., Any]:
     """`fn` with its static arguments, compiled from an earlier process's trace where there is one.
 
     Args:
-        fn: a jitted function.
-        outline: takes the same, and returns arrays of the same shapes and types; quick to trace.
+        fn: a jitted function, whose arguments and results are arrays in containers that `jax.export` can serialise.
         args: what `fn` is to be called with, or arrays like it.
         static: `fn`'s static arguments.
 
@@ -115,32 +113,28 @@ def kept(fn: Callable[..., Any], outline: Callable[..., Any], *args: Any, **stat
         return functools.partial(fn, **static)
     signature = tree, tuple(jax.typeof(leaf) for leaf in leaves), tuple(static.items())
     if signature not in _compiled:
-        _compiled[signature] = _from_trace(fn, outline, args, static, signature)
+        _compiled[signature] = _from_trace(fn, args, static, signature)
     return _compiled[signature]
 
 
 _compiled: dict[Any, Callable[..., Any]] = {}
 
 
-def _from_trace(
-    fn: Callable[..., Any], outline: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any
-) -> Callable[..., Any]:
+def _from_trace(fn: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any) -> Callable[..., Any]:
     allowed = [jax.export.DisabledSafetyCheck.custom_call(kernel) for kernel in KERNELS]
-
-    def export(of: Callable[..., Any]) -> jax.export.Exported:
-        whole = jax.jit(lambda *args: inspect.unwrap(of)(*args, **static), keep_unused=True)
-        return jax.export.export(whole, disabled_checks=allowed)(*args)
-
     name = getattr(fn, "__name__", "program")
+
+    def export() -> bytes:
+        whole = jax.jit(lambda *args: inspect.unwrap(fn)(*args, **static), keep_unused=True)
+        return bytes(jax.export.export(whole, disabled_checks=allowed)(*args).serialize())
+
     try:
-        module = remembered(name, signature, lambda: bytes(export(fn).mlir_module_serialized))
+        exported = jax.export.deserialize(bytearray(remembered(name, signature, export)))
     except ValueError as error:
         if "custom call" not in str(error):
             raise
         logger.info("The trace of %s is not kept: %s", name, error)
         return functools.partial(fn, **static)
-    # All that an export has beside its module is said by the arguments and results.
-    exported = replace(export(outline), mlir_module_serialized=module)
 
     def call(*args: Any) -> Any:
         return exported.call(*args)

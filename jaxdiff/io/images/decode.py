@@ -1,4 +1,4 @@
-"""From a file's bytes to a picture: decoding that trusts nothing."""
+"""From a file's bytes to an image: decoding that trusts nothing."""
 
 import io
 import warnings
@@ -10,15 +10,15 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What is decoded, whatever a file is called: some of Pillow's other readers run programs."""
 MAX_PIXELS = 64_000_000
-"""Pictures of more pixels than this are refused before they are decoded: a small file can hold a huge picture."""
+"""Images of more pixels than this are refused before they are decoded: a small file can hold a huge image."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """The picture as 8-bit RGB, or RGBA where part of it is transparent, upright as its EXIF data says.
+    """The image as 8-bit RGB, or RGBA where part of it is transparent, upright as its EXIF data says.
 
     Raises:
-        ValueError: where the bytes are no picture of a kind in `FORMATS`, only a part of one, or of more than
-            `MAX_PIXELS`; the message is a reason, such as "it is no picture".
+        ValueError: where the bytes are no image of a kind in `FORMATS`, only a part of one, or of more than
+            `MAX_PIXELS`; the message is a reason, such as "it is not an image".
 
     """
     try:
@@ -36,7 +36,7 @@ def decode(data: bytes) -> Image.Image:
                 image = image.convert("RGBA")
                 return image if min(image.getchannel("A").tobytes()) < 255 else image.convert("RGB")
     except UnidentifiedImageError as error:
-        raise ValueError("it is no picture") from error
+        raise ValueError("it is not an image") from error
     except Image.DecompressionBombError:
         raise ValueError(f"it has more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
@@ -45,7 +45,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def header_size(file: bytes | Path) -> tuple[int, int]:
-    """Width and height of the picture as `decode` gives it, from the head of its file; (0, 0) where it has none."""
+    """Width and height of the image as `decode` gives it, from the head of its file; (0, 0) where it has none."""
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)

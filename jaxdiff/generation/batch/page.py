@@ -1,4 +1,4 @@
-"""A page to look through pictures: one file that needs no other but the pictures beside it."""
+"""A page to look through images: one file that needs no other but the images beside it."""
 
 import html
 import json
@@ -70,7 +70,7 @@ def page(entries: Sequence[dict[str, Any]], title: str) -> str:
 def _figure(entry: dict[str, Any]) -> str:
     settings = entry["settings"]
     width, height = settings.get("width"), settings.get("height")
-    known = type(width) is int and type(height) is int  # the page does not jump while pictures load
+    known = type(width) is int and type(height) is int  # the page does not jump while images load
     return _FIGURE.format(
         link=html.escape(quote(entry["file"])),
         prompt=html.escape(str(settings.get("prompt", ""))),

@@ -1,0 +1,1 @@
+"""Many images: files of prompts, what is drawn together, and the folder that they are kept in."""

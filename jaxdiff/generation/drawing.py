@@ -1,0 +1,204 @@
+"""Where requests meet a model: what a model's defaults fill in, what does not fit it, and the sizes that follow."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float32, UInt8, UInt32
+
+from jaxdiff.config import SchedulerConfig, nearest
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.families import Family
+from jaxdiff.generation.canvas import Size, canvas_of, check_size, image_size
+from jaxdiff.generation.programs import INVERSIONS
+from jaxdiff.generation.request import DEFAULTS, PER_IMAGE, Request
+from jaxdiff.model import memory_bytes
+from jaxdiff.sampling.samplers import check_sampler, count_steps, make_sigmas
+from jaxdiff.sampling.sigmas import Sigmas
+
+UPSCALE_STRENGTH = 0.35
+"""How much of an enlarged image is drawn anew, where the request does not say."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What requests need to know of a model."""
+
+    family: Family
+    scheduler: SchedulerConfig
+    size: Size | None
+    """Width and height that the model was trained at, if it says."""
+    dtype: DTypeLike
+    defaults: Mapping[str, Any]
+    """The settings that stand in for those that a request leaves out."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Requests of one image each that are drawn together, and what follows from them and the model."""
+
+    requests: Sequence[Request]
+    """Each with a seed; settings are filled in, and the same in all."""
+    shape: tuple[int, int, int]
+    """Height, width and channels of a latent."""
+    sigmas: Sigmas
+    steps: int
+    """Steps that the sigmas are for; pndm takes one more than is asked for."""
+    image: UInt8[np.ndarray, "b h w 3"] | None
+    mask: Float32[np.ndarray, "b h w"] | None
+
+    @property
+    def settings(self) -> Request:
+        """The first request, for what all share."""
+        return self.requests[0]
+
+    @property
+    def seeds(self) -> UInt32[np.ndarray, " b"]:
+        """Each image's seed."""
+        return np.array([request.seed for request in self.requests], np.uint32)
+
+    @property
+    def start(self) -> int:
+        """The first step: an image stands for the result of those before."""
+        strength = self.settings.strength
+        return 0 if self.image is None or strength is None else self.steps - int(self.steps * strength + 1e-4)
+
+    @property
+    def layout_steps(self) -> int:
+        """Steps whose layout is the source's."""
+        return 0 if self.settings.invert is None else math.floor(self.settings.keep_layout * self.steps + 0.5)
+
+    @property
+    def guidance(self) -> Guidance:
+        """Its numbers, as the programs take them; those that are None keep the program smaller."""
+        wish = self.settings
+        low, high = wish.guidance_interval or (None, None)
+        numbers = {"scale": wish.guidance, "rescale": wish.guidance_rescale, "low": low, "high": high}
+        numbers |= {name: getattr(wish, name) for name in Guidance._fields if name not in numbers}
+        return Guidance(**{name: np.float32(value) for name, value in numbers.items() if value is not None})
+
+
+def checked_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's own settings over `DEFAULTS`.
+
+    Raises:
+        ValueError: for a setting that a request cannot leave to its model, or a value that is out of range.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"A model's defaults are {given!r}; they must be settings by name.")
+    for name, value in given.items():
+        if name not in DEFAULTS or value is None:
+            raise ValueError(f"A model's defaults have {name!r} = {value!r}{nearest(name, list(DEFAULTS))}")
+    request = Request(**given)
+    own = DEFAULTS | {name: getattr(request, name) for name in given}
+    check_sampler(own["sampler"], own["schedule"])
+    return own
+
+
+def settled(request: Request, model: ModelInfo) -> Request:
+    """The request with every setting filled in that it leaves to the model or to its task."""
+    filled = {name: value for name, value in model.defaults.items() if getattr(request, name) is None}
+    if request.invert is not None:
+        filled["sampler"] = _drawn_back_by(request)
+    if request.image is not None and request.strength is None:
+        whole = request.mask is not None or request.outpaint is not None or request.invert is not None
+        filled["strength"] = UPSCALE_STRENGTH if request.enlarges else 1.0 if whole else 0.8
+    own = model.size
+    if request.enlarges and request.tile is None and request.cache_interval == 1 and own is not None:
+        large = max(image_size(request, model.family, own)) > max(own)
+        filled |= {"tile": max(own)} if large else {}
+    return replace(request, **filled) if filled else request
+
+
+def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
+    """The drawing of requests of one image each.
+
+    Raises:
+        ValueError: in one sentence, where requests do not fit the model or each other.
+    """
+    for request in requests:
+        request.check()
+    requests = [settled(request, model) for request in requests]
+    wish, family = requests[0], model.family
+    for name in ("image", "mask", "latents", "to_prompt", "to_seed"):
+        if len({getattr(one, name) is None for one in requests}) > 1:
+            raise ValueError(f"{name} is given for some of the requests; give it for all that are drawn together.")
+    for name in vars(wish):
+        if name not in PER_IMAGE and not all(_same(getattr(wish, name), getattr(one, name)) for one in requests):
+            raise ValueError(f"{name} differs between requests that are drawn together; draw them one after another.")
+    check_sampler(wish.sampler, wish.schedule, wish.eta, wish.cache_interval)
+    if wish.rng == "torch" and wish.sampler == "dpmpp_sde":
+        raise ValueError("rng 'torch' is not for dpmpp_sde, whose noise PyTorch draws by another rule.")
+    if wish.tile is not None:
+        check_size("tile", (wish.tile, wish.tile), family.grain, "what the denoiser halves to whole numbers")
+    if family.inpaints and wish.mask is None and wish.outpaint is None:
+        raise ValueError("This model is for inpainting; give an image and a mask.")
+
+    width, height = size = image_size(wish, family, model.size)
+    canvases = [canvas_of(one, family, model.size) for one in requests]
+    images = [canvas.image for canvas in canvases if canvas is not None]
+    masks = [canvas.mask for canvas in canvases if canvas is not None and canvas.mask is not None]
+    for one, image in zip(requests, images, strict=False):
+        if image.shape != images[0].shape:
+            shape = image_size(one, family, model.size)
+            raise ValueError(f"Images that are drawn together must have one size; they have {size} and {shape}.")
+    shape = height // family.factor, width // family.factor, family.latent_channels
+    for one in requests:
+        if one.latents is not None and one.latents.shape != shape:
+            raise ValueError(
+                f"latents have the shape {one.latents.shape}; it must be {shape}: height, width, channels."
+            )
+    _check_memory(family, len(requests), size, model.dtype)
+    schedule = make_schedule(model.scheduler)
+    chosen: tuple[Any, Any, Any] = wish.sampler, wish.schedule, wish.steps
+    sampler, name, steps = chosen
+    sigmas = make_sigmas(sampler, name, model.scheduler, schedule, steps, wish.eta)
+    return Drawing(
+        requests=requests,
+        shape=shape,
+        sigmas=sigmas,
+        steps=count_steps(sigmas),
+        image=np.stack(images) if images else None,
+        mask=np.stack(masks) if masks else None,
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return a is b or bool(a == b)
+    except ValueError:  # regions with masks are compared by what they are made of
+        pairs = zip(a, b, strict=False)
+        return len(a) == len(b) and all(np.array_equal(x.box, y.box) and x.prompt == y.prompt for x, y in pairs)
+
+
+def _drawn_back_by(request: Request) -> str:
+    """The sampler that goes from an inverted image's noise to the image."""
+    sampler, _ = INVERSIONS[str(request.invert)]
+    if request.sampler not in (None, "ddim", sampler):
+        raise ValueError(
+            f"invert {request.invert!r} draws with the sampler {sampler}; leave out sampler {request.sampler!r}."
+        )
+    if request.eta:
+        raise ValueError(f"eta is {request.eta:g}, and adds noise that invert has not found; leave it at 0.")
+    return sampler
+
+
+def _check_memory(family: Family, b: int, size: Size, dtype: DTypeLike) -> None:
+    """Refuses what a CPU's memory cannot hold by any means, for which the system kills a process without a word.
+
+    Accelerators say themselves when theirs is short.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    # The decoder's last level turns the features of the one before into its own; nothing else is as large.
+    needed = b * math.prod(size) * family.decoder_channels * np.dtype(dtype).itemsize
+    if needed > memory_bytes():
+        raise ValueError(
+            f"{b} x {size[0]}x{size[1]} pixels need at least {needed / 1e9:.0f} GB, and this machine has "
+            f"{memory_bytes() / 1e9:.0f} GB; use a smaller size, or fewer prompts at once."
+        )

@@ -1,0 +1,364 @@
+"""A model that draws: `pipe = jaxdiff.load(); images = pipe(["a red apple"])`."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Float32, UInt8
+
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.generation.conditioning import filled, make_inputs, starting_noise
+from jaxdiff.generation.drawing import Drawing, ModelInfo, checked_defaults, make_drawing
+from jaxdiff.generation.network import Inputs
+from jaxdiff.generation.programs import Program, decode, denoise, encode_images, guess, prepare_prompts
+from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, seed_number
+from jaxdiff.io.images import feathered
+from jaxdiff.model import Adapter, Model, cast, check_dtype, merge_adapters, place_params, prepare_kernels, read_model
+from jaxdiff.prompts.wildcards import Wildcards
+from jaxdiff.runtime.mesh import batch_sharding, make_mesh
+from jaxdiff.runtime.programs import enable_compilation_cache, kept
+from jaxdiff.sampling.loop import State
+from jaxdiff.sampling.samplers import BUILT_IN, SAMPLERS, count_steps, make_sigmas
+from jaxdiff.types import DenoiseFn
+
+Images = UInt8[np.ndarray, "b h w 3"]
+Latents = Float32[np.ndarray, "b h w c"]
+
+
+def load(
+    path: str | Path | None = None,
+    dtype: str | None = None,
+    devices: Sequence[Any] | None = None,
+    adapters: Sequence[Adapter] = (),
+) -> "Pipeline":
+    """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
+
+    Args:
+        path: a diffusers folder, or a run directory of `train.py`; None is the model that comes with the package.
+        dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
+        devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
+        adapters: functions of the params by role, which are applied in order before anything is cast or placed.
+
+    Raises:
+        ValueError: in one sentence, when anything is missing, damaged or not supported.
+    """
+    check_dtype(dtype)
+    enable_compilation_cache()
+    model = read_model(path)
+    return Pipeline(model.with_params(merge_adapters(model.params, adapters)) if adapters else model, dtype, devices)
+
+
+class Pipeline:
+    """Requests to images. `load` makes one from files; so does a `Model` in memory."""
+
+    def __init__(self, model: Model, dtype: str | None = None, devices: Sequence[Any] | None = None) -> None:
+        """Puts the params on the default device, or on each of `devices`, in the type that they are computed in.
+
+        Raises:
+            ValueError: when the model's networks do not fit together.
+        """
+        self.dtype = check_dtype(dtype)
+        self.defaults = checked_defaults(model.defaults)
+        """The settings that stand in for those that a request leaves out."""
+        self.networks = model.modules(self._jax_dtype)
+        self._mesh = None if devices is None or len(devices) < 2 else make_mesh(devices=devices)
+        everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        self.params = prepare_kernels(place_params(cast(model.params, self._jax_dtype), everywhere))
+        # Params that are exact on the device need no second copy for `save`.
+        exact = self.dtype == "float32" and jax.default_backend() != "cpu"
+        self.model = model.with_params(self.params) if exact else model
+        self.info = ModelInfo(self.networks, model.scheduler, model.size, self._jax_dtype, self.defaults)
+        """What requests need to know of the model."""
+
+    @property
+    def name(self) -> str:
+        """The model's name, that of its folder."""
+        return self.model.name
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in pixels that the model was trained at, if it says."""
+        return self.model.size
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that images are spread over: batches of a multiple of it keep all of them busy."""
+        return 1 if self._mesh is None else self._mesh.size
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = "",
+        seed: int | Sequence[int] = 0,
+        *,
+        wildcards: str | Path | None = None,
+        progress: Callable[[int], object] | None = None,
+        on_step: Callable[[int, Array], object] | None = None,
+        **fields: Any,
+    ) -> Images:
+        """Draws one image for each prompt; image i depends on its prompt and its seed alone.
+
+        Args:
+            prompts: at least one; `jaxdiff.prompts` says what brackets, AND and __names__ in them mean.
+            negative_prompt: what to steer away from; one for all, or one each.
+            seed: from 0 to 2^32 - 1; image i has `seed + i`, or its own where there are several.
+            wildcards: a folder of texts, NAME.txt for __NAME__ in a prompt.
+            progress: called with the number of steps done, about ten times.
+            on_step: called after each step, or each `cache_interval` of them, with the number of steps done and the
+                guess of x_0 [b, h, w, c] that the step made; see `decode` and `preview`.
+            fields: any other field of `Request`, such as steps, guidance and image; those of `PER_IMAGE` one for all
+                images, or a list or an array with one for each.
+
+        Raises:
+            ValueError: in one sentence, for values out of range or of the wrong kind.
+        """
+        requests = self.requests(prompts, negative_prompt, seed, wildcards=wildcards, **fields)
+        return self.draw(requests, progress=progress, on_step=on_step)
+
+    def requests(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = "",
+        seed: int | Sequence[int] = 0,
+        *,
+        wildcards: str | Path | None = None,
+        **fields: Any,
+    ) -> list[Request]:
+        """The requests that a call with these arguments draws, one for each prompt."""
+        if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+            raise ValueError(f"A prompt is {prompts!r}; it must be text.")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        b = len(prompts)
+        if not b:
+            raise ValueError("No prompt was given; give at least one.")
+        fields = by_current_names(fields)
+        if "prompt" in fields or ("negative_prompt" in fields and negative_prompt):
+            raise ValueError("prompt and negative_prompt are given twice; give each once.")
+        negative_prompt = fields.get("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        fields |= {"prompt": prompts, "negative_prompt": negative_prompt, "seed": seed}
+        given = dict(fields)
+        each = {name: _one_each(name, fields.pop(name), b) for name in PER_IMAGE if name in fields}
+        for name in ("seed", "to_seed"):  # one number is the first of several
+            if b > 1 and each.get(name) and given[name] is not None and np.ndim(given[name]) == 0:
+                before = np.cumsum([0, *each.get("n", [1] * b)])
+                each[name] = [seed_number(name, first) + int(k) for first, k in zip(each[name], before, strict=False)]
+        common = Request(**fields)
+        requests = [replace(common, **{name: values[i] for name, values in each.items()}) for i in range(b)]
+        if wildcards is not None:
+            files = Wildcards(wildcards)
+            requests = [filled(request, files, request.seed or 0) for request in singles(requests)]
+        return requests
+
+    def draw(
+        self,
+        requests: Sequence[Request],
+        *,
+        progress: Callable[[int], object] | None = None,
+        on_step: Callable[[int, Array], object] | None = None,
+    ) -> Images:
+        """Draws requests that share all but the fields of `PER_IMAGE`, `n` images of each, in one batch.
+
+        Args:
+            requests: at least one.
+            progress: as in a call.
+            on_step: as in a call.
+
+        Raises:
+            ValueError: in one sentence, where a request does not fit the model, or they do not go together.
+        """
+        if not requests:
+            raise ValueError("No request was given; give at least one.")
+        drawing = make_drawing(singles(requests), self.info)
+        program = self.program(drawing.settings)
+        inputs, state, keys = make_inputs(drawing, self.model.tokenizer, self.params, program)
+        state = state._replace(memory=drawing.guidance.memory(jnp.zeros((len(drawing.requests), *drawing.shape))))
+        state = self._denoise(drawing, program, inputs, state, keys, progress, on_step)
+        if not np.isfinite(state.x).all():
+            raise ValueError(
+                f"The image has values that are not finite: with guidance {drawing.settings.guidance:g}, {self.dtype} "
+                "overflowed. Use less guidance, or another sampler or schedule."
+            )
+        latents = state.x if inputs.layout_above is None else state.x[:, 1]
+        if inputs.mask is not None and inputs.known is not None:
+            # The last level may be above 0, and what is kept still noisy there.
+            latents = inputs.mask * latents + (1 - inputs.mask) * inputs.known
+        images = self.decode(latents)
+        if drawing.image is None or drawing.mask is None:
+            return images
+        drawn = np.stack([feathered(mask, drawing.settings.feather) for mask in drawing.mask])[..., None]
+        mixed = np.round(drawn * images + (1 - drawn) * drawing.image).astype(np.uint8)
+        return np.where(drawn == 0, drawing.image, mixed)
+
+    def program(self, wish: Request) -> Program:
+        """What the programs of a request are compiled for."""
+        side = None if wish.tile is None else wish.tile // self.networks.factor
+        tile = None if side is None else (side, side)
+        name = wish.sampler or self.defaults["sampler"]
+        registered = None if SAMPLERS[name] is BUILT_IN.get(name) else SAMPLERS[name]
+        return Program(self.networks, self.model.scheduler, name, tile, registered)
+
+    def _denoise(
+        self,
+        drawing: Drawing,
+        program: Program,
+        inputs: Inputs,
+        state: State,
+        keys: Array,
+        progress: Callable[[int], object] | None,
+        on_step: Callable[[int, Array], object] | None,
+    ) -> State:
+        """All steps, in pieces where someone looks on; taken in pieces the steps are the same."""
+        wish, steps, first = drawing.settings, drawing.steps, drawing.start
+        interval = None if wish.cache_interval == 1 else np.int32(min(wish.cache_interval, steps))
+        piece = 1 if on_step is not None else math.ceil((steps - first) / 10) if progress is not None else steps - first
+        # Features that are kept for some steps are made where a piece starts.
+        piece = wish.cache_interval * math.ceil(max(1, piece) / wish.cache_interval)
+        params, sigmas, guidance = self.params["denoiser"], drawing.sigmas, drawing.guidance
+        mesh = self._mesh if self._mesh is not None and len(keys) % self._mesh.size == 0 else None
+        if mesh is not None:
+            spread, whole = partial(jax.device_put, device=batch_sharding(mesh)), inputs.layout_above
+            inputs = jax.tree.map(spread, inputs._replace(layout_above=None))._replace(layout_above=whole)
+            state, keys = jax.tree.map(spread, (state, keys))
+        run = None
+        for start in range(first, max(steps, first + 1), piece):
+            stop = min(start + piece, steps)
+            numbers = np.int32(start), np.int32(stop), guidance, np.float32(wish.eta), interval
+            arguments = params, inputs, state, keys, sigmas, *numbers
+            with jax.set_mesh(mesh) if mesh is not None else nullcontext():  # attention's kernels are split over it
+                # A device's program is looked up once; all pieces have its shapes.
+                run = run or (partial(denoise, program=program) if mesh else kept(denoise, *arguments, program=program))
+                state = run(*arguments)
+            if on_step is not None:
+                on_step(stop, state.guess if inputs.layout_above is None else state.guess[:, 1])
+            if progress is not None:
+                state.x.block_until_ready()
+                progress(min(stop, wish.steps or steps))
+        return state
+
+    # For loops of one's own -------------------------------------------------------------------------------------------
+
+    def denoiser(
+        self, prompts: str | Sequence[str], negative_prompt: str | Sequence[str] | None = "", **fields: Any
+    ) -> DenoiseFn:
+        """The model as a function (x, sigma) -> x_0, for prompts and guidance.
+
+        x is x_0 + sigma * eps in latents at unit variance [b, h, w, c]: b for as many prompts, h and w the image's
+        sides divided by `networks.factor`. sigma is one number for all. Prompts are encoded here, once, and so are
+        the keys and values of cross-attention; calls compile once for each shape. It can be called in `jax.jit`,
+        `jax.grad` and `jax.vmap`.
+
+        Args:
+            prompts: one, or one for each image of the batch.
+            negative_prompt: as in a call.
+            fields: any other field of `Request`; image and mask inpaint.
+
+        Raises:
+            ValueError: as a call.
+        """
+        drawing = make_drawing(singles(self.requests(prompts, negative_prompt, **fields)), self.info)
+        program = self.program(drawing.settings)
+        inputs, _, _ = make_inputs(drawing, self.model.tokenizer, self.params, program)
+        if inputs.layout_above is not None:
+            raise ValueError("keep_layout draws a source along, and is not for a denoiser; leave it out.")
+        params, guidance = self.params["denoiser"], drawing.guidance
+        prepared = prepare_prompts(params, inputs.conditioning, program=program)
+
+        def denoise_fn(x: Float[Array, "b h w c"] | Latents, sigma: ArrayLike) -> Float[Array, "b h w c"]:
+            return guess(params, inputs, prepared, jnp.asarray(x), jnp.float32(sigma), guidance, program=program)
+
+        return denoise_fn
+
+    def sigmas(
+        self,
+        steps: int | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        eta: float = 0.0,
+    ) -> Float32[np.ndarray, " n"]:
+        """The noise levels that a sampler visits, falling, and after them the level that its last step ends at."""
+        wish = Request(steps=steps, sampler=sampler, schedule=schedule, eta=eta)
+        own = [getattr(wish, name) or self.defaults[name] for name in ("sampler", "schedule", "steps")]
+        scheduler = self.model.scheduler
+        sigmas = make_sigmas(own[0], own[1], scheduler, make_schedule(scheduler), own[2], eta)
+        n = count_steps(sigmas)
+        return np.append(np.asarray(sigmas.sigmas)[:n], np.asarray(sigmas.sigmas_next)[n - 1])
+
+    def noise(self, seed: int | Sequence[int] = 0, **fields: Any) -> Latents:
+        """Unit normal noise [b, h, w, c] that a call with these seeds (and size, rng, to_seed, mix) starts from."""
+        seeds: Any = [seed] if np.ndim(seed) == 0 else seed
+        drawing = make_drawing(self.requests([""] * len(seeds), seed=list(seeds), **fields), self.info)
+        return np.asarray(starting_noise(drawing)[1])
+
+    def encode(self, images: UInt8[np.ndarray, "b h2 w2 3"]) -> Float[Array, "b h w c"]:
+        """Images to their most likely latents, at unit variance."""
+        arguments = self.params["vae"], jnp.asarray(images)
+        program = Program(self.networks, self.model.scheduler)
+        return kept(encode_images, *arguments, program=program)(*arguments)
+
+    def decode(self, latents: Float[Array, "b h w c"] | np.ndarray) -> UInt8[np.ndarray, "b h2 w2 3"]:
+        """Latents at unit variance to images."""
+        arguments = self.params["vae"], jnp.asarray(latents)
+        program = Program(self.networks, self.model.scheduler)
+        if self._mesh is not None and len(latents) % self._mesh.size == 0:
+            with jax.set_mesh(self._mesh):
+                spread = jax.device_put(arguments[1], batch_sharding(self._mesh))
+                return np.asarray(decode(self.params["vae"], spread, program=program))
+        return np.asarray(kept(decode, *arguments, program=program)(*arguments))
+
+    def preview(self, latents: Float[Array, "b h w c"] | np.ndarray) -> Images:
+        """Latents to images of the latents' size by one linear map, in next to no time: colours and shapes are right.
+
+        The map is fitted to the decoder when it is first asked for.
+        """
+        weights = self._preview_weights
+        flat = np.asarray(latents, np.float32)
+        image = flat @ weights[:-1] + weights[-1]
+        return np.clip(np.round(image), 0, 255).astype(np.uint8)
+
+    @cached_property
+    def _preview_weights(self) -> Float32[np.ndarray, "c2 3"]:
+        """Least squares from a latent pixel to the mean colour that the decoder makes of it, and a constant."""
+        side, channels = 16, self.networks.latent_channels
+        rng = np.random.default_rng(0)
+        patches = rng.standard_normal((4, 4, 4, channels)).repeat(side // 4, 1).repeat(side // 4, 2).astype(np.float32)
+        images = self.decode(patches).astype(np.float32)
+        factor = self.networks.factor
+        colours = images.reshape(4, side, factor, side, factor, 3).mean((2, 4)).reshape(-1, 3)
+        rows = np.append(patches.reshape(-1, channels), np.ones((4 * side**2, 1), np.float32), axis=1)
+        return np.linalg.lstsq(rows, colours, rcond=None)[0].astype(np.float32)
+
+    def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
+        """Writes a folder that `load` and diffusers read; see `Model.save`."""
+        self.model.save(path, dtype)
+
+    @property
+    def _jax_dtype(self) -> DTypeLike:
+        return jnp.dtype(self.dtype)
+
+
+def singles(requests: Sequence[Request]) -> list[Request]:
+    """A request for each image; those without a seed take the image's place among all."""
+    images: list[Request] = []
+    for request in requests:
+        images += request.images(len(images))
+    return images
+
+
+def _one_each(name: str, value: Any, b: int) -> list[Any]:
+    """A field's value for each of b images: one for all, or one each."""
+    single = {"image": 3, "mask": 2, "latents": 3}.get(name, 0)
+    if isinstance(value, str | Path | None) or np.ndim(value) == single:
+        return [value] * b
+    values = list(value)
+    if len(values) != b:
+        raise ValueError(f"There are {len(values)} of {name} for {b} prompts; give one, or one each.")
+    return values

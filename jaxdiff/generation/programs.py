@@ -1,0 +1,194 @@
+"""The compiled programs: encode_prompts, encode_images, denoise, decode. Each is written for one image and mapped."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
+
+from jaxdiff.config import SchedulerConfig
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.families import Family
+from jaxdiff.generation.network import Inputs, Rows, cached_features, image_denoiser
+from jaxdiff.nn.slices import in_slices
+from jaxdiff.runtime.compile import Compiled
+from jaxdiff.sampling.inversion import ddim_inversion, edict_inversion
+from jaxdiff.sampling.loop import State, keyed_noise, sampling_loop
+from jaxdiff.sampling.samplers import SAMPLERS, Sampler
+from jaxdiff.sampling.sigmas import Sigmas
+from jaxdiff.types import Conditioning, Latent, Params, Sigma
+
+for container in (Conditioning, Guidance, Inputs, Sigmas, State):  # so that programs can be kept between processes
+    jax.export.register_namedtuple_serialization(container, serialized_name=f"jaxdiff.{container.__name__}")
+
+INVERSIONS = {"ddim": ("ddim", ddim_inversion), "exact": ("edict", edict_inversion)}
+"""How an image's noise is found: the sampler that draws from it, and the sampler that finds it."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What programs are compiled for; everything else is an argument of theirs."""
+
+    family: Family
+    """The networks."""
+    scheduler: SchedulerConfig
+    sampler: str = "ddim"
+    """One of `SAMPLERS`."""
+    tile: tuple[int, int] | None = None
+    """Height and width of the denoiser's tiles, in latent pixels; None is the whole image."""
+    registered: Sampler | None = None
+    """A sampler of a user's own, which is told apart from another of its name that was registered before."""
+    invert: str | None = None
+    """One of `INVERSIONS`, for the steps from an image to its noise; None draws."""
+
+    def sampler_fn(self, eta: Float[Array, ""] | float) -> Any:
+        """The sampler with its options."""
+        if self.invert is not None:
+            return INVERSIONS[self.invert][1]
+        sampler = self.registered or SAMPLERS[self.sampler]
+        options = {"eta": eta, "clip": self.scheduler.clip_sample_range if self.scheduler.clip_sample else None}
+        return partial(sampler.fn, **{name: options[name] for name in sampler.options})
+
+
+def keys_and_noise(
+    seeds: UInt32[Array, " b"], shape: tuple[int, int, int]
+) -> tuple[Key[Array, " b"], Float[Array, "b h w c"]]:
+    """Each image's key for its steps and its starting noise, from its own seed alone."""
+
+    def draw(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], Float[Array, "h w c"]]:
+        step_key, noise_key = jax.random.split(jax.random.key(seed))
+        return step_key, jax.random.normal(noise_key, shape)
+
+    return jax.vmap(draw)(seeds)
+
+
+@partial(Compiled, static_argnames=("program", "clip_skip"))
+def encode_prompts(
+    params: Params,
+    ids: Int[Array, "*n chunks length"],
+    weights: Float[Array, "*n chunks length"],
+    empty: Int[Array, " length"],
+    *,
+    program: Program,
+    clip_skip: int = 0,
+) -> Conditioning:
+    """Tokens and their weights to the denoiser's conditioning [*n, ...]; `empty` is the empty prompt's tokens."""
+    return program.family.encode_prompts(params, ids, weights, empty, clip_skip)
+
+
+@partial(Compiled, static_argnames="program")
+def encode_images(params: Params, images: UInt8[Array, "b h2 w2 3"], *, program: Program) -> Float[Array, "b h w c"]:
+    """The most likely latents of images, at unit variance."""
+
+    def encode(image: UInt8[Array, "h2 w2 3"]) -> Float[Array, "h w c"]:
+        return program.family.encode(params, image[None].astype(jnp.float32) / 127.5 - 1)[0]
+
+    return jax.lax.map(encode, images)
+
+
+@partial(Compiled, static_argnames="program")
+def denoise(
+    params: Params,
+    inputs: Inputs,
+    state: State,
+    keys: Key[Array, " b"],
+    sigmas: Sigmas,
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
+    guidance: Guidance | None,
+    eta: Float[Array, ""],
+    cache_interval: Int[Array, ""] | None = None,
+    *,
+    program: Program,
+) -> State:
+    """Steps `start` to `stop - 1` of each image. Only shapes, `program`, the params' types and which arguments are None
+    make it compile again.
+
+    Args:
+        params: the denoiser's.
+        inputs: the prompts, and what else the denoiser takes.
+        state: `vmap(begin)` of unit normal noise, or what an earlier call returned, to go on at step `start`.
+        keys: for the noise of the steps.
+        sigmas: the noise levels.
+        start: the first step.
+        stop: one after the last step.
+        guidance: classifier-free guidance and its variants; None asks for the prompt alone.
+        eta: the share of fresh noise in DDIM's steps, 0 to 1.
+        cache_interval: deep features are computed at steps `start`, `start + cache_interval`, ...; None is all steps.
+        program: networks, sampler and tile.
+
+    Returns:
+        The state at `sigmas.sigmas_next[stop - 1]`.
+    """
+    prepared = program.family.prepare(params, jax.tree.map(jnp.asarray, inputs.conditioning))
+    sampler = program.sampler_fn(eta)
+
+    def sample(inputs: Inputs, prepared: Params, state: State, key: Key[Array, ""]) -> State:
+        bind = partial(
+            Rows, program.family, program.scheduler, program.tile, params, inputs, prepared, guidance
+        )  # fmt: skip
+        noise_fn = keyed_noise(key, state.x.shape) if inputs.step_noise is None else inputs.step_noise.__getitem__
+
+        def steps(deep: Array | None, state: State, start: Array, stop: Array) -> State:
+            return sampling_loop(sampler, image_denoiser(bind(deep)), noise_fn, state, sigmas, start, stop)
+
+        if cache_interval is None:
+            return steps(None, state, start, stop)
+        features = cached_features(bind, *map(jnp.asarray, sigmas))
+
+        def block(now: tuple[Array, State]) -> tuple[Array, State]:
+            i, state = now
+            end = jnp.minimum(i + cache_interval, stop)  # pyright: ignore[reportOperatorIssue]
+            return end, steps(features(state.x, i, end), state, i, end)
+
+        return jax.lax.while_loop(lambda now: now[0] < stop, block, (start, state))[1]
+
+    return jax.vmap(sample, in_axes=(mapped_axes(inputs), 0, 0, 0))(inputs, prepared, state, keys)
+
+
+@partial(Compiled, static_argnames="program")
+def prepare_prompts(params: Params, conditioning: Conditioning, *, program: Program) -> Params:
+    """What the denoiser computes from the prompts alone, for `guess`."""
+    return program.family.prepare(params, conditioning)
+
+
+@partial(Compiled, static_argnames="program")
+def guess(
+    params: Params,
+    inputs: Inputs,
+    prepared: Params,
+    x: Float[Array, "b h w c"],
+    sigma: Float[Array, ""],
+    guidance: Guidance,
+    *,
+    program: Program,
+) -> Float[Array, "b h w c"]:
+    """One call of each image's `DenoiseFn`: the guess of x_0 from x = x_0 + sigma eps."""
+
+    def one(inputs: Inputs, prepared: Params, x: Latent, sigma: Sigma) -> Latent:
+        rows = Rows(program.family, program.scheduler, program.tile, params, inputs, prepared, guidance)
+        memory = guidance.memory(x)
+        out: Any = image_denoiser(rows)(x, sigma, *memory)  # pyright: ignore[reportCallIssue]
+        return out[0] if memory else out
+
+    return jax.vmap(one, in_axes=(mapped_axes(inputs), 0, 0, None))(inputs, prepared, x, sigma)
+
+
+@partial(Compiled, static_argnames="program")
+def decode(params: Params, latents: Float[Array, "b h w c"], *, program: Program) -> UInt8[Array, "b h2 w2 3"]:
+    """Images of latents at unit variance."""
+
+    def one(latent: Float[Array, "h w c"]) -> UInt8[Array, "h2 w2 3"]:
+        image = program.family.decode(params, latent[None])[0]
+        return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+    return in_slices(one, latents)
+
+
+def mapped_axes(inputs: Inputs) -> Inputs:
+    """The axes for `vmap`: all but `layout_above`, which is the same for all images."""
+    axes = jax.tree.map(lambda _: 0, inputs._replace(layout_above=None))
+    return axes._replace(layout_above=None)

@@ -1,0 +1,227 @@
+"""A model in memory: its networks by role, and what belongs to them. Loading and saving; nothing is drawn here."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxdiff import build
+from jaxdiff.build import NetworkConfig
+from jaxdiff.config import SchedulerConfig, load_json
+from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.families import FAMILIES, Family
+from jaxdiff.io.convert import leaves
+from jaxdiff.io.folder import DEFAULTS, read_index, read_network, read_scheduler, tokenizer_folder, write_folder
+from jaxdiff.io.weights import check_params
+from jaxdiff.nn.conv import prepare
+from jaxdiff.runtime.programs import remembered
+from jaxdiff.types import Params
+
+EMBEDDED = Path(__file__).parent / "assets" / "emoji"
+DTYPES = ("float32", "bfloat16")
+
+# From the params by role to others: a LoRA merged in, and the like.
+Adapter = Callable[[dict[str, Params]], dict[str, Params]]
+
+
+class Network(NamedTuple):
+    """A network's config and its params."""
+
+    config: NetworkConfig
+    params: Params
+
+
+@dataclass(frozen=True)
+class Model:
+    """A text-to-image model."""
+
+    networks: Mapping[str, Network]
+    """By role: "denoiser", "vae" and "text_encoder"."""
+    scheduler: SchedulerConfig
+    """The noise schedule that it was trained with."""
+    tokenizer: Tokenizer
+    family: type[Family] = FAMILIES[0]
+    """How the networks are called."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that it is sampled with where a user gives none."""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        vocabulary = self.configs["text_encoder"].vocab_size
+        if len(self.tokenizer) > vocabulary:
+            raise ValueError(
+                f"The tokenizer has {len(self.tokenizer)} tokens, more than the text encoder's vocab_size {vocabulary}."
+            )
+
+    @cached_property
+    def configs(self) -> dict[str, Any]:
+        """The networks' configs, by role."""
+        return {role: network.config for role, network in self.networks.items()}
+
+    @cached_property
+    def params(self) -> dict[str, Params]:
+        """The networks' params, by role, as they were read."""
+        return {role: network.params for role, network in self.networks.items()}
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in pixels that the model was trained at; None where its config does not say."""
+        return self.family.trained_size(self.configs)
+
+    def modules(self, dtype: DTypeLike = jnp.float32) -> Family:
+        """The networks as functions that compute in `dtype`.
+
+        Raises:
+            ValueError: where the networks do not fit together.
+        """
+        return self.family.of(self.configs, dtype)
+
+    def with_params(self, params: Mapping[str, Params]) -> "Model":
+        """The same model with other params, by role."""
+        networks = {role: Network(network.config, params[role]) for role, network in self.networks.items()}
+        return replace(self, networks=networks)
+
+    def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
+        """Writes a folder that `load` and diffusers read.
+
+        Args:
+            path: a new or empty folder, or one that this method wrote.
+            dtype: float32, float16 or bfloat16, the type of the stored weights.
+
+        Raises:
+            ValueError: when the folder holds anything that is not ours to replace, or cannot be written, or for
+                another `dtype`.
+        """
+        try:
+            dtype = jnp.dtype(dtype)
+        except TypeError:
+            raise ValueError(f"dtype is {dtype!r}; choose float32, float16 or bfloat16.") from None
+        networks = {self.family.FOLDERS[role]: (config, params) for role, (config, params) in self.networks.items()}
+        write_folder(path, networks, self.scheduler, self.tokenizer, self.defaults, dtype)
+
+
+def read_model(path: str | Path | None = None, variant: str | None = None) -> Model:
+    """Reads a model; weights keep the type they are stored in.
+
+    Args:
+        path: a diffusers folder, or a run directory of `train.py`; None is the model that comes with the package.
+        variant: "fp16" and the like, for folders with several sets of weights.
+
+    Raises:
+        ValueError: in one sentence, when anything is missing, damaged or not supported.
+    """
+    path = EMBEDDED if path is None else Path(path)
+    folder = _exported(path)
+    index = read_index(folder)
+    family = FAMILIES[0]
+    networks = {role: Network(*read_network(folder, name, variant)) for role, name in family.FOLDERS.items()}
+    for role, (config, params) in networks.items():
+        name = family.FOLDERS[role]
+        check_params(params, _expected(name, config), folder / name)
+    text: Any = networks["text_encoder"].config
+    return Model(
+        networks=networks,
+        scheduler=read_scheduler(folder),
+        tokenizer=Tokenizer.load(tokenizer_folder(folder), text.max_position_embeddings),
+        family=family,
+        defaults=index.get(DEFAULTS, {}),
+        name=path.resolve().name,
+    )
+
+
+# From params as they are read to params on devices: merge, cast, place, prepare ---------------------------------------
+
+
+def merge_adapters(params: dict[str, Params], adapters: Sequence[Adapter] = ()) -> dict[str, Params]:
+    """The params by role after each adapter, in order."""
+    for adapter in adapters:
+        params = adapter(params)
+    return params
+
+
+def cast(params: Params, dtype: DTypeLike) -> Params:
+    """The params as the networks would cast them at every step: norms in float32, all else in `dtype`."""
+    kept = np.float32 if "scale" in params else dtype
+    return {
+        name: cast(leaf, dtype) if isinstance(leaf, dict) else leaf.astype(kept, copy=False)
+        for name, leaf in params.items()
+    }
+
+
+def place_params(params: Params, device: Any = None) -> Params:
+    """The params on the default device, or on a device's or a sharding's."""
+    return jax.device_put(params, device)
+
+
+def prepare_kernels(params: Params) -> Params:
+    """The params as sampling uses them: on a CPU with memory for it, kernels also in Winograd's form.
+
+    That takes more than twice their size (`jaxdiff.nn.conv.prepare`); such a tree cannot be saved or trained.
+    """
+    if jax.default_backend() != "cpu" or 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) > memory_bytes():
+        return params
+    return prepare(params)
+
+
+def memory_bytes() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_dtype(dtype: str | None) -> str:
+    """The type that networks compute in; None is float32 on CPUs, else bfloat16.
+
+    Raises:
+        ValueError: for another one.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}.")
+    return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def _exported(path: Path) -> Path:
+    """The diffusers folder that `path` is, or that the run directory `path` has exported."""
+    if (path / "model_index.json").exists() or not _is_run(path):
+        return path
+    folder = path / "export"
+    if not folder.exists():
+        raise ValueError(f"{path} is a run that has not exported a model yet; train on to its first evaluation.")
+    if not (folder / "model_index.json").exists():
+        raise ValueError(
+            f"{path} is a run that has exported no whole text-to-image model; train one with a DiffusionTask, until "
+            "its first evaluation."
+        )
+    return folder
+
+
+def _is_run(path: Path) -> bool:
+    """Whether `train.py` made the folder."""
+    if (path / "export").is_dir() or (path / "checkpoints").is_dir():
+        return True
+    return (path / "config.json").is_file() and "task" in load_json(path / "config.json")
+
+
+@lru_cache(16)
+def _expected(name: str, config: NetworkConfig) -> Params:
+    """The shapes of a network's params. To find them takes as long as to trace it, so they are kept as well."""
+
+    def find() -> bytes:
+        shapes = leaves(build.param_shapes(getattr(build, name)(config), config))
+        return json.dumps({"/".join(path): leaf.shape for path, leaf in shapes}).encode()
+
+    tree: Params = {}
+    for path, shape in json.loads(remembered("shapes", (name, config), find)).items():
+        *modules, leaf = path.split("/")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = jax.ShapeDtypeStruct(shape, np.float32)
+    return tree

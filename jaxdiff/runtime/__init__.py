@@ -1,0 +1,1 @@
+"""What surrounds a computation: devices, processes, compiled programs, command lines."""

@@ -1,0 +1,76 @@
+"""What is encoded once, before training: images to latents, and captions to contexts, if the task caches them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, to_dict
+from jaxdiff.data.latents import cache_latents, identity
+from jaxdiff.data.record import Source
+from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.io.storage import is_remote, place_of
+from jaxdiff.runtime.distributed import wait_for_all
+from jaxdiff.training.options import FREE
+from jaxdiff.training.parts import digest, encoder, text_encoder
+from jaxdiff.training.tasks.vae import ENCODER
+from jaxdiff.types import Params
+
+
+def encode_once(
+    config: TrainConfig,
+    vae: VAEConfig,
+    weights: Params,
+    tokenizer: Tokenizer,
+    source: Source,
+    workdir: epath.Path,
+) -> tuple[DataConfig, Params]:
+    """Fills the run's cache of latents, as far as it is not there yet; all processes share the work.
+
+    The cache is a folder that is named after all that its content depends on, so that one run never reads what
+    another made of other weights or data.
+
+    Args:
+        config: the run, of a `DiffusionTask` with `latent_variants`.
+        vae: the autoencoder that encodes the images.
+        weights: those of "vae" and, where captions are encoded, too, of "text_encoder".
+        tokenizer: of the captions.
+        source: the records with the images.
+        workdir: the run directory, which holds the cache unless `config.cache` names another place.
+
+    Returns:
+        What reads the cache in place of the images, and "empty_context" [t, d] if captions are encoded.
+
+    Raises:
+        ValueError: where the cache would lie in a bucket, or as `cache_latents` does.
+    """
+    assert isinstance(config.task, DiffusionTask)
+    task, data, dtype = config.task, config.data, jnp.dtype(config.dtype)
+    made = {name: value for name, value in to_dict(data).items() if not FREE.fullmatch(f"data.{name}")}
+    made |= {"variants": task.latent_variants, "seed": config.seed, "records": identity(source)}
+    makers = {name: weights["vae"][name] for name in ENCODER}
+    text_fn, empty = None, {}
+    if task.text_variants:
+        makers["text_encoder"] = weights["text_encoder"]
+        made |= {"text_variants": task.text_variants, "text_encoder": to_dict(task.text_encoder)}
+        text_fn = text_encoder(task.text_encoder, weights["text_encoder"], tokenizer, dtype)
+        empty = {"empty_context": text_fn([""])[0]}
+    path = (place_of(config.cache) if config.cache else workdir) / f"latents-{digest(makers, made)}"
+    if is_remote(path):
+        raise ValueError(f"Latents cannot be read from a bucket ({path}): name a folder by --cache.")
+    cache_latents(
+        encoder(vae, weights["vae"], dtype),
+        data,
+        source,
+        Path(path),
+        variants=task.latent_variants,
+        seed=config.seed,
+        text_fn=text_fn,
+        text_variants=task.text_variants,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    wait_for_all("latents")
+    return replace(data, source="latents", root=str(path)), empty
