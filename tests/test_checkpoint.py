@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.sharding import make_mesh, tree_shardings
+from jaxdiff.runtime.mesh import make_mesh, tree_shardings
 from jaxdiff.training.state import TrainState
 
 

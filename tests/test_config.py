@@ -54,21 +54,19 @@ def test_the_command_line_overrides_any_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
+    ("overrides", "said"),
     [
-        (["--optim.lrr", "1"], "TrainConfig has no field 'optim.lrr'; did you mean 'optim.lr'?"),
-        (["--task.vae.norm_groups=2"], "did you mean 'task.vae.norm_num_groups'?"),
-        (["--stepz", "3"], "did you mean 'steps'?"),
-        (["3"], "'3' belongs to no field"),
+        (["--optim.lrr", "1"], "'optim.lrr'.*'optim.lr'"),
+        (["--task.vae.norm_groups=2"], "'task.vae.norm_num_groups'"),
+        (["--stepz", "3"], "'steps'"),
+        (["3"], "'3'"),
     ],
 )
 def test_an_unknown_field_ends_with_code_2_and_the_nearest_right_name(
-    main, capsys: pytest.CaptureFixture[str], overrides: list[str], sentence: str
+    main, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
 ) -> None:
     assert main([VAE, *overrides]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert sentence in error
+    assert re.match(f"error: .*{said}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("overrides", [["--optim.lr", "fast"], ["--optim.lr", "-1"], ["--steps", "0"]])
@@ -99,12 +97,13 @@ def test_a_config_file_that_is_none_is_told(tmp_path: Path, text: str, sentence:
         read_config(str(file), [])
 
 
+@pytest.mark.slow
 def test_an_unknown_field_in_a_config_file_is_told_by_train_py(tmp_path: Path) -> None:
     file = tmp_path / "config.py"
     file.write_text("from jaxdiff.config import *\ndef config():\n    return OptimConfig(warmup=1)")
     done = subprocess.run([sys.executable, "train.py", file], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: {file}: OptimConfig has no field 'warmup'; did you mean 'warmup_steps'?\n"
+    assert re.fullmatch(f"error: {file}: .*'warmup'.*'warmup_steps'.*\n", done.stderr)
 
 
 def test_a_missing_config_file_and_no_argument_end_with_code_2(main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +115,7 @@ def test_a_missing_config_file_and_no_argument_end_with_code_2(main, capsys: pyt
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: OptimConfig(lr=0.0), "OptimConfig.lr is 0.0; it must be above 0"),
+        (lambda: OptimConfig(lr=0.0), "OptimConfig.lr is 0.0"),
         (lambda: DataConfig(crop=0.0), "DataConfig.crop is 0.0"),
         (lambda: SchedulerConfig(beta_end=1.0), "must satisfy 0 < beta_start <= beta_end < 1"),
         (lambda: UNetConfig(block_out_channels=(32,)), "UNetConfig.down_block_types names 4 blocks"),
@@ -125,16 +124,16 @@ def test_a_missing_config_file_and_no_argument_end_with_code_2(main, capsys: pyt
         (lambda: VAETask(train_encoder=False), "VAETask.train_encoder is False and init is empty"),
         (lambda: TrainConfig("runs/x", VAETask(), steps=0), "TrainConfig.steps is 0"),
         (lambda: TrainConfig("", VAETask()), "TrainConfig.workdir is empty"),
-        (lambda: TrainConfig("runs/x", VAETask(), seed=-1), "TrainConfig.seed is -1; it must lie from 0"),
+        (lambda: TrainConfig("runs/x", VAETask(), seed=-1), "TrainConfig.seed is -1"),
         (lambda: TrainConfig("runs/x", VAETask(), seed=2**63), f"TrainConfig.seed is {2**63}"),
-        (lambda: OptimConfig(b2=1.0), "OptimConfig.b2 is 1.0; it must lie in [0, 1)"),
+        (lambda: OptimConfig(b2=1.0), "OptimConfig.b2 is 1.0"),
         (lambda: DataConfig(batch_size=10**11), "DataConfig.batch_size is 100000000000"),
         (lambda: DistributedConfig("localhost:99999", 1, 0), "has the port 99999; it must be from 1 to 65535"),
         (lambda: UNetConfig(attention_head_dim=(5, 0, 20, 20)), "UNetConfig.attention_head_dim is (5, 0, 20, 20)"),
-        (lambda: UNetConfig(layers_per_block=-1), "UNetConfig.layers_per_block is -1; it must be above 0"),
+        (lambda: UNetConfig(layers_per_block=-1), "UNetConfig.layers_per_block is -1"),
         (lambda: UNetConfig(sample_size=0), "UNetConfig.sample_size is 0"),
         (lambda: UNetConfig(freq_shift=160), "UNetConfig.freq_shift is 160; it must be below 160"),
-        (lambda: UNetConfig(norm_eps=float("inf")), "UNetConfig.norm_eps is inf; it must be a finite number"),
+        (lambda: UNetConfig(norm_eps=float("inf")), "UNetConfig.norm_eps is inf"),
         (lambda: VAEConfig(block_out_channels=()), "VAEConfig.block_out_channels is empty"),
         (lambda: SchedulerConfig(num_train_timesteps=1, rescale_betas_zero_snr=True), "num_train_timesteps above 1"),
     ],
@@ -145,26 +144,26 @@ def test_nonsense_is_refused_when_a_config_is_made(make, sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "sentence"),
+    ("values", "said"),
     [
-        ({"lrr": 1}, "x.json: OptimConfig has no field 'lrr'; did you mean 'lr'?"),
-        ({"lr": "fast"}, "x.json: lr is 'fast'; it must be a finite number."),
-        ({"warmup_steps": 1.5}, "x.json: warmup_steps is 1.5; it must be a whole number."),
+        ({"lrr": 1}, "'lrr'.*'lr'"),
+        ({"lr": "fast"}, "lr is 'fast'.*number"),
+        ({"warmup_steps": 1.5}, r"warmup_steps is 1\.5.*whole number"),
     ],
 )
-def test_json_of_the_wrong_names_or_types_is_told_with_its_file(values: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+def test_json_of_the_wrong_names_or_types_is_told_with_its_file(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=rf"x\.json.*{said}"):
         from_dict(OptimConfig, values, "x.json")
 
 
 def test_wrong_types_in_a_config_file_are_told_and_lists_stand_for_tuples() -> None:
     told = {
-        "DataConfig(size='64')": "DataConfig.size is '64'; it must be a whole number.",
-        "DataConfig(flip=1)": "DataConfig.flip is 1; it must be true or false.",
-        "UNetConfig(sample_size=[8, 8])": "UNetConfig.sample_size is [8, 8]; it must be a whole number or None.",
-        "VAEConfig(block_out_channels=['a', 1])": "is ['a', 1]; it must be a list of whole numbers.",
-        "CLIPTextConfig(hidden_act='relu')": "hidden_act is 'relu'; supported: 'quick_gelu', 'gelu'.",
-        "TrainConfig('x', None)": "TrainConfig.task is None; it must hold the fields of VAETask or DiffusionTask.",
+        "DataConfig(size='64')": "DataConfig.size is '64'",
+        "DataConfig(flip=1)": "DataConfig.flip is 1",
+        "UNetConfig(sample_size=[8, 8])": "UNetConfig.sample_size is [8, 8]",
+        "VAEConfig(block_out_channels=['a', 1])": "is ['a', 1]",
+        "CLIPTextConfig(hidden_act='relu')": "hidden_act is 'relu'",
+        "TrainConfig('x', None)": "TrainConfig.task is None",
         "VAEConfig(block_out_channels=[128, 256, 512, 512], scaling_factor=1) == VAEConfig(scaling_factor=1.0)": "True",
     }
     # A process of its own: this one checks types before the package does.
@@ -179,8 +178,8 @@ def test_wrong_types_in_a_config_file_are_told_and_lists_stand_for_tuples() -> N
     )
     done = subprocess.run([sys.executable, "-c", script, *told], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
-    for line, sentence in zip(done.stdout.splitlines(), told.values(), strict=True):
-        assert line.endswith(sentence)
+    for line, said in zip(done.stdout.splitlines(), told.values(), strict=True):
+        assert said in line
 
 
 def test_json_that_is_nested_too_deeply_is_a_sentence(tmp_path: Path) -> None:
@@ -205,7 +204,7 @@ def test_a_run_with_checkpoints_goes_on_with_its_own_config_alone(
     with claim_workdir(vae_config(workdir, "--steps", "70", "--optim.lr", "0.5")):
         assert "optim.lr was 0.001 and is now 0.5, steps was 60 and is now 70." in capsys.readouterr().out
     other = vae_config(workdir, "--seed", "1", "--optim.lr", "0.5")
-    with pytest.raises(ValueError, match=r"another config: seed was 0 and is now 1\."), claim_workdir(other):
+    with pytest.raises(ValueError, match="seed was 0 and is now 1"), claim_workdir(other):
         pass
 
 
@@ -239,10 +238,10 @@ def test_a_run_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["--data.source", "latents"], "An autoencoder is trained on pictures"),
+        (["--data.source", "latents"], "An autoencoder is trained on images"),
         (
             ["--data.heldout", "none"],
-            "has no split 'none'; it has heldout, test, train. Name a split to measure on by --data",
+            "'none'; it has heldout, test, train",
         ),
     ],
 )

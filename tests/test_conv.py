@@ -12,7 +12,7 @@ from jaxdiff import build
 from jaxdiff.config import UNetConfig
 from jaxdiff.nn import conv
 from jaxdiff.nn.conv import Conv3x3, conv3x3, prepare, transform_kernel, winograd
-from jaxdiff.sharding import make_mesh
+from jaxdiff.runtime.mesh import make_mesh
 from jaxdiff.tools import hlo
 
 ROUND = ((1, 1), (1, 1))
@@ -53,8 +53,10 @@ def test_the_transforms_convolve_exactly(m):
         np.testing.assert_array_equal(exact, exact.astype(np.float32))
 
 
-@pytest.mark.parametrize("m", [2, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "m"), [
+    *((case, 2) for case in CASES), ("odd sides", 4),
+    *(pytest.param(case, 4, marks=pytest.mark.slow) for case in CASES if case != "odd sides"),
+])  # fmt: skip
 def test_winograd_is_the_convolution(case, m):
     shape, padding = CASES[case]
     x, kernel = inputs(*shape)
@@ -92,7 +94,9 @@ def test_stride_2_is_the_convolution():
     np.testing.assert_array_equal(found, plain(x, kernel, ((0, 1), (0, 1)), 2))
 
 
-@pytest.mark.parametrize("case", ["whole tiles", "odd sides", "right and bottom only"])
+@pytest.mark.parametrize("case", [
+    "odd sides", *(pytest.param(case, marks=pytest.mark.slow) for case in ("whole tiles", "right and bottom only"))
+])  # fmt: skip
 def test_stride_2_of_many_channels_is_a_matrix_product_and_the_convolution(case, monkeypatch):
     shape, padding = CASES[case]
     x, kernel = inputs(*shape)
@@ -116,6 +120,7 @@ def test_images_that_vmap_adds_are_a_larger_batch():
     assert products == jax.jit(conv3x3).lower(x, kernel).as_text().count("stablehlo.dot_general")
 
 
+@pytest.mark.slow
 def test_vmap_may_map_the_kernels_too():
     x, _ = inputs(*LARGE)
     kernels = jnp.stack([inputs(*LARGE, seed=s)[1] for s in range(LARGE[0])])

@@ -38,7 +38,7 @@ def test_every_published_name_has_a_path_of_its_own_and_comes_back(model):
     assert {(network, torch_name(path)) for network, path in paths} == names.keys()
 
 
-@pytest.mark.parametrize(("model", "configs"), [("sd1", SD1), ("sd2", SD2)])
+@pytest.mark.parametrize(("model", "configs"), [("sd1", SD1), pytest.param("sd2", SD2, marks=pytest.mark.slow)])
 def test_our_networks_have_exactly_the_published_names_and_shapes(model, configs):
     ours = {}
     for network, config in configs.items():

@@ -417,7 +417,7 @@ def test_a_collection_becomes_shards_without_duplicates_that_training_reads(tmp_
         "duplicate: equal pixels": (1, "020.png (as 000.png)"),
         "duplicate: looks alike": (1, "021.png (as 005.png)"),
         "it has no caption": (1, "024.png"),
-        "bad: its picture is broken, or too large": (1, "023.png (it is no picture)"),
+        "bad: its picture is broken, or too large": (1, "023.png (it is not an image)"),
     }
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == dataclasses.asdict(report)
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".array_record"] * 4 + [".json"] * 2 + [

@@ -55,7 +55,7 @@ def test_half_a_file_is_a_bad_record(format):
 
 def test_kinds_that_pillow_reads_with_other_programs_are_not_tried():
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
-    with pytest.raises(BadRecord, match="it is no picture"):
+    with pytest.raises(BadRecord, match="it is not an image"):
         decode(eps)
 
 

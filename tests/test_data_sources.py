@@ -96,8 +96,8 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
         ({"file_name": "a.png", "text": "a dog", "keywords": "abc"}, "list of strings"),
         ({"file_name": "a.png", "text": "a dog", "keywords": 5}, "list of strings"),
         ("[" * 100_000, "line 1 is not JSON"),
-        ({"file_name": "a.png", "text": None}, "1 pictures and no captions"),
-        ("", "holds no pictures"),
+        ({"file_name": "a.png", "text": None}, "1 images and no captions"),
+        ("", "holds no images"),
     ],
 )
 def test_metadata_that_makes_no_sense_is_said_with_its_line(tmp_path, line, said):
@@ -107,7 +107,7 @@ def test_metadata_that_makes_no_sense_is_said_with_its_line(tmp_path, line, said
 
 def test_pictures_without_any_caption_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="1 pictures and no captions"):
+    with pytest.raises(ValueError, match="1 images and no captions"):
         open_source(DataConfig(source="folder", root=str(tmp_path)))
 
 

@@ -144,7 +144,7 @@ def test_projected_guidance_has_no_part_along_the_guess_and_no_more_than_its_lim
 
 
 def test_perturbed_attention_is_gone_away_from():
-    out = guided(rows_of(uncond, cond, other), whole, Guidance(1.0, perturbed=3.0), EPSILON)(X_0, jnp.float32(2.0))
+    out = guided(rows_of(uncond, cond, other), whole, Guidance(1.0, pag_scale=3.0), EPSILON)(X_0, jnp.float32(2.0))
     c, p = cond(X_0, None), other(X_0, None)
     np.testing.assert_allclose(out, c + 3 * (c - p), rtol=1e-5, atol=1e-5)
 

@@ -1,5 +1,6 @@
 """The text-to-image objective as a whole, on the smallest UNet: its settings, bfloat16, and device meshes."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import jax
@@ -7,49 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from shell import ROOT
+from tiny import TASK
 
-from jaxdiff.config import (
-    CLIPTextConfig,
-    DiffusionTask,
-    EMAConfig,
-    OptimConfig,
-    SchedulerConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from jaxdiff.config import DataConfig, EMAConfig, OptimConfig, SchedulerConfig, VAEConfig
+from jaxdiff.data.captions import Caption
+from jaxdiff.data.loader import batches, open_source
+from jaxdiff.data.record import Record
+from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion import timesteps, weights
 from jaxdiff.diffusion.loss import diffusion_loss
-from jaxdiff.diffusion.prediction import PREDICTIONS
+from jaxdiff.diffusion.prediction import EPSILON, PREDICTIONS
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.sharding import make_mesh, tree_shardings
+from jaxdiff.runtime.mesh import make_mesh, tree_shardings
 from jaxdiff.training.feed import to_devices
 from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.state import Task, create_state, make_step
-from jaxdiff.training.tasks.diffusion import diffusion_task, draw_fn, weight_fn
+from jaxdiff.training.tasks.diffusion import diffusion_inputs, diffusion_task, draw_fn, weight_fn
 
-V = SchedulerConfig(prediction_type="v_prediction")
 FLOW = SchedulerConfig(prediction_type="flow_prediction", clip_sample=False, shift=2.0)
-TASK = DiffusionTask(
-    unet=UNetConfig(
-        sample_size=4,
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=8,
-        norm_num_groups=4,
-    ),
-    text_encoder=CLIPTextConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=6,
-    ),
-    scheduler=V,
-)
 # The gradient of a key's bias is zero but for rounding, which a small eps would blow up to whole steps.
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=0, eps=1e-4)
 B = 16
@@ -147,7 +124,7 @@ def test_flow_matching_takes_the_same_steps_on_eight_devices_in_micro_batches():
 @pytest.mark.slow
 def test_importance_sampling_draws_the_same_levels_on_eight_devices_and_in_micro_batches():
     """With a network of 8 numbers, one for each level, which all want to be 0."""
-    schedule, steps = make_schedule(replace(V, num_train_timesteps=8)), 24
+    schedule, steps = make_schedule(replace(TASK.scheduler, num_train_timesteps=8)), 24
 
     def init(key):
         return {"scale": jnp.linspace(0.1, 3, 8)}
@@ -181,16 +158,115 @@ def test_importance_sampling_draws_the_same_levels_on_eight_devices_and_in_micro
     assert seen[-2:].sum() > seen[:2].sum()
 
 
+# Inputs ---------------------------------------------------------------------------------------------------------------
+
+DATA = DataConfig(source="emoji", root=str(ROOT / "tests" / "data"), size=16, batch_size=4)
+CACHED = {"latent_variants": 1, "text_variants": 1, "train_text_encoder": False}
+VAE = VAEConfig(
+    block_out_channels=(2, 2, 2, 2),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=1,
+    norm_num_groups=2,
+)
+
+
+class Encoded:
+    """Records as a run caches them: moments, and contexts where captions are encoded, too."""
+
+    def __init__(self, contexts):
+        self.contexts = contexts
+
+    def __len__(self):
+        return 4
+
+    def record(self, index):
+        moments, contexts = np.ones((2, 2, 8), np.float16), (np.ones((6, 8), np.float16),)
+        return Record(Caption("apple"), moments=moments, contexts=contexts if self.contexts else ())
+
+    def name(self, index):
+        return str(index)
+
+    def sizes(self):
+        return np.full((4, 2), 2)
+
+
+class Noted(dict):
+    """A dict that remembers what was read."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.read = set()
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "source", "names"),
+    [
+        ({}, "emoji", {"image", "tokens"}),
+        ({"train_text_encoder": False}, "emoji", {"image", "tokens"}),
+        ({"latent_variants": 1}, "emoji", {"moments", "tokens"}),
+        ({"latent_variants": 1, "train_text_encoder": False}, "emoji", {"moments", "tokens"}),
+        ({}, "latents", {"moments", "tokens"}),
+        (CACHED, "emoji", {"moments", "context"}),
+    ],
+    ids=["images", "images, text frozen", "latents", "latents, text frozen", "latents of another run", "all cached"],
+)
+def test_data_give_and_the_loss_reads_what_the_inputs_say(settings, source, names):
+    config = replace(TASK, **settings)
+    inputs = diffusion_inputs(config, replace(DATA, source=source), VAE)
+    assert set(inputs.batch) == names | {"index"}
+
+    # What is read from a cache, or from pictures, has these shapes and types on the devices.
+    cached = "moments" in names
+    data = replace(DATA, source="latents", root="") if cached else DATA
+    records = Encoded(contexts="context" in names) if cached else open_source(data)
+    tokenizer = Tokenizer.load(ROOT / "jaxdiff" / "assets" / "emoji" / "tokenizer", 6)
+    with closing(batches(data, records, tokenizer, seed=0)) as reader:
+        found = to_devices(next(reader), make_mesh(devices=jax.devices()[:1]))
+    assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
+        name: (x.shape, x.dtype) for name, x in inputs.batch.items()
+    }
+
+    # Every array is read, and each network has one part to play.
+    task = diffusion_task(config, VAE, inputs.frozen)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    assert set(params) == set(inputs.trained)
+    frozen = {name for name, tree in inputs.frozen.items() if isinstance(tree, dict)}
+    assert sorted([*inputs.trained, *frozen, *inputs.kept]) == ["text_encoder", "unet", "vae"]
+    seen = set()
+
+    def loss(params, frozen, batch, key):
+        batch = Noted(batch)
+        value, *_ = task.loss(params, frozen, batch, key, task.memory)
+        seen.update(batch.read)
+        return value
+
+    assert jax.eval_shape(loss, params, task.frozen, inputs.batch, jax.random.key(0)).shape == ()
+    assert seen == set(inputs.batch)
+
+
+def test_latents_cached_for_another_task_are_refused_in_a_sentence():
+    inputs = diffusion_inputs(replace(TASK, **CACHED), DATA, VAE)
+    task = task_of()
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"'tokens'.*context, index, moments"):
+        jax.eval_shape(task.loss, params, task.frozen, inputs.batch, jax.random.key(0), {})
+
+
 def test_every_setting_of_the_config_reaches_its_function():
     sigma = jnp.array([0.1, 1.0, 10.0])
     for weighting, expected in (
-        ("none", weights.unweighted(sigma, "epsilon")),
-        ("min_snr", weights.min_snr(sigma, "epsilon", 3.0)),
-        ("debiased", weights.debiased(sigma, "epsilon")),
-        ("edm", weights.edm(sigma, "epsilon", 0.5)),
+        ("none", weights.unweighted(sigma, EPSILON)),
+        ("min_snr", weights.min_snr(sigma, EPSILON, 3.0)),
+        ("debiased", weights.debiased(sigma, EPSILON)),
+        ("edm", weights.edm(sigma, EPSILON, 0.5)),
     ):
         config = replace(TASK, weighting=weighting, min_snr_gamma=3.0, sigma_data=0.5)
-        np.testing.assert_array_equal(weight_fn(config)(sigma, "epsilon"), expected)
+        np.testing.assert_array_equal(weight_fn(config)(sigma, EPSILON), expected)
     past = timesteps.history(1000)
     for name, expected in (
         ("uniform", timesteps.uniform(1000)),

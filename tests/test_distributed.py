@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdiff import distributed
 from jaxdiff.config import DistributedConfig
+from jaxdiff.runtime import distributed
 
 TPU_VM = {"TPU_ML_PLATFORM": "JAX"}
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}

@@ -100,6 +100,7 @@ def test_widths_that_cannot_be_named_are_refused():
         EMAConfig(widths=(0.5,))
 
 
+@pytest.mark.slow
 def test_the_tool_makes_a_width_out_of_a_runs_checkpoints(tmp_path):
     task = VAETask(
         vae=VAEConfig(

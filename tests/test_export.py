@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,15 +16,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from test_data_tokens import TRICKY
-from test_generate import model, off, pipe  # noqa: F401  (fixtures)
+from tiny import off
 
 import jaxdiff
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.generation.pipeline import Pipeline
+from jaxdiff.generation.request import Request
 from jaxdiff.io.images import read_settings
-from jaxdiff.pipeline import EMBEDDED, Pipeline
+from jaxdiff.model import EMBEDDED
 from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
 from jaxdiff.tools.export import load
 from jaxdiff.tools.export.__main__ import Args, cli, weights, write
@@ -36,7 +40,7 @@ SIZE = (32, 32)  # of 16 x 16 latents, whose attention is not dense
 
 
 @pytest.fixture(scope="module")
-def folder(pipe, tmp_path_factory):  # noqa: F811
+def folder(pipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "out"
     write(Args(out, batch=2, size="32x32"), pipe)
     return out
@@ -63,12 +67,18 @@ def sign(folder: Path, **changes: object) -> None:
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_loader_draws_the_pipelines_pictures(loaded, pipe):  # noqa: F811
+def test_the_loader_draws_the_pipelines_pictures(loaded, pipe):
     for settings in (
         {"steps": 3},
         {"steps": 1, "seed": 5, "guidance": 1.0},
         {"steps": 7, "seed": 2**32 - 3, "eta": 0.8, "guidance": 4.0, "negative_prompt": "a dog"},
-        {"steps": 4, "rescale": 0.7, "parallel": 0.2, "limit": 3.0, "negative_prompt": ["blue", "", "a dog"]},
+        {
+            "steps": 4,
+            "guidance_rescale": 0.7,
+            "apg_eta": 0.2,
+            "apg_norm_threshold": 3.0,
+            "negative_prompt": ["blue", "", "a dog"],
+        },
     ):
         theirs = pipe(PROMPTS, size=SIZE, **settings)
         ours = loaded(PROMPTS, **settings)
@@ -77,7 +87,7 @@ def test_the_loader_draws_the_pipelines_pictures(loaded, pipe):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_where_there_is_jax_alone_the_shell_draws_the_pipelines_picture(folder, pipe, tmp_path):  # noqa: F811
+def test_where_there_is_jax_alone_the_shell_draws_the_pipelines_picture(folder, pipe, tmp_path):
     packages = tmp_path / "packages"
     packages.mkdir()
     site = Path(importlib.util.find_spec("jax").submodule_search_locations[0]).parent  # pyright: ignore
@@ -115,17 +125,19 @@ def test_the_embedded_models_export_draws_its_pictures(tmp_path):
     assert off(ours, theirs) <= 1
 
 
-def test_other_levels_and_weights_of_tokens_are_arguments_too(loaded, pipe):  # noqa: F811
-    grid = make_sigmas("ddim", "karras", pipe.model.scheduler, make_schedule(pipe.model.scheduler), 5)
-    ours = loaded(PROMPTS[:1], levels=(grid.sigmas[:5], grid.sigmas_next[:5]))
-    assert off(ours, pipe(PROMPTS[:1], size=SIZE, steps=5, grid="karras")) <= 1
+@pytest.mark.slow
+def test_other_levels_and_weights_of_tokens_are_arguments_too(loaded, pipe):
+    levels = make_sigmas("ddim", "karras", pipe.model.scheduler, make_schedule(pipe.model.scheduler), 5)
+    ours = loaded(PROMPTS[:1], levels=(levels.sigmas[:5], levels.sigmas_next[:5]))
+    assert off(ours, pipe(PROMPTS[:1], size=SIZE, steps=5, schedule="karras")) <= 1
 
     sigmas, sigmas_next = (np.pad(part, (0, 1000 - 3)) for part in loaded.levels(3))
     ids = np.stack([loaded.tokenizer(["", "a dog"])] * 2)
     token_weights = np.ones(ids.shape)
     token_weights[:, 1, 1 : 1 + len(loaded.tokenizer.encode("a dog"))] = 1.5
+    numbers = {"guidance": 7.5, "guidance_rescale": 0, "apg_eta": 1, "apg_norm_threshold": np.inf, "eta": 0}
     ours = loaded.draw(ids=ids, token_weights=token_weights, seeds=[3, 4], sigmas=sigmas, sigmas_next=sigmas_next,
-                       steps=3, guidance=7.5, rescale=0, parallel=1, limit=np.inf, eta=0)  # fmt: skip
+                       steps=3, **numbers)  # fmt: skip
     assert off(ours, pipe(["(a dog:1.5)"] * 2, size=SIZE, steps=3, seed=3)) <= 1
 
 
@@ -140,23 +152,23 @@ def test_files_are_numbered_and_never_overwritten(folder, tmp_path, capsys):
 def test_a_prompt_that_is_too_long_is_told(folder, tmp_path, capsys):
     words = ["word " * 60, "--steps", "1", "--out", str(tmp_path / "a.png"), "--folder", str(folder)]
     assert load.main(words) == 0
-    assert "those after the first 22 are left out" in capsys.readouterr().err
+    assert "first 22" in capsys.readouterr().err
 
 
 # Levels ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("sampler", "grid"), [("ddim", "model"), ("pndm", "model"), ("euler", "beta"), ("lcm", "model")]
+    ("sampler", "schedule"), [("ddim", "model"), ("pndm", "model"), ("euler", "beta"), ("lcm", "model")]
 )
-def test_all_levels_are_those_that_the_sampler_would_take(pipe, sampler, grid):  # noqa: F811
+def test_all_levels_are_those_that_the_sampler_would_take(pipe, sampler, schedule):
     config = replace(pipe.model.scheduler, num_train_timesteps=100)
-    levels = all_levels(replace(pipe.program(sampler), scheduler=config), grid)
+    levels = all_levels(replace(pipe.program(Request(sampler=sampler)), scheduler=config), schedule)
     assert len(levels["ends"]) == 101
     for steps in (1, 2, 7, 30, 99, 100):
         part = slice(*levels["ends"][steps - 1 : steps + 1])
         try:
-            wanted = make_sigmas(sampler, grid, config, make_schedule(config), steps)
+            wanted = make_sigmas(sampler, schedule, config, make_schedule(config), steps)
         except ValueError:
             assert part.start == part.stop
             continue
@@ -169,8 +181,8 @@ def test_all_levels_are_those_that_the_sampler_would_take(pipe, sampler, grid): 
 # Platforms ------------------------------------------------------------------------------------------------------------
 
 
-def exported(pipe, platforms, sampler="ddim", kernels=False):  # noqa: F811
-    program, empty = pipe.program(sampler), pipe.tokenizer([""])[0]
+def exported(pipe, platforms, sampler="ddim", kernels=False):
+    program, empty = pipe.program(Request(sampler=sampler)), pipe.model.tokenizer([""])[0]
     return export(weights(pipe, "float32")[1], inputs_of(program, 1, len(empty)), program=program, shape=(16, 16, 4),
                   empty=empty, platforms=platforms, kernels=kernels)  # fmt: skip
 
@@ -179,7 +191,7 @@ def test_the_program_is_for_all_platforms_and_asks_for_nothing_but_stablehlo(fol
     about = load.read_about(folder / "program.json")
     assert about["platforms"] == ["cpu", "cuda", "tpu"]
     assert about["custom_calls"] == []
-    assert "StableHLO's own operations alone" in " ".join(about["about"])
+    assert about["schedule"] == "model"
     text = load.lowered((folder / load.PROGRAM).read_bytes(), about).as_text()
     assert "custom_call" not in text
     assert "stablehlo.case" in text, "each platform takes its own branch"
@@ -187,14 +199,14 @@ def test_the_program_is_for_all_platforms_and_asks_for_nothing_but_stablehlo(fol
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_the_program_of_one_platform_has_nothing_that_only_another_knows(pipe, platform):  # noqa: F811
+def test_the_program_of_one_platform_has_nothing_that_only_another_knows(pipe, platform):
     program = exported(pipe, (platform,))
     assert program.platforms == (platform,)
     assert custom_calls(program) == []
 
 
 @pytest.mark.tpu_compile
-def test_with_kernels_the_program_of_a_tpu_has_its_own(pipe):  # noqa: F811
+def test_with_kernels_the_program_of_a_tpu_has_its_own(pipe):
     assert custom_calls(exported(pipe, ("tpu",), kernels=True)) == ["tpu_custom_call"]
 
 
@@ -218,37 +230,31 @@ def test_the_tpu_compiler_takes_the_program_that_a_cpu_wrote(folder):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_program_for_another_platform_is_told_apart(pipe, tmp_path):  # noqa: F811
-    write(Args(tmp_path / "out", platforms=("tpu",)), pipe)
-    with pytest.raises(ValueError, match=r"The program is for tpu, but jax runs on cpu"):
-        load.Model(tmp_path / "out")
-
-
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddim"])
 @pytest.mark.slow
-def test_every_samplers_program_can_be_exported_and_draws_its_picture(pipe, tmp_path, sampler):  # noqa: F811
+def test_every_samplers_program_can_be_exported_and_draws_its_picture(pipe, tmp_path, sampler):
     write(Args(tmp_path / "out", sampler=sampler), pipe)
     ours = load.Model(tmp_path / "out")
     assert off(ours("a dog", steps=4, seed=2), pipe("a dog", steps=4, seed=2, sampler=sampler)) <= 1
-    with pytest.raises(ValueError, match="This program takes no eta"):
+    with pytest.raises(ValueError, match="no eta"):
         ours("a dog", steps=4, eta=0.5)
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_stored_in_the_narrower_of_the_models_type_and_the_programs(model, pipe):  # noqa: F811
+def test_weights_are_stored_in_the_narrower_of_the_models_type_and_the_programs(model, pipe):
     def kinds(arrays: dict) -> set[str]:
         return {str(array.dtype) for array in arrays.values()}
 
-    half = Pipeline(replace(model, params=jax.tree.map(lambda leaf: leaf.astype(np.float16), model.params)))
+    half = Pipeline(model.with_params(jax.tree.map(lambda leaf: leaf.astype(np.float16), model.params)))
     assert [kinds(found) for found in weights(half, "float32")] == [{"float16"}, {"float32"}]
     assert [kinds(found) for found in weights(half, "bfloat16")] == [{"float16", "bfloat16"}, {"float32", "bfloat16"}]
     assert [kinds(found) for found in weights(pipe, "float32")] == [{"float32"}, {"float32"}]
 
 
 @pytest.mark.slow
-def test_a_bfloat16_program_draws_what_a_bfloat16_pipeline_does(model, tmp_path):  # noqa: F811
+def test_a_bfloat16_program_draws_what_a_bfloat16_pipeline_does(model, tmp_path):
     half = Pipeline(model, "bfloat16")
     write(Args(tmp_path / "out", dtype="bfloat16"), half)
     ours = load.Model(tmp_path / "out")
@@ -298,13 +304,13 @@ def test_every_character_that_python_knows_has_the_pipelines_tokens(tmp_path):
     assert [ours.encode(text) for text in texts] == theirs.encode(texts)
 
 
-def test_a_tokenizer_that_the_loader_does_not_copy_is_not_exported(model, tmp_path, capsys):  # noqa: F811
+def test_a_tokenizer_that_the_loader_does_not_copy_is_not_exported(model, tmp_path):
     class Shouting(Tokenizer):
         def encode(self, texts):
             return super().encode([text.replace("apple", "dog") for text in texts])
 
     backend = model.tokenizer._backend
-    with pytest.raises(ValueError, match="The model's tokenizer is not CLIP's"):
+    with pytest.raises(ValueError, match="tokenizer is not CLIP's"):
         write(Args(tmp_path / "out"), Pipeline(replace(model, tokenizer=Shouting(backend, 24))))
     assert not (tmp_path / "out").exists()
 
@@ -335,14 +341,10 @@ def told(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.parametrize("name", load.FILES)
-@pytest.mark.parametrize(("damage", "sentence"), [
-    (cut, "is not the file that program.json was written with, or is damaged"),
-    (flip, "is not the file that program.json was written with, or is damaged"),
-    (Path.unlink, "cannot be read"),
-])  # fmt: skip
-def test_a_damaged_file_is_named(damaged, capsys, name, damage, sentence):
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_a_damaged_file_is_named(damaged, capsys, name, damage):
     damage(damaged / name)
-    assert f"{damaged / name} {sentence}" in told(damaged, capsys)
+    assert str(damaged / name) in told(damaged, capsys)
 
 
 def rewrite(folder: Path, change) -> None:
@@ -354,102 +356,96 @@ def rewrite(folder: Path, change) -> None:
     (folder / load.WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + n :])
 
 
-NAME = "unet/conv_in/kernel"
+NAME = "denoiser/conv_in/kernel"
 
 
-@pytest.mark.parametrize(("damage", "sentence"), [
-    (lambda f: cut(f / load.WEIGHTS), "is damaged or cut short"),
-    (lambda f: (f / load.WEIGHTS).write_bytes(b""), "is damaged or cut short"),
-    (lambda f: (f / load.WEIGHTS).write_bytes(b"\xff" * 64), "is damaged or cut short"),
-    (lambda f: rewrite(f, lambda h: "[" * 100_000), "is damaged or cut short"),
-    (lambda f: rewrite(f, lambda h: h.pop(NAME) and None), f"of another shape, {NAME} among them"),
-    (lambda f: rewrite(f, lambda h: h.update(more=h[NAME])), "or of another shape, more among them"),
-    (lambda f: rewrite(f, lambda h: h[NAME].update(shape=[4, 3, 3, 8])), f"of another shape, {NAME}"),
-    (lambda f: rewrite(f, lambda h: h[NAME].update(shape=[-1])), f"its entry for {NAME} makes no sense"),
-    (lambda f: rewrite(f, lambda h: h[NAME].update(data_offsets=[0, 2**60])), f"its entry for {NAME} makes no sense"),
-    (lambda f: rewrite(f, lambda h: h[NAME].update(dtype="F8")), f"its entry for {NAME} makes no sense"),
-    (lambda f: shutil.copy(f / load.WEIGHTS, f / load.LEVELS), "holds no noise levels"),
-    (lambda f: (f / load.PROGRAM).write_bytes(b"ML\xefR" + b"\0" * 99), "is no program that jax"),
-    (lambda f: (f / load.PROGRAM).write_bytes(b""), "is no program that jax"),
-    (lambda f: (f / load.VOCAB).write_text('{"a": "b"}'), "must give each token a whole number"),
-    (lambda f: (f / load.VOCAB).write_text("[]"), "it is no JSON object"),
-    (lambda f: (f / load.MERGES).write_text("a b c\n"), "is no pair of tokens"),
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda f: cut(f / load.WEIGHTS), load.WEIGHTS),
+    (lambda f: (f / load.WEIGHTS).write_bytes(b""), load.WEIGHTS),
+    (lambda f: (f / load.WEIGHTS).write_bytes(b"\xff" * 64), load.WEIGHTS),
+    (lambda f: rewrite(f, lambda h: "[" * 100_000), load.WEIGHTS),
+    (lambda f: rewrite(f, lambda h: h.pop(NAME) and None), NAME),
+    (lambda f: rewrite(f, lambda h: h.update(more=h[NAME])), "more among them"),
+    (lambda f: rewrite(f, lambda h: h[NAME].update(shape=[4, 3, 3, 8])), NAME),
+    (lambda f: rewrite(f, lambda h: h[NAME].update(shape=[-1])), NAME),
+    (lambda f: rewrite(f, lambda h: h[NAME].update(data_offsets=[0, 2**60])), NAME),
+    (lambda f: rewrite(f, lambda h: h[NAME].update(dtype="F8")), NAME),
+    (lambda f: shutil.copy(f / load.WEIGHTS, f / load.LEVELS), load.LEVELS),
+    (lambda f: (f / load.PROGRAM).write_bytes(b"ML\xefR" + b"\0" * 99), load.PROGRAM),
+    (lambda f: (f / load.PROGRAM).write_bytes(b""), load.PROGRAM),
+    (lambda f: (f / load.VOCAB).write_text('{"a": "b"}'), load.VOCAB),
+    (lambda f: (f / load.VOCAB).write_text("[]"), load.VOCAB),
+    (lambda f: (f / load.MERGES).write_text("a b c\n"), load.MERGES),
 ])  # fmt: skip
-def test_a_file_that_was_made_wrong_is_refused_in_a_sentence_though_its_checksum_is_right(
-    damaged, capsys, damage, sentence
-):
+def test_a_file_that_was_made_wrong_is_refused_though_its_checksum_is_right(damaged, capsys, damage, said):
     damage(damaged)
     sign(damaged)
-    assert sentence in told(damaged, capsys)
+    assert said in told(damaged, capsys)
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"format": 2}, "format is 2; this load.py reads 1"),
-    ({"platforms": "cpu"}, "what it says of platforms is missing or makes no sense"),
-    ({"weights": None}, "what it says of weights"),
-    ({"weights": {"a": {"shape": [-1], "dtype": "float32"}}}, "what it says of weights"),
-    ({"weights": {"a": {"shape": [1], "dtype": "object"}}}, "what it says of weights"),
-    ({"weights": {}}, "tensors are missing, unknown or of another shape"),
-    ({"inputs": {}}, "what it says of inputs"),
-    ({"outputs": {"images": {"shape": [1], "dtype": "uint8"}}}, "what it says of outputs"),
-    ({"calling_convention_version": 10_000}, "has the calling convention 10000; jax"),
-    ({"tokenizer": {"length": 24}}, "what it says of tokenizer"),
-    ({"platforms": ["cpu"]}, "is no program that jax"),
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"format": 2}, "format is 2"),
+    ({"platforms": "cpu"}, "platforms"),
+    ({"platforms": ["tpu"]}, "for tpu"),
+    ({"weights": None}, "weights"),
+    ({"weights": {"a": {"shape": [-1], "dtype": "float32"}}}, "weights"),
+    ({"weights": {"a": {"shape": [1], "dtype": "object"}}}, "weights"),
+    ({"weights": {}}, NAME.partition("/")[0]),
+    ({"inputs": {}}, "inputs"),
+    ({"outputs": {"images": {"shape": [1], "dtype": "uint8"}}}, "outputs"),
+    ({"calling_convention_version": 10_000}, "10000"),
+    ({"tokenizer": {"length": 24}}, "tokenizer"),
+    ({"platforms": ["cpu"]}, load.PROGRAM),
 ])  # fmt: skip
-def test_a_program_json_that_makes_no_sense_is_refused_in_a_sentence(damaged, capsys, changes, sentence):
+def test_a_program_json_that_makes_no_sense_is_refused(damaged, capsys, changes, said):
     sign(damaged, **changes)
-    assert sentence in told(damaged, capsys)
+    assert said in told(damaged, capsys)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"format": 1}'])
-def test_a_program_json_that_is_none_is_refused_in_a_sentence(damaged, capsys, text):
+def test_a_program_json_that_is_none_is_refused(damaged, capsys, text):
     (damaged / "program.json").write_text(text)
     assert "program.json" in told(damaged, capsys)
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["--steps", "0"], "steps is 0; this program takes 1 to 999"),
-    (["--steps", "1000"], "steps is 1000; this program takes 1 to 999"),
-    (["--seed", "-1"], "seed is -1; for 1 pictures it must lie from 0 to 4294967295"),
+@pytest.mark.parametrize(("words", "said"), [
+    (["--steps", "0"], "steps is 0; .*1 to 999"),
+    (["--steps", "1000"], "steps is 1000; .*1 to 999"),
+    (["--seed", "-1"], "seed is -1; .*0 to 4294967295"),
     (["--guidance", "nan"], "guidance is nan"),
-    (["--guidance", "1e38"], "The picture came to nothing"),
-    (["--n", "0"], "--n is 0"),
-    (["--out", "a.jpg"], "its name must end in .png"),
+    (["--guidance", "1e38"], "overflowed"),
+    (["--n", "0"], "--n is 0; .*1"),
+    (["--out", "a.jpg"], r"a\.jpg; .*\.png"),
 ])  # fmt: skip
-def test_what_cannot_be_drawn_is_told_in_a_sentence(folder, capsys, words, sentence):
-    assert sentence in told(folder, capsys, *words)
+def test_what_cannot_be_drawn_is_told_in_a_sentence(folder, capsys, words, said):
+    assert re.search(said, told(folder, capsys, *words))
 
 
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["--batch", "0"], "--batch is 0; it must be at least 1."),
-    (["--kernels"], "--kernels is for one platform, not for cpu cuda tpu"),
-    (["--platforms", "cpu", "cpu"], "--platforms is cpu cpu; name at least one, and each once."),
-    (["--sampler", "dim"], "Unknown sampler 'dim'"),
-    (["--size", "64"], "write it as WIDTHxHEIGHT"),
+@pytest.mark.parametrize(("words", "said"), [
+    (["--batch", "0"], "--batch is 0; .*1"),
+    (["--kernels"], "--kernels .*cpu cuda tpu"),
+    (["--platforms", "cpu", "cpu"], "--platforms is cpu cpu"),
+    (["--sampler", "dim"], "sampler is 'dim'.*'ddim'"),
     (["--model", "nowhere"], "nowhere"),
 ])  # fmt: skip
-def test_what_cannot_be_exported_is_told_in_a_sentence(tmp_path, capsys, words, sentence):
+def test_what_cannot_be_exported_is_told_in_a_sentence(tmp_path, capsys, words, said):
     assert cli(["--out", str(tmp_path / "out"), *words]) == 2
-    err = capsys.readouterr().err
-    assert sentence in err
-    assert err.startswith("error: ")
+    assert re.match(f"error: .*{said}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_takes_the_place_of_an_older_one_and_of_nothing_else(pipe, folder, tmp_path):  # noqa: F811
+def test_an_export_takes_the_place_of_an_older_one(pipe, folder, tmp_path):
     out = Path(shutil.copytree(folder, tmp_path / "out"))
-    (out / "__pycache__").mkdir()
+    (out / "__pycache__").mkdir()  # which Python makes when it imports load.py
     write(Args(out, platforms=("cpu",)), pipe)
     assert load.read_about(out / "program.json")["platforms"] == ["cpu"]
-    (out / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds files that are not ours to replace"):
-        write(Args(out, platforms=("cpu",)), pipe)
-    assert (out / "mine.txt").read_text() == "mine"
 
 
-def test_a_size_that_the_model_cannot_draw_is_told(pipe, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match="size"):
+def test_a_size_that_the_model_cannot_draw_is_told_and_so_is_a_model_for_inpainting(pipe, tmp_path):
+    with pytest.raises(ValueError, match="inpainting"):
+        write(Args(tmp_path / "out"), Pipeline(tiny.inpainting_model()))
+    with pytest.raises(ValueError, match=r"33x32.*2"):
         write(Args(tmp_path / "out", size="33x32"), pipe)

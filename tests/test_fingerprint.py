@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdiff.io.fingerprint import fingerprints
-from jaxdiff.sharding import make_mesh
+from jaxdiff.runtime.mesh import make_mesh
 
 
 def of(array: object) -> str:

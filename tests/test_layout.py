@@ -2,94 +2,100 @@
 
 import ast
 import pathlib
-
-import pytest
+import re
+from collections.abc import Callable, Iterable
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxdiff"
 
-BASE = {"types", "config", "sharding", "distributed", "decode", "compiling"}
-ALLOWED = {
+# Each room, and the rooms that it may import, those below it.
+ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "config": set(),
-    "sharding": {"types"},
-    "distributed": {"config"},
-    "decode": set(),
-    "compiling": set(),
-    "cli": set(),
+    "runtime": {"config"},
     "nn": {"types"},
-    "diffusion": {"types", "config"},
     "models": {"nn", "types"},
-    "sampling": {"diffusion", "types", "config"},
-    "data": BASE,
-    "prompts": {"data", *BASE},
-    "io": BASE,
-    "rows": {"io", "arguments", "settings", "sampling", *BASE},
-    "build": {"models", "nn", *BASE},
-    "training": {"diffusion", "models", "build", "io", *BASE},
-    "generate": {"build", "models", "diffusion", "sampling", "io", "data", *BASE},
-    "arguments": set(),
-    "settings": {"arguments", "config", "sampling"},
-    "scenes": {"generate", "io", "prompts", "sampling", "arguments", "settings", *BASE},
-    "pipeline": {
-        "scenes",
-        "settings",
-        "arguments",
-        "prompts",
-        "generate",
-        "build",
-        "models",
-        "nn",
-        "diffusion",
-        "sampling",
-        "io",
-        "data",
-        *BASE,
+    "build": {"models", "nn", "config", "types"},
+    "families": {"build", "models", "config", "types"},
+    "diffusion": {"config", "types"},
+    "sampling": {"diffusion", "config", "types"},
+    "io": {"runtime", "config", "types"},
+    "data": {"io", "config"},
+    "prompts": {"data"},
+    "model": {"families", "build", "nn", "data", "io", "runtime", "config", "types"},
+    "training": {"build", "diffusion", "data", "io", "runtime", "config", "types"},
+    "generation": {
+        "model", "families", "prompts", "sampling", "diffusion", "nn", "data", "io", "runtime", "config", "types",
     },
-    "tasks": {"arguments", "pipeline", "io"},
-    "batch": {"tasks", "pipeline", "scenes", "rows", "settings", "arguments", "prompts", "io", *BASE},
-    "__init__": {"pipeline"},
-}
+    "__init__": {"generation"},
+}  # fmt: skip
+# Tools may import every room, and no other tool but these.
+TOOLS: dict[str, set[str]] = {"plan": {"hlo", "chips"}, "bench": {"hlo", "chips", "plan"}}
+NEVER = {("sampling", "models"), ("models", "config"), ("training", "generation"), ("generation", "models")}
+FAMILY_WORDS = r"(?i)\b\w*unet\w*|\bCLIPText\w*|\bAutoencoderKL\b"
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room(path: pathlib.Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(path: pathlib.Path) -> set[str]:
-    """The rooms of jaxdiff that a file imports, at its top or inside a function."""
-    names = set()
+def modules(path: pathlib.Path) -> set[str]:
+    """What a file imports, at its top or inside a function: jaxdiff's names by their full path."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports say the whole path"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
-        else:
-            continue
-        names |= {name.split(".")[1] for name in found if name.startswith("jaxdiff.")}
-    return names
+            found |= {alias.name for alias in node.names}
+    return found
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if room(path) != "tools")
+def imported(path: pathlib.Path, below: str = "jaxdiff") -> set[str]:
+    """The names directly below a package that a file imports from."""
+    return {name.removeprefix(f"{below}.").split(".")[0] for name in modules(path) if name.startswith(f"{below}.")}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down_only(path):
-    assert imported(path) - {room(path)} <= ALLOWED[room(path)]
+def offenders(files: Iterable[pathlib.Path], found: Callable[[pathlib.Path], Iterable[str]]) -> dict[str, list[str]]:
+    """What is found in each file where anything is."""
+    return {str(path.relative_to(ROOT)): sorted(names) for path in files if (names := found(path))}
 
 
-def test_every_room_is_in_the_table():
-    assert {room(path) for path in FILES} == set(ALLOWED)
+def test_imports_point_down_only():
+    files = [path for path in FILES if room(path) != "tools"]
+    assert offenders(files, lambda path: imported(path) - ALLOWED[room(path)] - {room(path), "__version__"}) == {}
 
 
-@pytest.mark.parametrize("path", [*FILES, ROOT / "sample.py", ROOT / "train.py"], ids=lambda path: path.name)
-def test_nothing_at_run_time_needs_torch_or_tensorflow(path):
-    tree = ast.walk(ast.parse(path.read_text()))
-    names = {a.name for n in tree if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module}
-    assert not {name.split(".")[0] for name in names} & {"torch", "tensorflow", "diffusers"}
+def test_a_tool_looks_into_no_other_tool_but_those_that_are_listed():
+    def foreign(path: pathlib.Path) -> set[str]:
+        tool = path.relative_to(PACKAGE).parts[1].removesuffix(".py")
+        return imported(path, "jaxdiff.tools") - TOOLS.get(tool, set()) - {tool}
+
+    assert offenders([path for path in FILES if room(path) == "tools"], foreign) == {}
+
+
+def test_the_table_has_every_room_and_no_circle_and_none_of_the_arrows_that_must_not_be():
+    assert {room(path) for path in FILES} == {*ALLOWED, "tools"}
+    assert [arrow for arrow in NEVER if arrow[1] in ALLOWED[arrow[0]]] == []
+    left = dict(ALLOWED)
+    while left:
+        floor = {name for name, below in left.items() if not below & set(left)}
+        assert floor, f"a circle among {sorted(left)}"
+        left = {name: below for name, below in left.items() if name not in floor}
+
+
+def test_drawing_names_no_network_of_one_family():
+    files = [path for path in FILES if room(path) in ("generation", "model")]
+    assert offenders(files, lambda path: re.findall(FAMILY_WORDS, path.read_text())) == {}
+
+
+def test_nothing_at_run_time_needs_torch_or_tensorflow():
+    files = [ROOT / "sample.py", ROOT / "train.py", *(path for path in FILES if room(path) != "tools")]
+    torch = {"torch", "tensorflow", "diffusers"}
+    assert offenders(files, lambda path: {name.split(".")[0] for name in modules(path)} & torch) == {}
 
 
 def test_only_networks_import_linen():
-    users = {room(path) for path in FILES if "flax.linen" in path.read_text()}
-    assert users <= {"nn", "models", "build"}
+    files = [path for path in FILES if room(path) not in ("nn", "models", "build", "tools")]
+    assert offenders(files, lambda path: re.findall("flax.linen", path.read_text())) == {}

@@ -14,7 +14,7 @@ from jaxdiff.diffusion import timesteps, weights
 from jaxdiff.diffusion.loss import diffusion_loss
 from jaxdiff.diffusion.prediction import EPSILON, FLOW, PREDICTIONS, SAMPLE, V
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.sharding import make_mesh
+from jaxdiff.runtime.mesh import make_mesh
 
 KEY = jax.random.key(3)
 SCHEDULE = make_schedule(SchedulerConfig())

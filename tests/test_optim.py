@@ -30,7 +30,8 @@ def walk(tx, steps=4, scale=1.0):
     state = tx.init(params)
     update = jax.jit(tx.update)
     for step in range(steps):
-        updates, state = update(tree(step + 1, scale), state, params)
+        with jax.numpy_dtype_promotion("standard"):  # as optax's own optimisers need it
+            updates, state = update(tree(step + 1, scale), state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxdiff import build
-from jaxdiff.sharding import AXES, make_mesh
+from jaxdiff.runtime.mesh import AXES, make_mesh
 from jaxdiff.tools import hlo
 from jaxdiff.tools.plan import abstract_task, chip_of, largest, main, plan
 from jaxdiff.training.options import read_config
@@ -103,6 +103,7 @@ def test_a_plan_has_the_bytes_of_the_state_that_each_device_holds() -> None:
     assert found.batch == 1
 
 
+@pytest.mark.slow
 def test_a_call_of_the_unet_holds_parameters_and_latents_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([TINY, *SMALL, "--devices", "2", "--forward", "--json", "--run", "1", "--dtype", "bfloat16"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -211,6 +211,7 @@ def test_any_depth_of_brackets_takes_linear_time(unit):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_thirty_thousand_pairs_of_brackets_are_no_trouble():
     n = 30_000  # without recursion, whose limit is a thousand
     ((text, weight),) = weights("[" * n + "x" + "]" * n)

@@ -204,7 +204,7 @@ def test_the_error_falls_at_the_samplers_order(name, exact):
                 x = exact(1, read[first - 1 - k])
                 history[k, :, 0, 0] = (x - two_peaks(x, read[first - 1 - k], np)) / read[first - 1 - k]
             x = exact(pull, read[first]).reshape(8, 1, 1) / np.sqrt(1 + read[first] ** 2)
-            state = State(*map(jnp.asarray, (x, history, np.int32(first), np.zeros_like(x))))
+            state = State(*map(jnp.asarray, (x, history, np.int64(first), np.zeros_like(x))))
             sigmas = Sigmas(read[:-1], read[1:])  # pyright: ignore[reportArgumentType]
             x = np.asarray(loop(state, sigmas, first, n).x).ravel() * np.sqrt(1 + read[n] ** 2)
             errors.append(np.abs(x - exact(pull, read[n])).max())

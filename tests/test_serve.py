@@ -22,11 +22,13 @@ import pytest
 import uvicorn
 from PIL import Image
 from shell import ROOT, ended, free_port
-from test_generate import model, off, pipe  # noqa: F401  (fixtures)
+from tiny import off
 
-from jaxdiff.io.images import encode_picture
+from jaxdiff.generation.programs import denoise
+from jaxdiff.generation.request import Request
+from jaxdiff.io.images import encode_image
 from jaxdiff.tools.serve.__main__ import cli, listen
-from jaxdiff.tools.serve.app import make_app
+from jaxdiff.tools.serve.app import PAGE, make_app
 from jaxdiff.tools.serve.ask import Limits
 from jaxdiff.tools.serve.studio import Studio
 
@@ -116,7 +118,7 @@ def picture(event: dict) -> np.ndarray:
 
 
 def file(image: np.ndarray) -> str:
-    return base64.b64encode(encode_picture(image)).decode()
+    return base64.b64encode(encode_image(image)).decode()
 
 
 @contextlib.contextmanager
@@ -137,16 +139,16 @@ def serving(studio: Studio, **options) -> Iterator[Site]:
 
 
 @pytest.fixture
-def waiting(pipe):  # noqa: F811
+def waiting(pipe):
     """A site whose studio draws when it is started."""
     with serving(Studio(pipe, LIMITS)) as site:
         yield site
 
 
 @pytest.fixture(scope="module")
-def site(pipe):  # noqa: F811
+def site(pipe):
     """A site that draws."""
-    with serving(Studio(pipe, LIMITS)) as site:
+    with serving(Studio(pipe, LIMITS), names=["friendly.lan"]) as site:
         site.studio.start()
         yield site
 
@@ -172,16 +174,22 @@ def test_the_page_comes_whole_and_asks_nobody_else(site):
     assert headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_page_is_told_what_it_can_turn(site):
+def test_the_page_is_told_what_it_can_turn_and_asks_for_fields_of_a_request(site):
     about = json.loads(site.ask("GET", "/api/info")[1])
     assert (about["size"], about["factor"]) == ([16, 16], 2)
     assert about["defaults"]["steps"] == 30
     assert about["samplers"]["lcm"] == ["model"]
     assert about["limits"]["waiting"] == 10
+    page = PAGE.read_text()
+    asked = page[page.index("const NAMES") : page.index("function recall")]
+    names = {*re.findall(r"(\w+): ", asked), *re.findall(r"ask\.(\w+) =", asked), *re.findall(r'"(\w+)"[,\]]', asked)}
+    fields = {*Request().values(), "preview"}
+    assert {"prompt", "steps", "schedule", "apg_eta", "image", "mask"} < names <= fields
 
 
-def test_a_picture_is_the_pipelines_own_and_its_file_says_how_it_was_made(site, pipe):  # noqa: F811
-    settings = {"negative_prompt": "blue", "seed": 5, "steps": 4, "guidance": 3.0, "sampler": "euler", "grid": "karras"}
+def test_a_picture_is_the_pipelines_own_and_its_file_says_how_it_was_made(site, pipe):
+    settings = {"negative_prompt": "blue", "seed": 5, "steps": 4, "guidance": 3.0, "sampler": "euler",
+                "schedule": "karras"}  # fmt: skip
     status, said = site.draw(prompt="a dog", **settings)
     assert status == 200
     (event,) = said["picture"]
@@ -193,24 +201,25 @@ def test_a_picture_is_the_pipelines_own_and_its_file_says_how_it_was_made(site, 
     assert [event["done"] for event in said["progress"]] == [1, 2, 3, 4]
 
 
-def test_a_preview_is_the_models_guess_after_each_step_and_changes_no_pixel(site, pipe):  # noqa: F811
+def test_a_preview_is_the_models_guess_after_each_step_and_changes_no_pixel(site, pipe):
     guesses = []
-    pipe("a dog", steps=3, seed=2, watch=lambda done, images: guesses.append(images[0]))
+    alone = pipe("a dog", steps=3, seed=2, on_step=lambda done, guess: guesses.append(pipe.preview(guess)[0]))[0]
     _, said = site.draw(prompt="a dog", steps=3, seed=2, preview=True)
     shown = [event["guesses"][0] for event in said["progress"] if "guesses" in event]
-    assert len(shown) == 2, "the last is the picture itself"
+    assert len(shown) == 2, "the last is the image itself"
     for guess, data in zip(guesses, shown, strict=False):
         seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
-        assert np.abs(seen.astype(int) - guess).mean() < 8, "a JPEG of it"
-    np.testing.assert_array_equal(picture(said["picture"][0]), guesses[-1])
+        assert seen.shape == (8, 8, 3), "a pixel for each of the latent's"
+        assert np.abs(seen.astype(int) - guess).mean() < 16, "a JPEG of it"
+    np.testing.assert_array_equal(picture(said["picture"][0]), alone)
 
 
-def test_kept_features_draw_the_same_picture_with_a_preview(site, pipe):  # noqa: F811
+def test_kept_features_draw_the_same_picture_with_a_preview(site, pipe):
     _, said = site.draw(prompt="a dog", steps=6, cache_interval=3, preview=True)
     np.testing.assert_array_equal(picture(said["picture"][0]), pipe("a dog", steps=6, cache_interval=3)[0])
 
 
-def test_images_and_masks_do_what_the_pipeline_does_with_them(site, pipe, image):  # noqa: F811
+def test_images_and_masks_do_what_the_pipeline_does_with_them(site, pipe, image):
     _, said = site.draw(prompt="a dog", steps=5, image=file(image), strength=0.5)
     np.testing.assert_array_equal(picture(said["picture"][0]), pipe("a dog", steps=5, image=image, strength=0.5)[0])
     mask = np.zeros((16, 16), np.uint8)
@@ -229,7 +238,7 @@ def test_images_and_masks_do_what_the_pipeline_does_with_them(site, pipe, image)
     assert len(said["picture"][0]["settings"]["mask_sha256"]) == 64
 
 
-def test_requests_that_wait_are_drawn_together_and_get_the_pictures_that_they_get_alone(waiting, pipe):  # noqa: F811
+def test_requests_that_wait_are_drawn_together_and_get_the_pictures_that_they_get_alone(waiting, pipe):
     asks = [
         {"prompt": "a dog", "seed": 3, "steps": 4},
         {"prompt": "blue", "seed": 3, "steps": 5},  # of other settings
@@ -246,13 +255,11 @@ def test_requests_that_wait_are_drawn_together_and_get_the_pictures_that_they_ge
             assert off(picture(event), alone) <= 1, "batched convolutions round differently, and no more"
 
 
-def test_three_pictures_are_drawn_by_the_program_for_four(waiting, pipe, monkeypatch):  # noqa: F811
-    sizes = []
-    call = type(pipe).__call__
-    monkeypatch.setattr(type(pipe), "__call__", lambda self, p, *a, **k: sizes.append(len(p)) or call(self, p, *a, **k))
-    (answer,) = waiting.draws({"prompt": "a dog", "steps": 2, "n": 7})
-    assert sizes == [4, 4]
-    assert len(answer["picture"]) == 7
+def test_three_pictures_are_drawn_by_the_program_for_four(waiting):
+    waiting.draws({"prompt": "a dog", "steps": 2, "n": 4})
+    before = denoise.count
+    assert len(waiting.draw(prompt="a dog", steps=2, n=7)[1]["picture"]) == 7
+    assert denoise.count == before
 
 
 def test_who_waits_hears_how_many_are_ahead(waiting):
@@ -270,15 +277,15 @@ def test_one_whose_picture_overflows_does_not_spoil_those_beside_it(waiting):
     good = {"prompt": "a dog", "negative_prompt": "a dog", "steps": 3, "guidance": 1e22}
     answers = waiting.draws(good, {**good, "negative_prompt": ""}, good)
     assert [answer["started"][0]["together"] for answer in answers] == [3, 3, 3]
-    assert "with guidance 1e+22, float32 overflowed" in answers[1]["error"][0]["error"]
+    assert "guidance 1e+22" in answers[1]["error"][0]["error"]
     for answer in (answers[0], answers[2]):
         assert len(answer["picture"]) == 1
 
 
-def test_what_only_the_pipeline_can_refuse_is_told_in_its_words(site, image):
-    status, said = site.draw(prompt="a dog", steps=2, image=file(image), size=[20, 16])
-    assert status == 200, "it was queued"
-    assert said["error"] == [{"error": "size is 20x16, but the image is 16x16; leave size out, or resize the image."}]
+def test_what_only_the_pipeline_can_refuse_is_told_after_the_wait(site):
+    status, said = site.draw(prompt="a dog", steps=2, tile=7)
+    assert (status, list(said)) == (200, ["queued", "started", "error"])
+    assert "tile is 7" in said["error"][0]["error"]
 
 
 def test_a_full_queue_refuses_and_says_so(waiting):
@@ -287,7 +294,7 @@ def test_a_full_queue_refuses_and_says_so(waiting):
     until(lambda: waiting.studio.waiting == 8)
     status, said = waiting.draw(prompt="a dog", steps=2, n=3)
     assert status == 503
-    assert said["error"][0]["error"] == "8 pictures are waiting to be drawn, and there is room for 10; try again later."
+    assert re.search(r"\b8\b.*\b10\b", said["error"][0]["error"])
     waiting.studio.start()
     first.join(60)
     assert waiting.draw(prompt="a dog", steps=2, n=3)[0] == 200
@@ -314,73 +321,60 @@ def test_a_drawing_ends_when_the_client_goes(waiting):
 def test_doubtful_prompts_are_drawn_with_a_warning_for_those_who_wrote_them(waiting):
     plain, doubtful = waiting.draws({"prompt": "a dog", "steps": 2}, {"prompt": "a (dog", "steps": 2})
     assert "warning" not in plain
-    assert doubtful["warning"] == [{"warning": "The bracket '(' is never closed; it is taken as text."}]
+    assert ["'('" in event["warning"] for event in doubtful["warning"]] == [True]
     assert doubtful["started"][0]["together"] == 2
 
 
-@pytest.mark.parametrize(("asked", "status", "sentence"), [
-    ({"prompt": 5}, 400, "prompt is 5; it must be text"),
-    ({"prompt": "a" * 10_001}, 413, "prompt has 10001 characters; 10000 are the most"),
-    ({"steps": 0}, 400, "steps is 0; it must be a whole number from 1 to 1000"),
-    ({"steps": "many"}, 400, "steps is 'many'; it must be a whole number"),
-    ({"step": 3}, 400, "There is no setting 'step'; did you mean 'steps'?"),
-    ({"steps": 401}, 413, "1 pictures of 401 steps are 401 steps, and one request may ask for 400"),
-    ({"steps": 100, "n": 5}, 413, "5 pictures of 100 steps are 500 steps"),
-    ({"n": 9}, 400, "n is 9; it must lie from 1 to 8 pictures"),
-    ({"n": 0}, 400, "n is 0"),
-    ({"seed": -1}, 400, "seed is -1; it must lie from 0 to 4294967295"),
-    ({"seed": 2**32 - 1, "n": 2}, 400, "for 2 images"),
-    ({"preview": 1}, 400, "preview is 1; it must be true or false"),
-    ({"guidance": "7"}, 400, "guidance is '7'; it must be a finite number"),
-    ({"sampler": "dddim"}, 400, "Unknown sampler 'dddim'; did you mean 'ddim'?"),
-    ({"sampler": "lcm", "grid": "karras"}, 400, "The sampler lcm cannot use the schedule 'karras'"),
-    ({"size": [64, 64]}, 413, "The picture has 64x64 pixels; 1024 are the most"),
-    ({"size": "64by64"}, 400, "write it as WIDTHxHEIGHT"),
-    ({"image": "!"}, 400, "image must be a picture's file in base64"),
-    ({"image": 3}, 400, "image must be a picture's file in base64"),
-    ({"image": "aGVsbG8="}, 400, "The picture cannot be read: it is no picture"),
-    ({"mask": "aGVsbG8="}, 400, "mask, strength and invert are for an image; give one"),
-    ({"strength": 0.5}, 400, "mask, strength and invert are for an image"),
-    ({"strength": 1.5}, 400, "strength is 1.5; it must lie from 0 to 1"),
+@pytest.mark.parametrize(("asked", "status", "said"), [
+    ({"prompt": "a" * 10_001}, 413, "prompt .*10001.*10000"),
+    ({"steps": 401}, 413, "401.*400"),
+    ({"steps": 100, "n": 5}, 413, "500.*400"),
+    ({"n": 9}, 400, "n is 9.*1 to 8"),
+    ({"preview": 1}, 400, "preview is 1"),
+    ({"size": [64, 64]}, 413, "64x64.*1024"),
+    ({"image": "!"}, 400, "image .*base64"),
+    ({"image": 3}, 400, "image .*base64"),
+    ({"image": "aGVsbG8="}, 400, "read"),
+    ({"mask": "aGVsbG8="}, 400, "mask .*image"),
+    # What a `Request` refuses, and what does not fit the model, for which there are more cases elsewhere:
+    ({"step": 3}, 400, "'step'.*'steps'"),
+    ({"seed": 2**32 - 1, "n": 2}, 400, "seed is 4294967295"),
+    ({"size": [15, 16]}, 400, "15x16.*2"),
 ])  # fmt: skip
-def test_bad_requests_are_refused_in_a_sentence(site, asked, status, sentence):
-    got, said = site.draw(**{"prompt": "a dog", "steps": 2} | asked)
+def test_bad_requests_are_refused_in_a_sentence(site, asked, status, said):
+    got, answer = site.draw(**{"prompt": "a dog", "steps": 2} | asked)
     assert got == status
-    assert sentence in said["error"][0]["error"]
+    assert re.search(said, answer["error"][0]["error"])
 
 
-def test_bad_pictures_are_refused_before_they_are_decoded(site, image):
-    def sentence(**asked: object) -> tuple[int, str]:
-        status, said = site.draw(prompt="a dog", steps=2, **asked)
-        return status, said["error"][0]["error"]
-
+def test_bad_images_are_refused_before_they_are_decoded(site, image):
     bomb = file(np.zeros((40, 40, 3), np.uint8))
-    assert sentence(image=bomb) == (413, "The image has 40x40 pixels; 1024 are the most.")
-    assert sentence(image=file(image), mask=bomb) == (413, "The mask has 40x40 pixels; 1024 are the most.")
-    assert sentence(image=file(image), enlarge=3) == (413, "The picture has 48x48 pixels; 1024 are the most.")
     broken = base64.b64encode(base64.b64decode(file(image))[:300]).decode()
-    status, said = sentence(image=broken)
-    assert (status, said.startswith("The picture cannot be read: ")) == (400, True)
-    status, said = sentence(image=file(image), mask=file(image[:8]))
-    assert (status, said) == (400, "The mask is 16x8, the picture 16x16; they must have one size.")
+    for status, said, asked in (
+        (413, "image .*40x40.*1024", {"image": bomb}),
+        (413, "mask .*40x40.*1024", {"image": file(image), "mask": bomb}),
+        (413, "image .*48x48.*1024", {"image": file(image), "latent_upscale": 3}),
+        (400, "read", {"image": broken}),
+        (400, "mask .*16x8.*16x16", {"image": file(image), "mask": file(image[:8])}),
+    ):
+        got, answer = site.draw(prompt="a dog", steps=2, **asked)
+        assert got == status
+        assert re.search(said, answer["error"][0]["error"])
 
 
 def test_requests_that_are_no_json_or_too_long_are_refused(site):
-    def sentence(body: bytes, content_type: str = "application/json") -> tuple[int, str]:
+    def answer(body: bytes, content_type: str = "application/json") -> tuple[int, str]:
         status, answer = site.ask("POST", "/api/draw", body, content_type=content_type)
         return status, json.loads(answer)["error"]
 
-    assert sentence(b"{}", "text/plain") == (415, "The request must be JSON: send Content-Type: application/json.")
-    assert sentence(b" " * 100_001) == (413, "The request has more than 100000 bytes, which are the most.")
-    for body, why in (
-        (b"{", "is not JSON"),
-        (b"[" * 90_000, "is not JSON"),
-        (b"\xff", "is not JSON"),
-        (b"3", "an object"),
-    ):
-        status, said = sentence(body)
+    assert answer(b"{}", "text/plain")[0] == 415
+    status, said = answer(b" " * 100_001)
+    assert status == 413
+    assert "100000" in said
+    for body in (b"{", b"[" * 90_000, b"\xff", b"3"):
+        status, said = answer(body)
         assert status == 400
-        assert why in said.replace("a JSON object", "an object")
+        assert "JSON" in said
     # Without a length, the bytes themselves are counted.
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
     connection.request(
@@ -396,44 +390,39 @@ def test_other_addresses_and_methods_are_sentences_too(site):
 
 
 @pytest.mark.parametrize(("headers", "status"), [
-    ({}, 200),
-    ({"host": "localhost:99"}, 200),
-    ({"host": "LOCALHOST"}, 200),
-    ({"host": "[::1]:7860"}, 200),
-    ({"host": "friendly.lan"}, 200),
+    ({}, 400),  # it is listened to, and not understood
+    ({"host": "localhost:99"}, 400),
+    ({"host": "LOCALHOST"}, 400),
+    ({"host": "[::1]:7860"}, 400),
+    ({"host": "friendly.lan"}, 400),
     ({"host": "evil.example"}, 403),
     ({"host": "evil.example:7860"}, 403),
     ({"host": "localhost.evil.example"}, 403),
     ({"host": "192.168.0.7"}, 403),
     ({"host": ""}, 403),
-    ({"host": "localhost", "origin": "http://localhost"}, 200),
-    ({"host": "localhost", "origin": "https://localhost"}, 200),
+    ({"host": "localhost", "origin": "http://localhost"}, 400),
+    ({"host": "localhost", "origin": "https://localhost"}, 400),
     ({"host": "localhost", "origin": "http://localhost:3000"}, 403),
     ({"host": "localhost", "origin": "http://evil.example"}, 403),
     ({"host": "localhost", "origin": "null"}, 403),
     ({"host": "localhost", "sec_fetch_site": "cross-site"}, 403),
     ({"host": "localhost", "sec_fetch_site": "same-site"}, 403),
-    ({"host": "localhost", "sec_fetch_site": "same-origin"}, 200),
+    ({"host": "localhost", "sec_fetch_site": "same-origin"}, 400),
 ])  # fmt: skip
-def test_only_its_own_page_may_use_it(pipe, headers, status):  # noqa: F811
-    with serving(Studio(pipe, LIMITS), names=["friendly.lan"]) as site:
-        site.studio.start()
-        got, said = site.draw(headers, prompt="a dog", steps=2)
-    assert got == status
-    assert (status == 200) == ("picture" in said)
+def test_only_its_own_page_may_use_it(site, headers, status):
+    assert site.ask("POST", "/api/draw", "{", content_type="application/json", **headers)[0] == status
 
 
-def test_an_open_server_is_known_by_its_addresses_and_not_by_names(pipe):  # noqa: F811
+def test_an_open_server_is_known_by_its_addresses_and_not_by_names(pipe):
     with serving(Studio(pipe, LIMITS), is_open=True) as site:
         assert site.ask("GET", "/", host="192.168.0.7:7860")[0] == 200
         assert site.ask("GET", "/", host="[fe80::1]")[0] == 200
         status, said = site.ask("GET", "/", host="evil.example")
-        assert (status, json.loads(said)["error"]) == (
-            403, "This server is not known as 'evil.example'; use its address, or start it with --names.",
-        )  # fmt: skip
+        assert status == 403
+        assert re.search("'evil.example'.*--names", json.loads(said)["error"])
 
 
-def test_pictures_are_written_where_a_folder_is_given(pipe, tmp_path):  # noqa: F811
+def test_pictures_are_written_where_a_folder_is_given(pipe, tmp_path):
     with serving(Studio(pipe, LIMITS, tmp_path)) as site:
         site.draws({"prompt": "A red apple!", "seed": 3, "steps": 2, "n": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-red-apple-3.png", "a-red-apple-4.png"]
@@ -442,30 +431,29 @@ def test_pictures_are_written_where_a_folder_is_given(pipe, tmp_path):  # noqa: 
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["--port", "70000"], "--port is 70000; it must lie from 0 to 65535."),
-    (["--host", "no.such.host.invalid"], "no.such.host.invalid, port 0, cannot be listened at: "),
-    (["--host", "203.0.113.7"], "203.0.113.7, port 0, cannot be listened at: "),
+@pytest.mark.parametrize(("words", "said"), [
+    (["--port", "70000"], "--port is 70000.*65535"),
+    (["--host", "no.such.host.invalid"], r"no\.such\.host\.invalid"),
+    (["--host", "203.0.113.7"], r"203\.0\.113\.7"),
     (["--model", "nowhere"], "nowhere"),
-    (["--dtype", "int8"], "dtype is 'int8'"),
 ])  # fmt: skip
-def test_what_cannot_be_served_is_told_in_a_sentence(capsys, words, sentence):
+def test_what_cannot_be_served_is_told_in_a_sentence(capsys, words, said):
     assert cli([*(["--port", "0"] if "--port" not in words else []), *words]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+    assert re.match(f"error: .*{said}.*\n$", capsys.readouterr().err)
 
 
 def test_limits_that_allow_nothing_are_told_by_name(capsys):
     with pytest.raises(SystemExit) as end:
         cli(["--limits.batch", "0"])
     assert end.value.code == 2
-    assert "--limits.batch is 0; it must be at least 1." in capsys.readouterr().err
+    assert "--limits.batch is 0" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_told_in_a_sentence(capsys):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         assert cli(["--port", str(port)]) == 2
-    assert capsys.readouterr().err == f"error: Port {port} of 127.0.0.1 is taken; choose another by --port.\n"
+    assert re.match(f"error: .*{port}.*--port", capsys.readouterr().err)
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -475,16 +463,14 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_at_once_in_the_middle_of_a_picture(pipe, tmp_path):  # noqa: F811
+def test_ctrl_c_ends_it_at_once_in_the_middle_of_a_picture(pipe, tmp_path):
     pipe.save(tmp_path / "tiny")
     port = free_port()
     process = start(tmp_path / "tiny", "--port", str(port), "--host", "0.0.0.0", "--limits.steps", "100000")
     try:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith(
-            f"warning: Whoever reaches port {port} of 0.0.0.0 can use this model"
-        )
-        assert process.stdout.readline() == f"tiny is at http://0.0.0.0:{port}\n"
+        assert process.stdout.readline().startswith("warning: ")
+        assert f"http://0.0.0.0:{port}" in process.stdout.readline()
         with asking(port, prompt="a dog", steps=900, n=8, preview=True) as client:
             heard(client, b"event: progress")
             began = time.monotonic()

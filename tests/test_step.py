@@ -6,15 +6,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.config import EMAConfig, OptimConfig
-from jaxdiff.sharding import make_mesh, path_name, spec_for, tree_shardings
+from jaxdiff.runtime.mesh import make_mesh, path_name, spec_for, tree_shardings
 from jaxdiff.training.feed import to_devices
 from jaxdiff.training.noise import sample_keys
 from jaxdiff.training.optim import DIRECTIONS, evaluated, learning_rate, optimiser
-from jaxdiff.training.state import Task, create_state, freeze, make_step, merge, select
+from jaxdiff.training.state import Task, create_state, freeze, gradients_of_mean, make_step, merge, select
 
 B = 16
 KEY = jax.random.key(5)
@@ -40,8 +41,9 @@ def loss(params, frozen, batch, key, memory):
     conv = partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME",
                    dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
     unet, text = params["unet"], params["text_encoder"]
-    x = conv(jnp.tanh(conv(batch["x"], unet["conv_in"]["kernel"])), unet["conv1"]["kernel"]) + unet["conv1"]["bias"]
-    x += (jnp.tanh(batch["text"] @ text["fc1"]["kernel"] + text["fc1"]["bias"]) @ text["fc2"]["kernel"])[:, None, None]
+    x = conv(jnp.tanh(conv(batch["x"], unet["conv_in"]["kernel"])), unet["conv1"]["kernel"])
+    h = jnp.tanh(batch["text"] @ text["fc1"]["kernel"] + text["fc1"]["bias"][None]) @ text["fc2"]["kernel"]
+    x += unet["conv1"]["bias"].reshape(1, 1, 1, -1) + h[:, None, None]
     drawn = jax.vmap(jax.random.uniform)(sample_keys(key, batch["index"]))
     error = jnp.square(x - drawn[:, None, None, None]).mean((1, 2, 3)) * batch["weight"]
     return error.mean(), {"mse": error.mean()}, {"index": batch["index"], "error": error}
@@ -150,6 +152,59 @@ def test_what_is_computed_again_is_not_kept_on_a_cpu_either():
         found[name] = step_fn(state, {}, x, KEY)[0].params
     assert memory["again"] < memory["kept"] / 2, memory
     close(found["again"], found["kept"])
+
+
+# Other gradients ------------------------------------------------------------------------------------------------------
+
+
+def clipped(loss, params, frozen, batch, key, memory, clip):
+    """The mean of the samples' gradients, each clipped to a norm (Abadi et al. 2016, algorithm 1, without noise)."""
+
+    def of_sample(row):
+        one = jax.tree.map(lambda x: x[None], row)
+        grads, metrics, notes = gradients_of_mean(loss, params, frozen, one, key, memory)
+        factor = jnp.minimum(1, clip / optax.tree.norm(grads))
+        return jax.tree.map(lambda g: factor * g, grads), metrics, jax.tree.map(lambda x: x[0], notes)
+
+    grads, metrics, notes = jax.vmap(of_sample)(batch)
+    grads, metrics = jax.tree.map(lambda x: x.mean(0), (grads, metrics))
+    return grads, metrics, notes
+
+
+def test_each_samples_gradient_clipped_to_a_huge_norm_gives_the_gradient_itself():
+    expected, metrics = run(alone(), [batch(0)])
+    for mesh, n in ((alone(), 1), (make_mesh(data=2, fsdp=2, tensor=2), 2)):
+        with_hook = task(gradients=partial(clipped, clip=1e9))
+        state, found = run(mesh, [batch(0)], task=with_hook, accumulate=n)
+        close((state.params, found), (expected.params, metrics), atol=2e-5)
+        same(state.memory, expected.memory)
+
+
+def test_each_samples_gradient_clipped_to_a_small_norm_bounds_that_of_the_mean():
+    settings = {"task": task(gradients=partial(clipped, clip=1e-3))}
+    _, (found,) = run(alone(), [batch(0, weight=100.0)], **settings)
+    assert 0 < found["grad_norm"] <= 1e-3
+    assert found["loss"] > 1  # which is not clipped
+
+
+def test_a_loss_that_compares_samples_is_refused_in_micro_batches():
+    with pytest.raises(ValueError, match="accumulate is 2, and the task's loss compares the samples of a batch"):
+        build(alone(), task(independent=False), accumulate=2)
+    build(alone(), task(independent=False))
+
+
+def test_a_step_copies_nothing_to_its_devices_nor_between_them():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    tx = optimiser(OptimConfig(), learning_rate(OptimConfig(), 100))
+    state = create_state(task(), tx, KEY, mesh)
+    step_fn = make_step(task(), tx, state, accumulate=2)
+    key = jax.jit(lambda: jax.random.key(5), out_shardings=NamedSharding(mesh, PartitionSpec()))()
+    batches = [to_devices(batch(step), mesh) for step in range(3)]
+    with jax.transfer_guard("disallow"):
+        for one in batches[:2]:
+            state, _ = step_fn(state, {}, one, key)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed device-to-device transfer"):
+            step_fn(state, {}, batches[2], KEY)  # which is on the first device alone
 
 
 # Updates left out -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,20 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import Mesh
 from shell import ROOT, Shell, ended, free_port, lines, wait_for
 
-from jaxdiff.config import CLIPTextConfig, DataConfig, DiffusionTask, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.config import DataConfig, VAEConfig
 from jaxdiff.data.loader import batches, open_source
 from jaxdiff.data.tokens import Tokenizer
-from jaxdiff.io.folder import read_folder
+from jaxdiff.model import EMBEDDED, read_model
 from jaxdiff.models.clip import CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.sharding import make_mesh
+from jaxdiff.runtime.mesh import make_mesh
 from jaxdiff.training.feed import local_rows, to_devices
 from jaxdiff.training.tasks.diffusion import diffusion_task
 
-EMBEDDED = ROOT / "jaxdiff" / "assets" / "emoji"
 STEPS = 6  # of tests/configs/topology.py
 TOLERANCE = 1e-6  # of parameters, which the steps move by some 1e-3 each; measured: 2e-7
 
@@ -39,26 +40,9 @@ def mesh_of(axes: dict[str, int]) -> Mesh:
     return make_mesh(**{"data": 1} | axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
 
 
-TASK = DiffusionTask(
-    unet=UNetConfig(
-        sample_size=4,
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=8,
-        norm_num_groups=4,
-    ),
-    text_encoder=CLIPTextConfig(
-        vocab_size=4096,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    ),
-    scheduler=SchedulerConfig(prediction_type="v_prediction"),
+TASK = replace(
+    tiny.TASK,
+    text_encoder=replace(tiny.TASK.text_encoder, vocab_size=4096, max_position_embeddings=32),
     caption_dropout=0.5,
 )
 DATA = DataConfig(source="emoji", root=str(ROOT / "tests" / "data"), size=16, batch_size=16, flip=True, crop=0.8)
@@ -132,7 +116,7 @@ def train(topology: str, workdir: Path) -> None:
 
 
 def parameters(workdir: Path) -> dict[str, np.ndarray]:
-    tree = read_folder(workdir / "export").params
+    tree = read_model(workdir / "export").params
     return {jax.tree_util.keystr(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxdiff import build
 from jaxdiff.config import VAEConfig
-from jaxdiff.models.vae import in_slices
+from jaxdiff.nn.slices import in_slices
 from jaxdiff.tools.bench.models import random_params
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff import build
 from jaxdiff.data.tokens import Tokenizer
-from jaxdiff.io.folder import Folder, read_folder
+from jaxdiff.families import StableDiffusion
+from jaxdiff.model import Model, Network, read_model
 
 TEXTS = ["a red apple", "a dog on a blue background", "two green apples, flat style", "a cat and a dog"]
 MAX_TOKENS = 12
+ROLES = {folder: role for role, folder in StableDiffusion.FOLDERS.items()}
+"""What jaxdiff calls the networks that diffusers calls "unet", "vae" and "text_encoder"."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,12 @@ class Pair:
     """The StableDiffusionPipeline."""
     path: Path
     """Where it was saved."""
-    ours: Folder
+    ours: Model
     """What jaxdiff read from there."""
 
-    def apply(self, name: str, *inputs: Any, params: Any = None, **options: Any) -> Any:
-        """Our network's output for NHWC inputs."""
-        module = getattr(build, name)(getattr(self.ours, name))
-        return module.apply({"params": self.ours.params[name] if params is None else params}, *inputs, **options)
+    def network(self, name: str) -> Network:
+        """Our config and params of what diffusers calls so."""
+        return self.ours.networks[ROLES[name]]
 
 
 def randomise(module: Any, seed: int) -> Any:
@@ -75,7 +76,7 @@ def make_pair(folder: Path, unet: dict[str, Any], text: dict[str, Any], schedule
         )
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(folder / "model")
-        return Pair(pipe, folder / "model", read_folder(folder / "model"))
+        return Pair(pipe, folder / "model", read_model(folder / "model"))
 
 
 SD1_UNET = {

@@ -16,8 +16,9 @@ from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
 from pairs import SD1_UNET, TEXTS, nchw, randomise, relative_error
 
 from jaxdiff.diffusion.guidance import projected
-from jaxdiff.io.folder import read_folder, read_network
-from jaxdiff.pipeline import Pipeline
+from jaxdiff.generation.pipeline import Pipeline
+from jaxdiff.io.folder import read_network
+from jaxdiff.model import Network
 
 PROMPTS, NEGATIVES = TEXTS[:2], ["", "a cat"]
 SIZE = {"height": 16, "width": 24}
@@ -61,7 +62,7 @@ def test_rescaled_guidance(pair, latents, rescale, request, figures):
     reference = quiet(StableDiffusionPipeline(**pair.torch.components, requires_safety_checker=False))
     expected = reference(PROMPTS, negative_prompt=NEGATIVES, num_inference_steps=5, guidance_scale=7.5, **SIZE,
                          guidance_rescale=rescale, latents=nchw(latents), output_type="np").images  # fmt: skip
-    got = Pipeline(pair.ours)(PROMPTS, NEGATIVES, steps=5, guidance=7.5, rescale=rescale, latents=latents)
+    got = Pipeline(pair.ours)(PROMPTS, NEGATIVES, steps=5, guidance=7.5, guidance_rescale=rescale, latents=latents)
     worst = np.abs(got - 255 * expected).max()
     figures[f"rescale {rescale}, {request.node.callspec.id}: largest difference of 255"] = worst
     assert worst <= 2
@@ -86,7 +87,7 @@ def test_perturbed_attention(pair, latents, request, figures):
     reference = quiet(StableDiffusionPAGPipeline(**parts, unet=unet, requires_safety_checker=False))
     expected = reference(PROMPTS, negative_prompt=NEGATIVES, num_inference_steps=5, guidance_scale=5.0, pag_scale=3.0,
                          latents=nchw(latents), output_type="np", **SIZE).images  # fmt: skip
-    got = Pipeline(pair.ours)(PROMPTS, NEGATIVES, steps=5, guidance=5.0, perturbed=3.0, latents=latents)
+    got = Pipeline(pair.ours)(PROMPTS, NEGATIVES, steps=5, guidance=5.0, pag_scale=3.0, latents=latents)
     worst = np.abs(got - 255 * expected).max()
     figures[f"perturbed attention, {request.node.callspec.id}: largest difference of 255"] = worst
     assert worst <= 2
@@ -97,7 +98,7 @@ def test_a_seed_from_pytorch_gives_pytorchs_picture(pair, eta, request, figures)
     reference = quiet(StableDiffusionPipeline(**pair.torch.components, requires_safety_checker=False))
     expected = reference(PROMPTS, num_inference_steps=6, guidance_scale=4.0, eta=eta, **SIZE, output_type="np",
                          generator=generators(7, 123456)).images  # fmt: skip
-    got = Pipeline(pair.ours)(PROMPTS, seed=[7, 123456], noise="torch", steps=6, guidance=4.0, eta=eta, size=(24, 16))
+    got = Pipeline(pair.ours)(PROMPTS, seed=[7, 123456], rng="torch", steps=6, guidance=4.0, eta=eta, size=(24, 16))
     worst = np.abs(got - 255 * expected).max()
     figures[f"PyTorch's seeds, eta {eta}, {request.node.callspec.id}: largest difference of 255"] = worst
     assert worst <= 2
@@ -108,7 +109,7 @@ def test_image_to_image(pair, photos, strength, request, figures):
     reference = quiet(StableDiffusionImg2ImgPipeline(**pair.torch.components, requires_safety_checker=False))
     expected = reference(PROMPTS, image=encoded(pair, photos), strength=strength, num_inference_steps=7,
                          guidance_scale=4.0, generator=generators(3, 4), output_type="np").images  # fmt: skip
-    got = Pipeline(pair.ours)(PROMPTS, image=photos, strength=strength, steps=7, guidance=4.0, seed=3, noise="torch")
+    got = Pipeline(pair.ours)(PROMPTS, image=photos, strength=strength, steps=7, guidance=4.0, seed=3, rng="torch")
     worst = np.abs(got - 255 * expected).max()
     figures[f"image to image, {request.node.callspec.id}: largest difference of 255"] = worst
     assert worst <= 2
@@ -122,7 +123,7 @@ def test_inpainting_with_a_model_of_four_channels(pair, photos, mask, strength, 
                          strength=strength, num_inference_steps=6, guidance_scale=4.0, generator=generators(3, 4),
                          masked_image_latents=torch.zeros(2, 4, 8, 12), output_type="np").images  # fmt: skip
     got = Pipeline(pair.ours)(
-        PROMPTS, image=photos, mask=mask, strength=strength, steps=6, guidance=4.0, seed=3, noise="torch"
+        PROMPTS, image=photos, mask=mask, strength=strength, steps=6, guidance=4.0, seed=3, rng="torch"
     )
     worst = np.abs(got - 255 * expected)[:, :, 8:].max()
     figures[f"inpainting, {request.node.callspec.id}: largest difference of 255"] = worst
@@ -135,9 +136,8 @@ def test_inpainting_with_a_model_of_nine_channels(sd1, photos, mask, latents, tm
     parts = {name: part for name, part in sd1.torch.components.items() if name != "unet"}
     reference = quiet(StableDiffusionInpaintPipeline(**parts, unet=unet, requires_safety_checker=False))
     unet.save_pretrained(tmp_path / "unet")
-    ours = read_folder(sd1.path)
-    config, params = read_network(tmp_path, "unet")
-    ours = Pipeline(dataclasses.replace(ours, unet=config, params={**ours.params, "unet": params}))
+    networks = {**sd1.ours.networks, "denoiser": Network(*read_network(tmp_path, "unet"))}
+    ours = Pipeline(dataclasses.replace(sd1.ours, networks=networks))
     hidden = np.where(mask[None, ..., None] > 0.5, np.uint8(127), photos)
     expected = reference(PROMPTS, image=encoded(sd1, photos), mask_image=torch.from_numpy(mask)[None, None], **SIZE,
                          num_inference_steps=6, guidance_scale=4.0, latents=nchw(latents), strength=1.0,

@@ -1,6 +1,5 @@
 """Folders pass between jaxdiff and diffusers without loss, in every form that diffusers writes."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from pairs import MAX_TOKENS, TEXTS, Pair
+from pairs import MAX_TOKENS, ROLES, TEXTS, Pair
 from safetensors.torch import load_file, save_file
 
-from jaxdiff.data.tokens import Tokenizer
-from jaxdiff.io.folder import read_folder, write_folder
+from jaxdiff.io.folder import write_folder
+from jaxdiff.model import read_model
 
-NETWORKS = ("unet", "vae", "text_encoder")
+NETWORKS = tuple(ROLES)
 
 
 def plain_config(config):
@@ -33,10 +32,11 @@ def assert_same_model(theirs, pair: Pair):
 
 @pytest.mark.parametrize("tokenizer", ["path", "object"])
 def test_diffusers_loads_what_we_write(pair, tmp_path, tokenizer):
-    folder = pair.ours
-    if tokenizer == "object":
-        folder = dataclasses.replace(folder, tokenizer=Tokenizer.load(folder.tokenizer, MAX_TOKENS))
-    write_folder(tmp_path / "model", folder)
+    if tokenizer == "path":
+        networks = {name: pair.network(name) for name in NETWORKS}
+        write_folder(tmp_path / "model", networks, pair.ours.scheduler, pair.path / "tokenizer")
+    else:
+        pair.ours.save(tmp_path / "model")
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     assert_same_model(theirs, pair)
     got, expected = (pipe.tokenizer(TEXTS, padding="max_length")["input_ids"] for pipe in (theirs, pair.torch))
@@ -50,7 +50,7 @@ def test_diffusers_loads_what_we_write(pair, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
 def test_diffusers_loads_half_precision(sd1, tmp_path, dtype):
-    write_folder(tmp_path / "model", sd1.ours, np.dtype(dtype))
+    sd1.ours.save(tmp_path / "model", dtype)
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
     weight = theirs.unet.conv_in.weight
     cast = sd1.torch.unet.conv_in.weight.to(getattr(torch, np.dtype(dtype).name)).float()
@@ -65,14 +65,14 @@ def test_diffusers_loads_half_precision(sd1, tmp_path, dtype):
 def test_we_load_every_form_that_diffusers_writes(sd1, tmp_path, options):
     sd1.torch.save_pretrained(tmp_path / "model", **options)
     assert "max_shard_size" not in options or list((tmp_path / "model/unet").glob("*-of-*.safetensors"))
-    back = read_folder(tmp_path / "model")
+    back = read_model(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, back.params, sd1.ours.params)
 
 
 def test_we_load_half_precision_files(sd1, tmp_path):
     half = StableDiffusionPipeline.from_pretrained(sd1.path, torch_dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "model")
-    back = read_folder(tmp_path / "model")
+    back = read_model(tmp_path / "model")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(back.params)} == {"bfloat16"}
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), back.params, sd1.ours.params)
 
@@ -83,11 +83,11 @@ def test_we_load_text_encoders_of_transformers_4(sd1, tmp_path):
     tensors = {f"text_model.{name}": tensor for name, tensor in load_file(file).items()}
     position_ids = {"text_model.embeddings.position_ids": torch.arange(MAX_TOKENS)[None]}
     save_file(tensors | position_ids, file, metadata={"format": "pt"})
-    back = read_folder(tmp_path / "model")
+    back = read_model(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, back.params, sd1.ours.params)
 
 
 def test_pickles_that_diffusers_writes_are_refused(sd1, tmp_path):
     sd1.torch.save_pretrained(tmp_path / "model", safe_serialization=False)
     with pytest.raises(ValueError, match="only pickled weights"):
-        read_folder(tmp_path / "model")
+        read_model(tmp_path / "model")

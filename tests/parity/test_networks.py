@@ -77,8 +77,9 @@ def compare_unet(figures, what, module, params, ours, channels, context_dim, siz
 
 
 def test_unet(pair, figures, request):
-    compare_unet(figures, f"UNet {request.node.callspec.id}", pair.torch.unet, pair.ours.params["unet"],
-                 build.unet(pair.ours.unet), 4, pair.ours.unet.cross_attention_dim)  # fmt: skip
+    config, params = pair.network("unet")
+    what = f"UNet {request.node.callspec.id}"
+    compare_unet(figures, what, pair.torch.unet, params, build.unet(config), 4, config.cross_attention_dim)
 
 
 @pytest.mark.parametrize("what", UNETS)
@@ -95,7 +96,8 @@ def test_unets_of_every_make(what, figures):
 
 
 def test_vae(pair, figures, request):
-    vae, params, ours = pair.torch.vae, pair.ours.params["vae"], build.vae(pair.ours.vae)
+    (config, params), vae = pair.network("vae"), pair.torch.vae
+    ours = build.vae(config)
     image, z = random(2, 3, 24, 32), random(2, 4, 6, 8, seed=1)
     encoded = vae.encode(image).latent_dist.parameters.permute(0, 2, 3, 1)
     compare(figures, f"VAE encode {request.node.callspec.id}",
@@ -108,9 +110,9 @@ def test_vae(pair, figures, request):
 
 
 def test_text_encoder(pair, figures, request):
-    module, params = pair.torch.text_encoder, pair.ours.params["text_encoder"]
-    ours = build.text_encoder(pair.ours.text_encoder)
-    tokens = torch.randint(0, pair.ours.text_encoder.vocab_size, (3, MAX_TOKENS), generator=torch.Generator())
+    (config, params), module = pair.network("text_encoder"), pair.torch.text_encoder
+    ours = build.text_encoder(config)
+    tokens = torch.randint(0, config.vocab_size, (3, MAX_TOKENS), generator=torch.Generator())
     theirs = module(tokens).last_hidden_state
     compare(figures, f"text encoder {request.node.callspec.id}",
             lambda p: ours.apply({"params": p}, jnp.asarray(tokens.numpy(), jnp.int32)), params, theirs, module,
@@ -118,12 +120,12 @@ def test_text_encoder(pair, figures, request):
 
 
 def test_the_penultimate_layer_is_transformers_penultimate_layer_normed(sd1):
-    module = sd1.torch.text_encoder
-    tokens = torch.randint(0, sd1.ours.text_encoder.vocab_size, (3, MAX_TOKENS), generator=torch.Generator())
+    (config, params), module = sd1.network("text_encoder"), sd1.torch.text_encoder
+    tokens = torch.randint(0, config.vocab_size, (3, MAX_TOKENS), generator=torch.Generator())
     hidden = module(tokens, output_hidden_states=True).hidden_states[-2]
     theirs = dict(module.named_modules())["final_layer_norm"](hidden)
-    ours = build.text_encoder(sd1.ours.text_encoder, skip_layers=1)
-    out = ours.apply({"params": sd1.ours.params["text_encoder"]}, jnp.asarray(tokens.numpy(), jnp.int32))
+    ours = build.text_encoder(config, skip_layers=1)
+    out = ours.apply({"params": params}, jnp.asarray(tokens.numpy(), jnp.int32))
     assert relative_error(out, theirs.detach()) < TOLERANCE
 
 
@@ -134,9 +136,9 @@ def test_bfloat16_stays_near_float32(sd1, name, figures):
         "vae": (nhwc(random(2, 3, 24, 32)),),
         "text_encoder": (jnp.arange(2 * MAX_TOKENS, dtype=jnp.int32).reshape(2, -1),),
     }[name]
-    config, params = getattr(sd1.ours, name), {"params": sd1.ours.params[name]}
-    full = jax.jit(getattr(build, name)(config).apply)(params, *inputs)
-    half = jax.jit(getattr(build, name)(config, dtype=jnp.bfloat16).apply)(params, *inputs)
+    config, params = sd1.network(name)
+    full = jax.jit(getattr(build, name)(config).apply)({"params": params}, *inputs)
+    half = jax.jit(getattr(build, name)(config, dtype=jnp.bfloat16).apply)({"params": params}, *inputs)
     figures[f"{name} in bfloat16 against float32"] = error = relative_error(
         jax.tree.map(lambda x: x.astype(jnp.float32), half), full
     )

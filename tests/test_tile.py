@@ -1,42 +1,43 @@
-"""Masks and windows round a model."""
+"""Tiles and masks round a model."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.canvas import inpainted, window_starts, windowed
+from jaxdiff.diffusion.inpaint import inpainted
+from jaxdiff.diffusion.tile import tile_starts, tiled
 
 
-def test_windows_cover_every_pixel_and_overlap_by_half_or_more():
+def test_tiles_cover_every_pixel_and_overlap_by_half_or_more():
     for length in range(1, 60):
-        for window in range(1, 20):
-            starts = window_starts(length, window)
+        for tile in range(1, 20):
+            starts = tile_starts(length, tile)
             covered = set()
             for start in starts:
-                covered |= set(range(start, start + min(window, length)))
+                covered |= set(range(start, start + min(tile, length)))
             assert covered == set(range(length))
             steps = np.diff(starts)
-            assert (steps <= max(1, window // 2)).all()
+            assert (steps <= max(1, tile // 2)).all()
             assert (steps > 0).all()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 21), (13, 9), (5, 30)])
-def test_a_network_that_looks_at_each_pixel_alone_is_the_same_through_windows(size):
+def test_a_network_that_looks_at_each_pixel_alone_is_the_same_through_tiles(size):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, *size, 4)), jnp.float32)
 
     def network(x_in, t):
         return jnp.sin(x_in[..., :3]) * t
 
-    np.testing.assert_allclose(windowed(network, (8, 8))(x, jnp.float32(3.0)), network(x, 3.0), rtol=1e-6)
+    np.testing.assert_allclose(tiled(network, (8, 8))(x, jnp.float32(3.0)), network(x, 3.0), rtol=1e-6)
 
 
-def test_where_windows_overlap_their_answers_are_averaged():
+def test_where_tiles_overlap_their_answers_are_averaged():
     x = jnp.zeros((1, 4, 6, 1))
 
     def network(x_in, t):
         return jnp.broadcast_to(jnp.arange(x_in.shape[2], dtype=jnp.float32)[:, None], x_in.shape)
 
-    out = windowed(network, (4, 4))(x, jnp.float32(0.0))
+    out = tiled(network, (4, 4))(x, jnp.float32(0.0))
     np.testing.assert_allclose(out[0, 0, :, 0], [0, 1, (2 + 0) / 2, (3 + 1) / 2, 2, 3])
 
 
