@@ -69,8 +69,8 @@ def test_guidance_of_zero_follows_the_negative_prompt_and_of_one_the_prompt_alon
 def test_guidance_at_all_levels_is_plain_guidance_and_at_none_it_is_a_scale_of_one(pipe, settings):
     settings = {"steps": 5, "eta": 0.5, "negative_prompt": "a red apple"} | settings
     plain, one = (pipe("a dog", guidance=guidance, **settings) for guidance in (7.5, 1.0))
-    np.testing.assert_array_equal(pipe("a dog", guidance_interval=(0, 1e30), **settings), plain)
-    np.testing.assert_array_equal(pipe("a dog", guidance_interval=(0, 0), **settings), one)
+    assert off(pipe("a dog", guidance_interval=(0, 1e30), **settings), plain) <= 1
+    assert off(pipe("a dog", guidance_interval=(0, 0), **settings), one) <= 1
 
 
 def test_guidance_that_is_neither_rescaled_nor_projected_nor_limited_is_plain_guidance(pipe):
