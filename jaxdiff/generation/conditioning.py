@@ -41,7 +41,7 @@ def make_inputs(
     inputs, source = prompt_inputs(drawing, tokenizer, params["text_encoder"], program)
     keys, noise, step_noise = starting_noise(drawing)
     inputs = inputs._replace(step_noise=step_noise)
-    known = None if drawing.image is None else _encode(drawing.image, params["vae"], program)
+    known = None if drawing.image is None else encode_latents(drawing.image, params["vae"], program)
     if known is not None and wish.latent_upscale > 1:
         known = _stretch(known, (b, *drawing.shape))
 
@@ -49,7 +49,7 @@ def make_inputs(
         free = _free(drawing.mask, program.family.factor)
         if program.family.inpaints:
             hidden = np.where(drawing.mask[..., None] > 0.5, np.uint8(127), drawing.image)
-            extra = jnp.concatenate([free, _encode(hidden, params["vae"], program)], axis=-1)
+            extra = jnp.concatenate([free, encode_latents(hidden, params["vae"], program)], axis=-1)
             inputs = inputs._replace(extra=extra)
         else:
             inputs = inputs._replace(known=known, mask=free, noise=noise)
@@ -255,7 +255,8 @@ def _at_level(drawing: Drawing, noise: Float[np.ndarray, "b h w c"], known: Arra
     return begin_all((np.asarray(known) + sigma * noise) / np.sqrt(1 + sigma**2))
 
 
-def _encode(image: UInt8[np.ndarray, "b h2 w2 3"], params: Params, program: Program) -> Array:
+def encode_latents(image: UInt8[np.ndarray, "b h2 w2 3"], params: Params, program: Program) -> Array:
+    """Images to their most likely latents, at unit variance."""
     arguments = params, jnp.asarray(image)
     return kept(encode_images, *arguments, program=program)(*arguments)
 

@@ -16,10 +16,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.generation.conditioning import filled, make_inputs, starting_noise
+from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs, starting_noise
 from jaxdiff.generation.drawing import Drawing, ModelInfo, checked_defaults, make_drawing
 from jaxdiff.generation.network import Inputs
-from jaxdiff.generation.programs import Program, decode, denoise, encode_images, guess, prepare_prompts
+from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_prompts
 from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, seed_number
 from jaxdiff.io.images import feathered
 from jaxdiff.model import Adapter, Model, cast, check_dtype, merge_adapters, place_params, prepare_kernels, read_model
@@ -300,9 +300,7 @@ class Pipeline:
 
     def encode(self, images: UInt8[np.ndarray, "b h2 w2 3"]) -> Float[Array, "b h w c"]:
         """Images to their most likely latents, at unit variance."""
-        arguments = self.params["vae"], jnp.asarray(images)
-        program = Program(self.networks, self.model.scheduler)
-        return kept(encode_images, *arguments, program=program)(*arguments)
+        return encode_latents(images, self.params["vae"], Program(self.networks, self.model.scheduler))
 
     def decode(self, latents: Float[Array, "b h w c"] | np.ndarray) -> UInt8[np.ndarray, "b h2 w2 3"]:
         """Latents at unit variance to images."""
