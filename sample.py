@@ -79,11 +79,9 @@ class Flags(Request):
 
     def given(self) -> dict[str, Any]:
         """The fields that differ from their defaults, but for the seed, which is that of the first image of all."""
-        return {
-            one.name: value
-            for one in fields(self)
-            if one.name != "seed" and (value := getattr(self, one.name)) is not one.default and value != one.default
-        }
+        given = super().given()
+        given.pop("seed", None)
+        return given
 
 
 @dataclass(frozen=True)
@@ -162,29 +160,29 @@ def main(args: Args) -> int:
 
 def read_lines(args: Args) -> Iterator[Line]:
     """A request for each prompt, or the file's."""
-    wish = args.request
+    flags = args.request
     if args.format not in FORMATS:
         raise ValueError(f"--format is {args.format!r}; choose one of {', '.join(FORMATS)}.")
     if args.frames is not None and args.frames < 2:
         raise ValueError(f"--frames is {args.frames}; it must be at least 2.")
-    if args.frames is not None and wish.to_prompt is None and wish.to_seed is None:
+    if args.frames is not None and flags.to_prompt is None and flags.to_seed is None:
         raise ValueError("--frames needs a second image to go to; give --to-prompt or --to-seed.")
     if args.frames is not None and args.trajectory:
         raise ValueError("--frames and --trajectory both make a GIF; give only one of them.")
-    for name, path in {"--image": wish.image, "--mask": wish.mask}.items():
+    for name, path in {"--image": flags.image, "--mask": flags.mask}.items():
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{name} is {path!r}, and there is no such file.")
     if args.from_file is None:
         if not args.prompts:
             raise ValueError('No prompt was given; try: python sample.py "a red apple".')
         for number, prompt in enumerate(args.prompts, 1):
-            yield Line(number, Request.of({"prompt": prompt}, wish.given()))
+            yield Line(number, Request.of({"prompt": prompt}, flags.given()))
     elif args.prompts or args.like is not None:
         raise ValueError("--from-file has the prompts; leave out prompts and --like.")
     elif args.frames is not None or args.trajectory:
         raise ValueError("--frames and --trajectory are for prompts on the command line; leave out --from-file.")
     else:
-        yield from read_requests(args.from_file, wish.given())
+        yield from read_requests(args.from_file, flags.given())
 
 
 def draw_prompts(args: Args, pipe: Pipeline, wanted: list[Job]) -> None:

@@ -26,10 +26,10 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 from jaxtyping import install_import_hook  # noqa: E402
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "jaxdiff"
-# All modules but the one whose classes take what users give and say themselves what is wrong with it.
+# All modules but those that take what users give, and say themselves what is wrong with it.
+DOORS = {f"jaxdiff.generation.{name}" for name in ("request", "pipeline", "edits")}
 CHECKED = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("[!_]*.py")]
-CHECKED.remove("jaxdiff.generation.request")
-install_import_hook(CHECKED, "beartype.beartype")
+install_import_hook([name for name in CHECKED if name not in DOORS], "beartype.beartype")
 
 
 def pytest_configure(config):

@@ -18,7 +18,9 @@ WIDE = np.zeros((16, 24, 3), np.uint8)
 
 @pytest.fixture(scope="module")
 def info(model):
-    return ModelInfo(model.modules(), model.scheduler, model.size, np.float32, checked_defaults(model.defaults))
+    return ModelInfo(
+        model.modules(), model.scheduler, model.size, np.float32, checked_defaults(model.defaults, model.scheduler)
+    )
 
 
 def met(info, *requests, **fields):
@@ -101,11 +103,20 @@ def test_what_is_larger_than_the_model_is_enlarged_in_its_tiles(info):
 
 
 def test_a_models_own_settings_stand_in_for_those_that_are_left_out(info):
-    own = replace(info, defaults=checked_defaults({"guidance": 3, "sampler": "euler"}))
+    own = replace(info, defaults=checked_defaults({"guidance": 3, "sampler": "euler"}, info.scheduler))
     filled = settled(Request(steps=4), own)
     assert (filled.steps, filled.guidance, filled.sampler, filled.schedule) == (4, 3, "euler", "model")
     filled = settled(Request(guidance=0.0, sampler="ddim"), own)
     assert (filled.steps, filled.guidance, filled.sampler) == (30, 0, "ddim")
+    spaced = replace(info, defaults=checked_defaults({"schedule": "karras"}, info.scheduler))
+    assert settled(Request(), spaced).schedule == "karras"
+    assert settled(Request(sampler="pndm"), spaced).schedule == "model", "which is all that pndm can use"
+
+
+@pytest.mark.parametrize("given", [{"steps": 5000}, {"sampler": "lcm", "steps": 51}, {"guidance": "high"}, {"seed": 1}])
+def test_a_model_whose_own_settings_it_cannot_be_sampled_with_is_refused(info, given):
+    with pytest.raises(ValueError, match="|".join(given)):
+        checked_defaults(given, info.scheduler)
 
 
 NOISE = np.zeros((8, 8, 4))
@@ -126,6 +137,7 @@ NOISE = np.zeros((8, 8, 4))
         ({"latents": NOISE[..., :3]}, r"latents.*\(8, 8, 3\).*\(8, 8, 4\)"),
         ({"steps": 1001}, "steps is 1001.*1000"),
         ({"tile": 6}, "tile is 6x6.*4"),
+        ({"clip_skip": 2}, "clip_skip is 2.* 2 layers.* 1"),
         ({"image": PHOTO, "invert": "ddim", "sampler": "euler"}, "invert.*ddim.*euler"),
         ({"image": PHOTO, "invert": "exact", "eta": 0.5}, "eta is 0.5"),
     ],
@@ -166,7 +178,7 @@ def test_what_no_memory_can_hold_is_refused_with_both_numbers(info):
 
 def test_an_inpainting_model_wants_a_mask():
     model = tiny.inpainting_model()
-    own = ModelInfo(model.modules(), model.scheduler, model.size, np.float32, checked_defaults({}))
+    own = ModelInfo(model.modules(), model.scheduler, model.size, np.float32, checked_defaults({}, model.scheduler))
     with pytest.raises(ValueError, match=r"inpainting.*mask"):
         met(own, prompt="a")
     assert met(own, image=PHOTO, mask=np.ones((16, 16))).start == 0

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -12,12 +13,15 @@ import tiny
 from tiny import off
 
 import jaxdiff
-from jaxdiff.generation.pipeline import Pipeline
+from jaxdiff.generation.edits import trajectory
+from jaxdiff.generation.pipeline import OF_THE_LOOP, Pipeline
 from jaxdiff.generation.programs import denoise
 from jaxdiff.generation.request import Request
 from jaxdiff.model import Network, read_model
 from jaxdiff.sampling.samplers import SAMPLERS, Sampler
 from jaxdiff.sampling.sigmas import K_DIFFUSION
+
+PHOTO = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
 
 # What an image depends on ---------------------------------------------------------------------------------------------
 
@@ -104,8 +108,16 @@ def test_looking_at_each_step_changes_no_pixel_and_the_last_guess_is_the_image(p
     assert pipe.preview(seen[5]).shape == (1, 8, 8, 3)
 
 
+def test_steps_are_counted_as_they_were_asked_for(pipe):
+    told = []
+    pipe("a dog", sampler="pndm", steps=5, on_step=lambda step, guess: told.append(step), progress=told.append)
+    assert told == sorted(told)
+    assert set(told) == {1, 2, 3, 4, 5}, "pndm takes its first step twice"
+    pipe("a dog", image=PHOTO, strength=0.0, steps=5, on_step=lambda step, guess: pytest.fail("there is no step"))
+
+
 def test_what_overflows_is_told_and_not_drawn_black(pipe):
-    with pytest.raises(ValueError, match=r"guidance 1e\+30.*float32"):
+    with pytest.raises(ValueError, match=r"float32.*guidance 1e\+30"):
         pipe("a dog", guidance=1e30, steps=3)
 
 
@@ -119,6 +131,11 @@ def test_what_overflows_is_told_and_not_drawn_black(pipe):
         ({"image": np.zeros((3, 16, 16, 3), np.uint8)}, "3 of image for 1"),
         ({"stepz": 3}, "'stepz'.*'steps'"),
         ({"wildcards": "no/such/folder"}, "no/such/folder"),
+        ({"image": 5}, "image"),
+        ({"image": [PHOTO, PHOTO[:8]]}, "2 of image for 1"),
+        ({"mask": True}, "mask"),
+        ({"prompts": 5}, "prompts is 5"),
+        ({"prompts": ["a", "b"], "n": [1, "2"]}, "n is '2'"),
     ],
 )
 def test_what_a_call_cannot_spread_over_its_images_is_named_with_both_numbers(pipe, call, words):
@@ -163,6 +180,49 @@ def test_the_denoiser_can_be_called_in_jit_and_grad(pipe):
     assert float(value) == pytest.approx(float(loss(x)), rel=1e-4)
     rise = (loss(x + 1e-2 * along) - loss(x - 1e-2 * along)) / 2e-2
     assert float((slope * along).sum()) == pytest.approx(float(rise), rel=0.02)
+
+
+def test_a_denoiser_that_is_an_argument_leaves_its_params_out_of_the_program(pipe):
+    denoise_fn, x = pipe.denoiser("a dog"), pipe.noise(0)
+
+    def twice(denoise_fn, x):
+        return denoise_fn(denoise_fn(x, 2.0), 1.0)
+
+    program = jax.jit(twice).lower(denoise_fn, x)
+    assert len(program.as_text()) < 0.5 * len(jax.jit(partial(twice, denoise_fn)).lower(x).as_text())
+    np.testing.assert_allclose(program.compile()(denoise_fn, x), twice(denoise_fn, x), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(OF_THE_LOOP))
+def test_a_denoiser_refuses_what_only_a_loop_has_a_use_for(pipe, name):
+    with pytest.raises(ValueError, match=name):
+        pipe.denoiser("a dog", **{name: 2})
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda pipe: pipe.denoiser("a dog")(np.zeros((1, 8, 8, 3)), 1.0), r"\[1, 8, 8, 3\].*\[1, 8, 8, 4\]"),
+        (lambda pipe: pipe.denoiser("a dog")(np.zeros((2, 8, 8, 4)), 1.0), r"\[2, 8, 8, 4\].*\[1, 8, 8, 4\]"),
+        (lambda pipe: pipe.denoiser("a dog")(pipe.noise(0), [1.0, 2.0]), r"sigma \[2\]"),
+        (lambda pipe: pipe.denoiser("a dog")(pipe.noise(0), 0.0), "sigma is 0"),
+        (lambda pipe: pipe.denoiser("a dog")(pipe.noise(0), np.nan), "sigma is nan"),
+        (lambda pipe: pipe.denoiser("a dog", image=PHOTO), "image.*mask"),
+        (lambda pipe: pipe.encode(np.zeros((1, 16, 16, 3))), "images is float64"),
+        (lambda pipe: pipe.encode(PHOTO), r"uint8 \[16, 16, 3\]"),
+        (lambda pipe: pipe.encode(PHOTO[None, :15]), "16x15.*2"),
+        (lambda pipe: pipe.decode(np.zeros((1, 8, 8, 3))), r"\[1, 8, 8, 3\].*4"),
+        (lambda pipe: pipe.decode(np.zeros((8, 8, 4))), r"\[8, 8, 4\].*4"),
+        (lambda pipe: pipe.noise(-1), "seed is -1"),
+        (lambda pipe: pipe.sigmas(0), "steps is 0"),
+        (lambda pipe: pipe.draw("a dog"), "requests is 'a dog'"),
+        (lambda pipe: pipe.draw([]), "requests is"),
+        (lambda pipe: trajectory(pipe, ["a", "b"], steps=1), "2 images"),
+    ],
+)
+def test_what_a_loop_of_one_s_own_cannot_give_is_named_with_its_rule(pipe, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(pipe)
 
 
 def test_encoding_and_decoding_are_the_autoencoders_at_unit_variance(pipe, model):

@@ -111,6 +111,8 @@ def test_a_mask_is_the_same_in_bits_bytes_and_numbers():
         ({"guidance": 10**400}, ("guidance is 1000",)),
         ({"guidance": 1e39}, ("guidance is 1e+39",)),
         ({"guidance": [1.0, 2.0]}, ("guidance is [1.0, 2.0]",)),
+        ({"guidance": 10**5000}, ("guidance is a number of thousands of digits",)),
+        ({"size": [[1], [1, 2]]}, ("size is [1]",)),
         ({"pag_scale": -np.inf}, ("pag_scale is -inf",)),
         ({"eta": 1.5}, ("eta is 1.5", "0 to 1")),
         ({"eta": None}, ("eta is None", "0 to 1")),
@@ -141,6 +143,10 @@ def test_a_mask_is_the_same_in_bits_bytes_and_numbers():
         ({"outpaint": (-2, 0, 0, 0)}, ("outpaint is (-2, 0, 0, 0)", "0")),
         ({"image": np.zeros((4, 4, 3))}, ("image", "uint8", "float64 [4, 4, 3]")),
         ({"image": np.zeros((4, 4), np.uint8)}, ("image", "[4, 4]")),
+        ({"image": ""}, ("image is ''", "file")),
+        ({"image": "caf\udce9.png"}, ("image is 'caf", "UTF-8")),
+        ({"image": [[1], [1, 2]]}, ("image",)),
+        ({"mask": np.eye(4, dtype=np.uint8)}, ("mask", "255")),
         ({"mask": np.full((4, 4), 2.0)}, ("mask", "0", "1")),
         ({"mask": np.full((4, 4), np.nan)}, ("mask", "0", "1")),
         ({"mask": 5}, ("mask", "0", "1")),
@@ -171,6 +177,8 @@ def test_a_field_out_of_range_or_of_another_kind_is_named_with_its_value_and_its
         ({"outpaint": (1, 0, 0, 0)}, r"outpaint is \(1, 0, 0, 0\).*image"),
         ({"invert": "ddim"}, "invert is 'ddim'.*image"),
         ({"keep_layout": 0.5}, "keep_layout.*invert"),
+        ({"mix": 0.25}, r"mix is 0\.25.*to_prompt.*to_seed"),
+        ({"image": PHOTO, "feather": 2}, "feather is 2.*mask.*outpaint"),
         ({"source_prompt": "a"}, "source_prompt.*invert"),
         ({"image": PHOTO, "invert": "ddim", "mask": np.ones((4, 6))}, "invert.*mask"),
         ({"image": PHOTO, "invert": "ddim", "latents": np.zeros((2, 3, 4))}, "invert.*latents"),
@@ -194,6 +202,12 @@ def test_fields_that_do_not_go_together_are_named(values, words):
         Request(**values).check()
 
 
+def test_a_message_stays_short_whatever_was_given():
+    with pytest.raises(ValueError, match="sampler") as refused:
+        Request(sampler="x" * 100_000)
+    assert len(str(refused.value)) < 1000
+
+
 def test_an_unknown_name_is_answered_with_the_nearest_and_no_prompt_is_told():
     for values, words in (({"prompt": "a", "stepz": 3}, "'stepz'.*'steps'"), ({"seed": 3}, "prompt")):
         with pytest.raises(ValueError, match=words):
@@ -207,7 +221,7 @@ def test_names_until_version_0_1_are_taken_with_a_warning():
     for old, value in values.items():
         new = RENAMED[old]
         needed = {"image": "a.png"} if old in ("enlarge", "keep") else {}
-        needed |= {"invert": "ddim"} if old == "keep" else {}
+        needed |= {"invert": "ddim"} if old == "keep" else {"to_seed": 1} if old == "share" else {}
         with pytest.warns(FutureWarning, match=f"{old} .*{new}"):
             request = Request.of({"prompt": "a", old: value} | needed)
         assert request == replace(Request("a", **needed), **{new: value})

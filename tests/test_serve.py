@@ -29,17 +29,17 @@ from jaxdiff.generation.request import Request
 from jaxdiff.io.images import encode_image
 from jaxdiff.tools.serve.__main__ import cli, listen
 from jaxdiff.tools.serve.app import PAGE, make_app
-from jaxdiff.tools.serve.ask import Limits
-from jaxdiff.tools.serve.studio import Studio
+from jaxdiff.tools.serve.requests import Limits
+from jaxdiff.tools.serve.worker import Worker
 
-LIMITS = Limits(body=100_000, pixels=32 * 32, pictures=8, steps=400, waiting=10, batch=4)
+LIMITS = Limits(body=100_000, pixels=32 * 32, images=8, steps=400, waiting=10, batch=4)
 
 
 class Site:
     """A server that is asked."""
 
-    def __init__(self, studio: Studio, port: int) -> None:
-        self.studio, self.port = studio, port
+    def __init__(self, worker: Worker, port: int) -> None:
+        self.worker, self.port = worker, port
 
     def ask(self, method: str, path: str, body: bytes | str | None = None, **headers: str) -> tuple[int, bytes]:
         """The answer's status and body; headers are given as `content_type="..."`."""
@@ -70,8 +70,8 @@ class Site:
         counts = np.cumsum([one.get("n", 1) for one in asks])
         for thread, wanted in zip(threads, counts, strict=True):
             thread.start()
-            until(lambda wanted=wanted: self.studio.waiting == wanted)
-        self.studio.start()
+            until(lambda wanted=wanted: self.worker.waiting == wanted)
+        self.worker.start()
         for thread in threads:
             thread.join(120)
         return answers
@@ -122,17 +122,17 @@ def file(image: np.ndarray) -> str:
 
 
 @contextlib.contextmanager
-def serving(studio: Studio, **options) -> Iterator[Site]:
-    """A server in a thread; its studio does not draw yet."""
+def serving(worker: Worker, **options) -> Iterator[Site]:
+    """A server in a thread; its worker does not draw yet."""
     with listen("127.0.0.1", 0) as listener:
-        config = uvicorn.Config(make_app(studio, **options), ws="none", lifespan="off", log_level="warning",
+        config = uvicorn.Config(make_app(worker, **options), ws="none", lifespan="off", log_level="warning",
                                 timeout_graceful_shutdown=1)  # fmt: skip
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         try:
             until(lambda: server.started)
-            yield Site(studio, listener.getsockname()[1])
+            yield Site(worker, listener.getsockname()[1])
         finally:
             server.should_exit = True
             thread.join(60)
@@ -140,16 +140,16 @@ def serving(studio: Studio, **options) -> Iterator[Site]:
 
 @pytest.fixture
 def waiting(pipe):
-    """A site whose studio draws when it is started."""
-    with serving(Studio(pipe, LIMITS)) as site:
+    """A site whose worker draws when it is started."""
+    with serving(Worker(pipe, LIMITS)) as site:
         yield site
 
 
 @pytest.fixture(scope="module")
 def site(pipe):
     """A site that draws."""
-    with serving(Studio(pipe, LIMITS), names=["friendly.lan"]) as site:
-        site.studio.start()
+    with serving(Worker(pipe, LIMITS), names=["friendly.lan"]) as site:
+        site.worker.start()
         yield site
 
 
@@ -192,7 +192,7 @@ def test_a_picture_is_the_pipelines_own_and_its_file_says_how_it_was_made(site, 
                 "schedule": "karras"}  # fmt: skip
     status, said = site.draw(prompt="a dog", **settings)
     assert status == 200
-    (event,) = said["picture"]
+    (event,) = said["image"]
     np.testing.assert_array_equal(picture(event), pipe("a dog", **settings)[0])
     inside = json.loads(Image.open(io.BytesIO(base64.b64decode(event["png"]))).info["jaxdiff"])
     assert {"prompt": "a dog", "width": 16, "height": 16, "dtype": "float32", **settings}.items() <= inside.items()
@@ -211,17 +211,17 @@ def test_a_preview_is_the_models_guess_after_each_step_and_changes_no_pixel(site
         seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
         assert seen.shape == (8, 8, 3), "a pixel for each of the latent's"
         assert np.abs(seen.astype(int) - guess).mean() < 16, "a JPEG of it"
-    np.testing.assert_array_equal(picture(said["picture"][0]), alone)
+    np.testing.assert_array_equal(picture(said["image"][0]), alone)
 
 
 def test_kept_features_draw_the_same_picture_with_a_preview(site, pipe):
     _, said = site.draw(prompt="a dog", steps=6, cache_interval=3, preview=True)
-    np.testing.assert_array_equal(picture(said["picture"][0]), pipe("a dog", steps=6, cache_interval=3)[0])
+    np.testing.assert_array_equal(picture(said["image"][0]), pipe("a dog", steps=6, cache_interval=3)[0])
 
 
 def test_images_and_masks_do_what_the_pipeline_does_with_them(site, pipe, image):
     _, said = site.draw(prompt="a dog", steps=5, image=file(image), strength=0.5)
-    np.testing.assert_array_equal(picture(said["picture"][0]), pipe("a dog", steps=5, image=image, strength=0.5)[0])
+    np.testing.assert_array_equal(picture(said["image"][0]), pipe("a dog", steps=5, image=image, strength=0.5)[0])
     mask = np.zeros((16, 16), np.uint8)
     mask[:, 8:] = 255
     _, said = site.draw(
@@ -231,11 +231,11 @@ def test_images_and_masks_do_what_the_pipeline_does_with_them(site, pipe, image)
         mask=file(np.stack([mask] * 3, -1)),
         feather=2,
     )
-    drawn = picture(said["picture"][0])
+    drawn = picture(said["image"][0])
     np.testing.assert_array_equal(drawn, pipe("a dog", steps=5, image=image, mask=mask, feather=2)[0])
     np.testing.assert_array_equal(drawn[:, :8], image[:, :8])
     assert off(drawn[:, 8:], image[:, 8:]) > 8
-    assert len(said["picture"][0]["settings"]["mask_sha256"]) == 64
+    assert len(said["image"][0]["settings"]["mask_sha256"]) == 64
 
 
 def test_requests_that_wait_are_drawn_together_and_get_the_pictures_that_they_get_alone(waiting, pipe):
@@ -246,11 +246,11 @@ def test_requests_that_wait_are_drawn_together_and_get_the_pictures_that_they_ge
         {"prompt": "blue", "seed": 9, "steps": 4, "n": 3},
     ]
     answers = waiting.draws(*asks)
-    together = [[(event["pictures"], event["together"]) for event in answer["started"]] for answer in answers]
+    together = [[(event["images"], event["together"]) for event in answer["started"]] for answer in answers]
     assert together == [[([0], 4)], [([0], 1)], [([0], 4)], [([0, 1], 4), ([2], 1)]]
     for ask, answer in zip(asks, answers, strict=True):
-        assert [event["seed"] for event in answer["picture"]] == [ask["seed"] + i for i in range(ask.get("n", 1))]
-        for event in answer["picture"]:
+        assert [event["seed"] for event in answer["image"]] == [ask["seed"] + i for i in range(ask.get("n", 1))]
+        for event in answer["image"]:
             alone = pipe(ask["prompt"], ask.get("negative_prompt"), seed=event["seed"], steps=ask["steps"])[0]
             assert off(picture(event), alone) <= 1, "batched convolutions round differently, and no more"
 
@@ -258,7 +258,7 @@ def test_requests_that_wait_are_drawn_together_and_get_the_pictures_that_they_ge
 def test_three_pictures_are_drawn_by_the_program_for_four(waiting):
     waiting.draws({"prompt": "a dog", "steps": 2, "n": 4})
     before = denoise.count
-    assert len(waiting.draw(prompt="a dog", steps=2, n=7)[1]["picture"]) == 7
+    assert len(waiting.draw(prompt="a dog", steps=2, n=7)[1]["image"]) == 7
     assert denoise.count == before
 
 
@@ -279,41 +279,41 @@ def test_one_whose_picture_overflows_does_not_spoil_those_beside_it(waiting):
     assert [answer["started"][0]["together"] for answer in answers] == [3, 3, 3]
     assert "guidance 1e+22" in answers[1]["error"][0]["error"]
     for answer in (answers[0], answers[2]):
-        assert len(answer["picture"]) == 1
+        assert len(answer["image"]) == 1
 
 
 def test_what_only_the_pipeline_can_refuse_is_told_after_the_wait(site):
-    status, said = site.draw(prompt="a dog", steps=2, tile=7)
-    assert (status, list(said)) == (200, ["queued", "started", "error"])
-    assert "tile is 7" in said["error"][0]["error"]
+    status, said = site.draw(prompt="a dog", steps=2, guidance=1e30)
+    assert (status, [name for name in said if name != "progress"]) == (200, ["queued", "started", "error"])
+    assert "guidance 1e+30" in said["error"][0]["error"]
 
 
 def test_a_full_queue_refuses_and_says_so(waiting):
     first = threading.Thread(target=lambda: waiting.draw(prompt="a dog", steps=2, n=8))
     first.start()
-    until(lambda: waiting.studio.waiting == 8)
+    until(lambda: waiting.worker.waiting == 8)
     status, said = waiting.draw(prompt="a dog", steps=2, n=3)
     assert status == 503
     assert re.search(r"\b8\b.*\b10\b", said["error"][0]["error"])
-    waiting.studio.start()
+    waiting.worker.start()
     first.join(60)
     assert waiting.draw(prompt="a dog", steps=2, n=3)[0] == 200
 
 
 def test_what_nobody_waits_for_is_not_drawn(waiting):
     with asking(waiting.port, prompt="a dog", steps=2, n=8):
-        until(lambda: waiting.studio.waiting == 8)
-    until(lambda: waiting.studio.waiting == 0)
+        until(lambda: waiting.worker.waiting == 8)
+    until(lambda: waiting.worker.waiting == 0)
     (answer,) = waiting.draws({"prompt": "blue", "steps": 3})
-    assert len(answer["picture"]) == 1
+    assert len(answer["image"]) == 1
 
 
 def test_a_drawing_ends_when_the_client_goes(waiting):
     with asking(waiting.port, prompt="a dog", steps=400, preview=True) as client:
-        waiting.studio.start()
+        waiting.worker.start()
         seen = heard(client, b"event: progress")
     _, said = waiting.draw(prompt="a dog", steps=2)
-    assert len(said["picture"]) == 1
+    assert len(said["image"]) == 1
     last = [json.loads(data) for data in re.findall(rb"event: progress\ndata: (.*)\n", seen)]
     assert all(event["done"] < 400 for event in last)
 
@@ -336,6 +336,8 @@ def test_doubtful_prompts_are_drawn_with_a_warning_for_those_who_wrote_them(wait
     ({"image": 3}, 400, "image .*base64"),
     ({"image": "aGVsbG8="}, 400, "read"),
     ({"mask": "aGVsbG8="}, 400, "mask .*image"),
+    ({"tile": 5}, 400, "tile is 5x5"),
+    ({"clip_skip": 2}, 400, "clip_skip is 2"),
     # What a `Request` refuses, and what does not fit the model, for which there are more cases elsewhere:
     ({"step": 3}, 400, "'step'.*'steps'"),
     ({"seed": 2**32 - 1, "n": 2}, 400, "seed is 4294967295"),
@@ -414,7 +416,7 @@ def test_only_its_own_page_may_use_it(site, headers, status):
 
 
 def test_an_open_server_is_known_by_its_addresses_and_not_by_names(pipe):
-    with serving(Studio(pipe, LIMITS), is_open=True) as site:
+    with serving(Worker(pipe, LIMITS), is_open=True) as site:
         assert site.ask("GET", "/", host="192.168.0.7:7860")[0] == 200
         assert site.ask("GET", "/", host="[fe80::1]")[0] == 200
         status, said = site.ask("GET", "/", host="evil.example")
@@ -423,7 +425,7 @@ def test_an_open_server_is_known_by_its_addresses_and_not_by_names(pipe):
 
 
 def test_pictures_are_written_where_a_folder_is_given(pipe, tmp_path):
-    with serving(Studio(pipe, LIMITS, tmp_path)) as site:
+    with serving(Worker(pipe, LIMITS, tmp_path)) as site:
         site.draws({"prompt": "A red apple!", "seed": 3, "steps": 2, "n": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-red-apple-3.png", "a-red-apple-4.png"]
 

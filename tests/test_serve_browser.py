@@ -17,8 +17,8 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 from test_serve import serving  # noqa: E402
 
-from jaxdiff.tools.serve.ask import Limits  # noqa: E402
-from jaxdiff.tools.serve.studio import Studio  # noqa: E402
+from jaxdiff.tools.serve.requests import Limits  # noqa: E402
+from jaxdiff.tools.serve.worker import Worker  # noqa: E402
 
 CHROMIUM, DRIVER = (shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver"))
 pytestmark = [
@@ -32,8 +32,8 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 
 @pytest.fixture(scope="module")
 def address(pipe):
-    with serving(Studio(pipe, Limits())) as site:
-        site.studio.start()
+    with serving(Worker(pipe, Limits())) as site:
+        site.worker.start()
         yield f"http://127.0.0.1:{site.port}/"
 
 

@@ -196,9 +196,9 @@ def test_a_fingerprint_changes_with_any_argument_and_the_images_contents(tmp_pat
                {"cache_interval": 2}, {"size": (2, 4)}, {"strength": 0.5}, {"mask": str(image)}, {"image": None},
                {"invert": "ddim"}, {"invert": "exact", "source_prompt": "b"}, {"invert": "exact", "keep_layout": 0.5},
                {"regions": box}, {"outpaint": (0, 2, 0, 0)}, {"upscale": 2}, {"to_prompt": "b"}, {"to_seed": 1},
-               {"mix": 0.25}, {"feather": 1}, {"tile": 8}, {"rng": "torch"}, {"guidance_rescale": 0.5}, {"apg_eta": 0},
-               {"apg_norm_threshold": 1}, {"latent_upscale": 2}, {"pag_scale": 3}, {"literal": True},
-               {"apg_momentum": -0.5}, {"clip_skip": 1}]  # fmt: skip
+               {"to_seed": 1, "mix": 0.25}, {"outpaint": (0, 2, 0, 0), "feather": 1}, {"tile": 8}, {"rng": "torch"},
+               {"guidance_rescale": 0.5}, {"apg_eta": 0}, {"apg_norm_threshold": 1}, {"latent_upscale": 2},
+               {"pag_scale": 3}, {"literal": True}, {"apg_momentum": -0.5}, {"clip_skip": 1}]  # fmt: skip
     assert {one.name for one in fields(Request)} - {"latents"} == {name for change in changed for name in change}
     assert len({base, *(of(**change) for change in changed)}) == 1 + len(changed)
     Image.new("RGB", (2, 2), "red").save(image)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 
 from jaxdiff.families import StableDiffusion
@@ -18,8 +17,3 @@ def test_to_skip_layers_is_to_have_a_text_encoder_without_them(model):
     skipped = networks.encode_prompts(*arguments, clip_skip=1).context
     np.testing.assert_array_equal(skipped, shorter.encode_prompts(*arguments).context)
     assert np.abs(skipped - networks.encode_prompts(*arguments).context).max() > 0.01
-
-
-def test_no_more_layers_are_skipped_than_there_are(pipe):
-    with pytest.raises(ValueError, match=r"clip_skip is 2.* 2 layers.*1"):
-        pipe("a dog", clip_skip=2, steps=1)

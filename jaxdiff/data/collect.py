@@ -1,6 +1,6 @@
 """A collection to shards that training reads: read, filtered, without duplicates, as two Apache Beam pipelines.
 
-The first reads each unit of the collection (see `readers`), checks every picture, and writes what passes as a part. The
+The first reads each unit of the collection (see `readers`), checks every image, and writes what passes as a part. The
 second finds duplicates over all parts, and writes each part without them as a shard. Parts and shards are whole files
 that depend on the collection and the settings alone, and one that is there is not made again: however often a run is
 killed, the next one goes on, and the end is the same. All workers must see the same file system.
@@ -103,7 +103,7 @@ class Plan:
     folder: str
 
     def part(self, unit: int) -> Path:
-        """The pictures of a unit that pass the filters."""
+        """The images of a unit that pass the filters."""
         return Path(self.folder) / WORK / f"part-{unit:05}.array_record"
 
     def shard(self, unit: int) -> Path:
@@ -115,11 +115,11 @@ class Plan:
         return Path(self.folder) / WORK / f"{stage}-{unit:05}.json"
 
     def rows(self, unit: int) -> Path:
-        """What is known of each picture in a part: name, width, height, digest, look."""
+        """What is known of each image in a part: name, width, height, digest, look."""
         return Path(self.folder) / WORK / f"rows-{unit:05}.json"
 
     def sizes(self, unit: int) -> Path:
-        """Width and height of each picture in a shard."""
+        """Width and height of each image in a shard."""
         return Path(self.folder) / WORK / f"sizes-{unit:05}.npy"
 
 
@@ -314,7 +314,7 @@ def _write_part(unit: int, plan: Plan) -> None:
 
 
 def check(picture: Picture | Bad, filters: Filters) -> tuple[Picture, Image.Image] | Bad:
-    """The picture as it will be kept, and its pixels; or why it is left out."""
+    """The image as it will be kept, and its pixels; or why it is left out."""
     if isinstance(picture, Bad):
         return replace(picture, reason=f"bad: {picture.reason}")
     picture = replace(picture, name=_printable(picture.name))
@@ -325,7 +325,7 @@ def check(picture: Picture | Bad, filters: Filters) -> tuple[Picture, Image.Imag
     try:
         image = decode(picture.data)
     except BadRecord as error:
-        return Bad(picture.name, "bad: its picture is broken, or too large", str(error))
+        return Bad(picture.name, "bad: its image is broken, or too large", str(error))
     width, height = image.size
     words = picture.caption.label
     for wrong, reason, detail in (
@@ -346,7 +346,7 @@ def check(picture: Picture | Bad, filters: Filters) -> tuple[Picture, Image.Imag
 
 
 def _encoded(image: Image.Image, kind: str, quality: int) -> bytes:
-    """The picture's new file; a transparent one is never a JPEG, which knows no transparency."""
+    """The image's new file; a transparent one is never a JPEG, which knows no transparency."""
     out = io.BytesIO()
     if kind == "png" or (kind == "jpeg" and image.mode == "RGBA"):
         image.save(out, "PNG")
@@ -364,7 +364,7 @@ def _printable(text: str) -> str:
 
 @dataclass(frozen=True, order=True)
 class Look:
-    """A kept picture's place in the collection, its name, and what it is compared by."""
+    """A kept image's place in the collection, its name, and what it is compared by."""
 
     unit: int
     place: int
@@ -382,14 +382,14 @@ def _looks(unit: int, plan: Plan) -> Iterator[Look]:
 
 
 def _copies(group: Iterable[Look]) -> Iterator[Mark]:
-    """All but the first of pictures of the same pixels."""
+    """All but the first of images of the same pixels."""
     first, *others = sorted(group)
     for other in others:
         yield other.unit, (other.place, "duplicate: equal pixels", first.name)
 
 
 def _alike(group: Iterable[Look], distance: int) -> Iterator[Mark]:
-    """Each picture that looks like an earlier one, be that kept or not."""
+    """Each image that looks like an earlier one, be that kept or not."""
     looks = sorted(group)
     for i, first in enumerate(first_alike([one.hash for one in looks], distance)):
         if first != i and looks[first].digest != looks[i].digest:

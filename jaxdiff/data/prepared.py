@@ -1,8 +1,8 @@
 """Collections that were prepared (`python -m jaxdiff.tools.prepare collect`): shards of records, and one index.
 
 A folder holds `index.json` (what there is, written last), `sizes.npy` (int32 [n, 2], width and height of every
-picture) and the shards. A record is a line of JSON (the caption's parts, the sizes, the name in its collection), and
-the bytes of the picture's file.
+image) and the shards. A record is a line of JSON (the caption's parts, the sizes, the name in its collection), and
+the bytes of the image's file.
 """
 
 import json
@@ -23,7 +23,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a collection: its file's bytes, what is said of it, and what it is called there."""
+    """An image of a collection: its file's bytes, what is said of it, and what it is called there."""
 
     name: str
     caption: Caption
@@ -91,5 +91,5 @@ class PreparedSource:
         return f"{self._shards[shard]} record {index - (int(self._ends[shard - 1]) if shard else 0)}"
 
     def sizes(self) -> Int[np.ndarray, "n 2"]:
-        """(width, height) of every picture."""
+        """(width, height) of every image."""
         return np.asarray(self._sizes, np.int64)

@@ -1,4 +1,4 @@
-"""Collections of captioned pictures as others publish them: folders, WebDataset tars, parquet files, TFDS sets.
+"""Collections of captioned images as others publish them: folders, WebDataset tars, parquet files, TFDS sets.
 
 A collection is read in units, each by one worker from its beginning to its end. What a unit holds depends on the
 collection alone. Nothing in a collection is trusted: a record that is broken, or made to do harm, is told with its
@@ -26,7 +26,7 @@ from jaxdiff.data.record import BadRecord
 from jaxdiff.data.sources import PICTURES, TFDSSource
 
 MAX_BYTES = 64 * 2**20
-"""Larger files in a collection are no pictures or captions to train on."""
+"""Larger files in a collection are no images or captions to train on."""
 MAX_RATIO = 100
 """A compressed archive that unpacks to more than so many times its size, and to `MAX_BYTES`, is a trap."""
 TARS, PARQUETS = (".tar", ".tar.gz", ".tgz"), (".parquet",)
@@ -57,7 +57,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Collection:
-    """Where a collection is, and where in its records the pictures and captions are; see `jaxdiff.tools.prepare`."""
+    """Where a collection is, and where in its records the images and captions are; see `jaxdiff.tools.prepare`."""
 
     source: str
     split: str = "train"
@@ -85,7 +85,7 @@ class Collection:
         if (path / "metadata.jsonl").is_file() or (path.is_dir() and not tars and not parquets):
             rows = _folder(path, self.text_field)
             if not rows:
-                raise ValueError(f"{path} holds no pictures ({', '.join(sorted(PICTURES))}), tars or parquet files.")
+                raise ValueError(f"{path} holds no images ({', '.join(sorted(PICTURES))}), tars or parquet files.")
             check = hashlib.sha256(repr(rows).encode("utf-8", "backslashreplace")).hexdigest()[:16]
             return self._ranges("folder", str(path), len(rows), check)
         if bool(tars) == bool(parquets):
@@ -205,9 +205,9 @@ def _field(wanted: str, names: list[str], usual: tuple[str, ...], option: str) -
 
 
 def _picture(name: str, data: Any, text: bytes, style: str = "", keywords: tuple[str, ...] = ()) -> Picture | Bad:
-    """A picture, if its parts are what they should be."""
+    """An image, if its parts are what they should be."""
     if not isinstance(data, bytes):
-        return Bad(name, "it has no picture")
+        return Bad(name, "it has no image")
     if max(len(data), len(text)) > MAX_BYTES:
         return Bad(name, "its file is too large", f"{max(len(data), len(text))} bytes")
     try:
@@ -229,7 +229,7 @@ def _read_file(path: Path) -> bytes:
 
 @cache  # a worker reads several units of a folder
 def _folder(root: Path, text_field: str) -> list[tuple[str, Caption | Bad | None]]:
-    """The names of a folder's pictures with their captions; None where a .txt beside the picture may hold it."""
+    """The names of a folder's images with their captions; None where a .txt beside the image may hold it."""
     metadata = root / "metadata.jsonl"
     if not metadata.is_file():
         files = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURES)
@@ -300,7 +300,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _read_tar(path: Path, text_field: str) -> Iterator[Picture | Bad]:
-    """Members that share their name up to its first dot are one record: a picture, and .txt, .caption or .json."""
+    """Members that share their name up to its first dot are one record: an image, and .txt, .caption or .json."""
     key, files, n, broken = "", {}, 0, None
     try:
         with path.open("rb") as file:

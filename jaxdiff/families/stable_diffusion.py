@@ -97,6 +97,11 @@ class StableDiffusion:
         return sum(self.vae.channels[:2])
 
     @property
+    def text_layers(self) -> int:
+        """Layers of the text encoder, of which clip_skip leaves out some."""
+        return self.text_encoder.layers
+
+    @property
     def inpaints(self) -> bool:
         """Whether the denoiser takes a mask and the masked image's latent beside the noisy latent."""
         return self.in_channels > self.latent_channels
@@ -120,16 +125,9 @@ class StableDiffusion:
             ids: tokens.
             weights: each token's weight.
             empty: the empty prompt's tokens.
-            clip_skip: layers that are left out, from the last; the final norm follows the last that is left.
-
-        Raises:
-            ValueError: where the text encoder has no more layers than are left out.
+            clip_skip: layers that are left out, from the last, below `text_layers`; the final norm follows the last
+                that is left.
         """
-        if clip_skip >= self.text_encoder.layers:
-            raise ValueError(
-                f"clip_skip is {clip_skip}; this model's text encoder has {self.text_encoder.layers} layers, so it "
-                f"must be from 0 to {self.text_encoder.layers - 1}."
-            )
         encoder = self.text_encoder.clone(skip_layers=clip_skip) if clip_skip else self.text_encoder
         rows = jnp.concatenate([empty[None], ids.reshape(-1, ids.shape[-1])])
         nothing, features = jnp.split(encoder.apply({"params": params}, rows), [1])  # pyright: ignore

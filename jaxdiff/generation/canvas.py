@@ -25,23 +25,23 @@ class Canvas(NamedTuple):
     """1 is drawn anew, 0 is kept."""
 
 
-def image_size(request: Request, networks: Family, own: Size | None) -> Size:
+def image_size(request: Request, family: Family, own: Size | None) -> Size:
     """Width and height of the request's result.
 
     Args:
         request: what is wanted.
-        networks: the model's.
+        family: the model's family.
         own: the size that the model was trained at, if it says.
 
     Raises:
         ValueError: where nothing gives a size, or its sides do not fit the model.
     """
     if request.image is None:
-        size = request.size or _of_latents(request, networks) or own
+        size = request.size or _of_latents(request, family) or own
         if size is None:
             raise ValueError("The model does not say at which size it was trained; give a size.")
     else:
-        width, height = _canvas_size(request, networks, own)
+        width, height = _canvas_size(request, family, own)
         left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
         times = request.latent_upscale
         size = left + width * times + right, top + height * times + bottom
@@ -49,16 +49,21 @@ def image_size(request: Request, networks: Family, own: Size | None) -> Size:
             raise ValueError(f"size is {request.size}, and the image is {size[0]}x{size[1]}; leave size out, or resize "
                              "the image.")  # fmt: skip
     assert not isinstance(size, str)
-    check_size("The image" if request.image is not None else "size", size, networks.factor)
+    check_size("The image" if request.image is not None else "size", size, family.factor)
     return size
 
 
-def canvas_of(request: Request, networks: Family, own: Size | None) -> Canvas | None:
+def latent_shape(size: Size, family: Family) -> tuple[int, int, int]:
+    """Height, width and channels of the latent of an image of this size."""
+    return size[1] // family.factor, size[0] // family.factor, family.latent_channels
+
+
+def canvas_of(request: Request, family: Family, own: Size | None) -> Canvas | None:
     """The request's image and mask at the size that is drawn, before `latent_upscale`; None without an image.
 
     Args:
         request: what is wanted.
-        networks: the model's.
+        family: the model's family.
         own: the size that the model was trained at, if it says.
 
     Raises:
@@ -66,7 +71,7 @@ def canvas_of(request: Request, networks: Family, own: Size | None) -> Canvas | 
     """
     if request.image is None:
         return None
-    size = _canvas_size(request, networks, own)
+    size = _canvas_size(request, family, own)
     image, mask = _read(request.image), None
     height, width = image.shape[:2]
     if request.mask is not None:
@@ -112,15 +117,15 @@ def fitted(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, box=box))
 
 
-def fitted_size(size: Size, networks: Family, own: Size | None) -> Size:
+def fitted_size(size: Size, family: Family, own: Size | None) -> Size:
     """The size at which a model draws from an image of this size: the shorter side is the model's own, if it says, and
     both are multiples of what the denoiser halves to whole numbers."""
     scale = min(own or size) / min(size)
-    width, height = (max(1, round(side * scale / networks.grain)) * networks.grain for side in size)
+    width, height = (max(1, round(side * scale / family.grain)) * family.grain for side in size)
     return width, height
 
 
-def _canvas_size(request: Request, networks: Family, own: Size | None) -> Size:
+def _canvas_size(request: Request, family: Family, own: Size | None) -> Size:
     """The size at which the image is taken: an array's own; a file's is made to fit."""
     assert request.image is not None
     if isinstance(request.image, np.ndarray):
@@ -134,15 +139,15 @@ def _canvas_size(request: Request, networks: Family, own: Size | None) -> Size:
         return size[0] * times, size[1] * times
     if isinstance(request.image, np.ndarray):
         return size
-    chosen = request.size or fitted_size(size, networks, own)
+    chosen = request.size or fitted_size(size, family, own)
     assert not isinstance(chosen, str)
     return chosen
 
 
-def _of_latents(request: Request, networks: Family) -> Size | None:
+def _of_latents(request: Request, family: Family) -> Size | None:
     if request.latents is None:
         return None
-    return request.latents.shape[1] * networks.factor, request.latents.shape[0] * networks.factor
+    return request.latents.shape[1] * family.factor, request.latents.shape[0] * family.factor
 
 
 def _read(image: Pixels) -> UInt8[np.ndarray, "h w 3"]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8, UInt32
+from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.generation.drawing import Drawing
@@ -37,12 +37,12 @@ def make_inputs(
     Raises:
         ValueError: where prompts do not go together.
     """
-    wish, b = drawing.settings, len(drawing.requests)
+    settings, b = drawing.settings, len(drawing.requests)
     inputs, source = prompt_inputs(drawing, tokenizer, params["text_encoder"], program)
     keys, noise, step_noise = starting_noise(drawing)
     inputs = inputs._replace(step_noise=step_noise)
     known = None if drawing.image is None else encode_latents(drawing.image, params["vae"], program)
-    if known is not None and wish.latent_upscale > 1:
+    if known is not None and settings.latent_upscale > 1:
         known = _stretch(known, (b, *drawing.shape))
 
     if drawing.mask is not None and known is not None and drawing.image is not None:
@@ -53,14 +53,14 @@ def make_inputs(
             inputs = inputs._replace(extra=extra)
         else:
             inputs = inputs._replace(known=known, mask=free, noise=noise)
-    if wish.invert is None:
+    if settings.invert is None:
         return inputs, _at_level(drawing, noise, known), keys
 
     assert known is not None, "what is inverted is an image"
     found = _inverted(drawing, source, known, keys, params["denoiser"], program)
     state = found
-    if wish.to_seed is not None:
-        mixed = on_sphere(found.x, _drawn(_other_seeds(drawing), drawing)[1], _mix(drawing))
+    if settings.to_seed is not None:
+        mixed = on_sphere(found.x, _other_noise(drawing), _mix(drawing))
         state = begin_all(mixed)  # EDICT's second latent is the first again
     if drawing.layout_steps > drawing.start:
         # The source prompt is one more prompt, and the source one more latent.
@@ -120,12 +120,12 @@ def encoded(requests: Sequence[Request], tokenizer: Tokenizer, steps: int) -> tu
 
 def prompt_inputs(drawing: Drawing, tokenizer: Tokenizer, params: Params, program: Program) -> tuple[Inputs, Inputs]:
     """The inputs as far as prompts give them; and those of the source prompts, where there are any."""
-    b, steps, wish = len(drawing.requests), drawing.steps, drawing.settings
+    b, steps, settings = len(drawing.requests), drawing.steps, drawing.settings
     prompts, warnings_ = encoded(drawing.requests, tokenizer, steps)
     warn(warnings_)
     empty = jnp.asarray(tokenizer([""])[0])
     arguments = params, jnp.asarray(prompts.ids), jnp.asarray(prompts.token_weights), empty
-    static = {"program": program, "clip_skip": wish.clip_skip}
+    static = {"program": program, "clip_skip": settings.clip_skip}
     conditioning: Conditioning = kept(encode_prompts, *arguments, **static)(*arguments)
     levels = np.append(np.asarray(drawing.sigmas.sigmas)[:steps], 0).astype(np.float32)
 
@@ -133,7 +133,7 @@ def prompt_inputs(drawing: Drawing, tokenizer: Tokenizer, params: Params, progra
         return jax.tree.map(lambda leaf: leaf[first : first + b], conditioning)
 
     inputs = Inputs(rows(0), _part_weights(prompts, drawing), levels[prompts.starts[:b]])
-    if wish.to_prompt is not None:
+    if settings.to_prompt is not None:
         if max(prompts.part_weights.shape[1:]) > 1:
             raise ValueError("to_prompt is for prompts without AND, prompt editing and regions; leave these out.")
         mix = jnp.asarray(_mix(drawing))
@@ -142,7 +142,7 @@ def prompt_inputs(drawing: Drawing, tokenizer: Tokenizer, params: Params, progra
             return a + mix.reshape(-1, *[1] * (a.ndim - 1)) * (b - a)
 
         inputs = inputs._replace(conditioning=jax.tree.map(mixed, rows(0), rows(b)))
-    if wish.invert is None:
+    if settings.invert is None:
         return inputs, inputs
     first = len(prompts.ids) - b
     if (prompts.starts[first:, 1:] < steps).any():
@@ -202,34 +202,39 @@ def starting_noise(
     drawing: Drawing,
 ) -> tuple[Array, Float32[np.ndarray, "b h w c"], Float32[np.ndarray, "b n h w c"] | None]:
     """Keys, starting noise, and the steps' noise where it is not the keys'."""
-    keys, noise, step_noise = _drawn(drawing.seeds, drawing)
-    if drawing.settings.latents is not None:
+    settings, seeds = drawing.settings, [request.seed for request in drawing.requests]
+    keys, noise = seeded(seeds, drawing.shape, settings.rng)
+    if settings.latents is not None:
         noise = np.stack([request.latents for request in drawing.requests])  # pyright: ignore
-    if drawing.settings.to_seed is not None and drawing.settings.invert is None:
-        noise = on_sphere(noise, _drawn(_other_seeds(drawing), drawing)[1], _mix(drawing))
+    if settings.to_seed is not None and settings.invert is None:
+        noise = on_sphere(noise, _other_noise(drawing), _mix(drawing))
+    if settings.rng == "jax":
+        return keys, noise, None
+    # The first step takes the second draw, whichever number it has; the rest makes the length a power of two.
+    steps, start = drawing.steps, drawing.start
+    step_noise = np.zeros((len(seeds), 1 << (steps - 1).bit_length(), *drawing.shape), np.float32)
+    for i, seed in enumerate(seeds):
+        step_noise[i, start:steps] = torch_latents(int(seed or 0), drawing.shape, 1 + steps - start)[1:]
     return keys, noise, step_noise
+
+
+def seeded(
+    seeds: Sequence[int | None], shape: tuple[int, int, int], rng: str
+) -> tuple[Array, Float32[np.ndarray, "b h w c"]]:
+    """Keys for the steps' noise, and the unit normal noise that sampling starts from, each of its seed alone."""
+    keys, noise = _keys_and_noise(np.array(seeds, np.uint32), shape)
+    if rng == "torch":
+        noise = [torch_latents(int(seed or 0), shape, 1)[0] for seed in seeds]
+    return keys, np.asarray(noise)
+
+
+def _other_noise(drawing: Drawing) -> Float32[np.ndarray, "b h w c"]:
+    """The noise of the second seeds."""
+    return seeded([request.to_seed for request in drawing.requests], drawing.shape, drawing.settings.rng)[1]
 
 
 def _mix(drawing: Drawing) -> Float32[np.ndarray, " b"]:
     return np.array([request.mix for request in drawing.requests], np.float32)
-
-
-def _other_seeds(drawing: Drawing) -> UInt32[np.ndarray, " b"]:
-    return np.array([request.to_seed for request in drawing.requests], np.uint32)
-
-
-def _drawn(
-    seeds: UInt32[np.ndarray, " b"], drawing: Drawing
-) -> tuple[Array, Float32[np.ndarray, "b h w c"], Float32[np.ndarray, "b n h w c"] | None]:
-    keys, noise = _keys_and_noise(seeds, drawing.shape)
-    if drawing.settings.rng == "jax":
-        return keys, np.asarray(noise), None
-    # The first step takes the second draw, whichever number it has; the rest makes the length a power of two.
-    steps, start = drawing.steps, drawing.start
-    draws = np.stack([torch_latents(int(seed), drawing.shape, 1 + steps - start) for seed in seeds])
-    step_noise = np.zeros((len(seeds), 1 << (steps - 1).bit_length(), *drawing.shape), np.float32)
-    step_noise[:, start:steps] = draws[:, 1:]
-    return keys, draws[:, 0], step_noise
 
 
 def on_sphere(

@@ -8,17 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float32, UInt8, UInt32
+from jaxtyping import Float32, UInt8
 
 from jaxdiff.config import SchedulerConfig, nearest
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.families import Family
-from jaxdiff.generation.canvas import Size, canvas_of, check_size, image_size
+from jaxdiff.generation.canvas import Size, canvas_of, check_size, image_size, latent_shape
 from jaxdiff.generation.programs import INVERSIONS
 from jaxdiff.generation.request import DEFAULTS, PER_IMAGE, Request
 from jaxdiff.model import memory_bytes
-from jaxdiff.sampling.samplers import check_sampler, count_steps, make_sigmas
+from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
 from jaxdiff.sampling.sigmas import Sigmas
 
 UPSCALE_STRENGTH = 0.35
@@ -58,11 +58,6 @@ class Drawing:
         return self.requests[0]
 
     @property
-    def seeds(self) -> UInt32[np.ndarray, " b"]:
-        """Each image's seed."""
-        return np.array([request.seed for request in self.requests], np.uint32)
-
-    @property
     def start(self) -> int:
         """The first step: an image stands for the result of those before."""
         strength = self.settings.strength
@@ -76,18 +71,19 @@ class Drawing:
     @property
     def guidance(self) -> Guidance:
         """Its numbers, as the programs take them; those that are None keep the program smaller."""
-        wish = self.settings
-        low, high = wish.guidance_interval or (None, None)
-        numbers = {"scale": wish.guidance, "rescale": wish.guidance_rescale, "low": low, "high": high}
-        numbers |= {name: getattr(wish, name) for name in Guidance._fields if name not in numbers}
+        settings = self.settings
+        low, high = settings.guidance_interval or (None, None)
+        numbers = {"scale": settings.guidance, "rescale": settings.guidance_rescale, "low": low, "high": high}
+        numbers |= {name: getattr(settings, name) for name in Guidance._fields if name not in numbers}
         return Guidance(**{name: np.float32(value) for name, value in numbers.items() if value is not None})
 
 
-def checked_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+def checked_defaults(given: Mapping[str, Any], scheduler: SchedulerConfig) -> dict[str, Any]:
     """A model's own settings over `DEFAULTS`.
 
     Raises:
-        ValueError: for a setting that a request cannot leave to its model, or a value that is out of range.
+        ValueError: for a setting that a request cannot leave to its model, or a value that is out of range or does not
+            go with the model's noise schedule.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"A model's defaults are {given!r}; they must be settings by name.")
@@ -96,7 +92,8 @@ def checked_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"A model's defaults have {name!r} = {value!r}{nearest(name, list(DEFAULTS))}")
     request = Request(**given)
     own = DEFAULTS | {name: getattr(request, name) for name in given}
-    check_sampler(own["sampler"], own["schedule"])
+    if given:
+        make_sigmas(own["sampler"], own["schedule"], scheduler, make_schedule(scheduler), own["steps"])
     return own
 
 
@@ -105,6 +102,9 @@ def settled(request: Request, model: ModelInfo) -> Request:
     filled = {name: value for name, value in model.defaults.items() if getattr(request, name) is None}
     if request.invert is not None:
         filled["sampler"] = _drawn_back_by(request)
+    sampler = filled.get("sampler", request.sampler)
+    if "schedule" in filled and filled["schedule"] not in SAMPLERS[sampler].schedules:
+        filled["schedule"] = DEFAULTS["schedule"]  # the model's own is not for a sampler that the request names
     if request.image is not None and request.strength is None:
         whole = request.mask is not None or request.outpaint is not None or request.invert is not None
         filled["strength"] = UPSCALE_STRENGTH if request.enlarges else 1.0 if whole else 0.8
@@ -121,25 +121,27 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
     Raises:
         ValueError: in one sentence, where requests do not fit the model or each other.
     """
+    requests = [settled(request, model) for request in requests]
     for request in requests:
         request.check()
-    requests = [settled(request, model) for request in requests]
-    wish, family = requests[0], model.family
+    common, family = requests[0], model.family
     for name in ("image", "mask", "latents", "to_prompt", "to_seed"):
         if len({getattr(one, name) is None for one in requests}) > 1:
             raise ValueError(f"{name} is given for some of the requests; give it for all that are drawn together.")
-    for name in vars(wish):
-        if name not in PER_IMAGE and not all(_same(getattr(wish, name), getattr(one, name)) for one in requests):
+    for name in vars(common):
+        if name not in PER_IMAGE and not all(_same(getattr(common, name), getattr(one, name)) for one in requests):
             raise ValueError(f"{name} differs between requests that are drawn together; draw them one after another.")
-    check_sampler(wish.sampler, wish.schedule, wish.eta, wish.cache_interval)
-    if wish.rng == "torch" and wish.sampler == "dpmpp_sde":
-        raise ValueError("rng 'torch' is not for dpmpp_sde, whose noise PyTorch draws by another rule.")
-    if wish.tile is not None:
-        check_size("tile", (wish.tile, wish.tile), family.grain, "what the denoiser halves to whole numbers")
-    if family.inpaints and wish.mask is None and wish.outpaint is None:
+    if common.tile is not None:
+        check_size("tile", (common.tile, common.tile), family.grain, "what the denoiser halves to whole numbers")
+    if common.clip_skip >= family.text_layers:
+        raise ValueError(
+            f"clip_skip is {common.clip_skip}; this model's text encoder has {family.text_layers} layers, so it must "
+            f"be from 0 to {family.text_layers - 1}."
+        )
+    if family.inpaints and common.mask is None and common.outpaint is None:
         raise ValueError("This model is for inpainting; give an image and a mask.")
 
-    width, height = size = image_size(wish, family, model.size)
+    size = image_size(common, family, model.size)
     canvases = [canvas_of(one, family, model.size) for one in requests]
     images = [canvas.image for canvas in canvases if canvas is not None]
     masks = [canvas.mask for canvas in canvases if canvas is not None and canvas.mask is not None]
@@ -147,7 +149,7 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         if image.shape != images[0].shape:
             shape = image_size(one, family, model.size)
             raise ValueError(f"Images that are drawn together must have one size; they have {size} and {shape}.")
-    shape = height // family.factor, width // family.factor, family.latent_channels
+    shape = latent_shape(size, family)
     for one in requests:
         if one.latents is not None and one.latents.shape != shape:
             raise ValueError(
@@ -155,9 +157,8 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
             )
     _check_memory(family, len(requests), size, model.dtype)
     schedule = make_schedule(model.scheduler)
-    chosen: tuple[Any, Any, Any] = wish.sampler, wish.schedule, wish.steps
-    sampler, name, steps = chosen
-    sigmas = make_sigmas(sampler, name, model.scheduler, schedule, steps, wish.eta)
+    settings: Any = common  # they are filled in
+    sigmas = make_sigmas(settings.sampler, settings.schedule, model.scheduler, schedule, settings.steps, common.eta)
     return Drawing(
         requests=requests,
         shape=shape,

@@ -56,8 +56,10 @@ def trajectory(pipe: Pipeline, prompt: str, **fields: Any) -> Frames:
     """The model's guess of the image after each step; the last is the image.
 
     Raises:
-        ValueError: as `Pipeline.__call__`.
+        ValueError: as `Pipeline.__call__`, and for more than one image.
     """
-    frames = []
-    image = pipe(prompt, on_step=lambda step, guess: frames.append(pipe.decode(guess)[0]), **fields)
-    return np.stack([*frames[:-1], image[0]])
+    frames: list[UInt8[np.ndarray, "h w 3"]] = []
+    images = pipe(prompt, on_step=lambda step, guess: frames.append(pipe.decode(guess)[0]), **fields)
+    if len(images) > 1:
+        raise ValueError(f"There are {len(images)} images; give one prompt, and leave out n.")
+    return np.stack([*frames[:-1], images[0]])

@@ -2,33 +2,35 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
+from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs, starting_noise
-from jaxdiff.generation.drawing import Drawing, ModelInfo, checked_defaults, make_drawing
+from jaxdiff.generation.canvas import check_size, image_size, latent_shape
+from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs, seeded
+from jaxdiff.generation.drawing import Drawing, ModelInfo, checked_defaults, make_drawing, settled
 from jaxdiff.generation.network import Inputs
 from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_prompts
-from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, seed_number
+from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, seed_number, shown
 from jaxdiff.io.images import feathered
 from jaxdiff.model import Adapter, Model, cast, check_dtype, merge_adapters, place_params, prepare_kernels, read_model
 from jaxdiff.prompts.wildcards import Wildcards
-from jaxdiff.runtime.mesh import batch_sharding, make_mesh
+from jaxdiff.runtime.mesh import make_mesh, on, spread
 from jaxdiff.runtime.programs import enable_compilation_cache, kept
 from jaxdiff.sampling.loop import State
 from jaxdiff.sampling.samplers import BUILT_IN, SAMPLERS, count_steps, make_sigmas
-from jaxdiff.types import DenoiseFn
+from jaxdiff.types import DenoiseFn, Params
 
 Images = UInt8[np.ndarray, "b h w 3"]
 Latents = Float32[np.ndarray, "b h w c"]
@@ -67,7 +69,7 @@ class Pipeline:
             ValueError: when the model's networks do not fit together.
         """
         self.dtype = check_dtype(dtype)
-        self.defaults = checked_defaults(model.defaults)
+        self.defaults = checked_defaults(model.defaults, model.scheduler)
         """The settings that stand in for those that a request leaves out."""
         self.networks = model.modules(self._jax_dtype)
         self._mesh = None if devices is None or len(devices) < 2 else make_mesh(devices=devices)
@@ -135,7 +137,7 @@ class Pipeline:
     ) -> list[Request]:
         """The requests that a call with these arguments draws, one for each prompt."""
         if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
-            raise ValueError(f"A prompt is {prompts!r}; it must be text.")
+            raise ValueError(f"prompts is {shown(prompts)}; it must be text, or a list of texts.")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         b = len(prompts)
         if not b:
@@ -145,12 +147,10 @@ class Pipeline:
             raise ValueError("prompt and negative_prompt are given twice; give each once.")
         negative_prompt = fields.get("negative_prompt", "" if negative_prompt is None else negative_prompt)
         fields |= {"prompt": prompts, "negative_prompt": negative_prompt, "seed": seed}
-        given = dict(fields)
         each = {name: _one_each(name, fields.pop(name), b) for name in PER_IMAGE if name in fields}
-        for name in ("seed", "to_seed"):  # one number is the first of several
-            if b > 1 and each.get(name) and given[name] is not None and np.ndim(given[name]) == 0:
-                before = np.cumsum([0, *each.get("n", [1] * b)])
-                each[name] = [seed_number(name, first) + int(k) for first, k in zip(each[name], before, strict=False)]
+        if b > 1 and seed is not None and _depth(seed) == 0:  # the first image's, and all others' follow
+            n = [Request(n=n).n for n in each.get("n", [1] * b)]
+            each["seed"] = [seed_number("seed", seed) + sum(n[:i]) for i in range(b)]
         common = Request(**fields)
         requests = [replace(common, **{name: values[i] for name, values in each.items()}) for i in range(b)]
         if wildcards is not None:
@@ -175,8 +175,8 @@ class Pipeline:
         Raises:
             ValueError: in one sentence, where a request does not fit the model, or they do not go together.
         """
-        if not requests:
-            raise ValueError("No request was given; give at least one.")
+        if not isinstance(requests, list | tuple) or not requests or not all(isinstance(r, Request) for r in requests):
+            raise ValueError(f"requests is {shown(requests)}; give a list of one Request or more.")
         drawing = make_drawing(singles(requests), self.info)
         program = self.program(drawing.settings)
         inputs, state, keys = make_inputs(drawing, self.model.tokenizer, self.params, program)
@@ -184,8 +184,9 @@ class Pipeline:
         state = self._denoise(drawing, program, inputs, state, keys, progress, on_step)
         if not np.isfinite(state.x).all():
             raise ValueError(
-                f"The image has values that are not finite: with guidance {drawing.settings.guidance:g}, {self.dtype} "
-                "overflowed. Use less guidance, or another sampler or schedule."
+                f"The image has values that are not finite: {self.dtype} overflowed, with guidance "
+                f"{drawing.settings.guidance:g}, sampler {drawing.settings.sampler} and schedule "
+                f"{drawing.settings.schedule}. Use less guidance, or others of these; smaller latents, if you gave any."
             )
         latents = state.x if inputs.layout_above is None else state.x[:, 1]
         if inputs.mask is not None and inputs.known is not None:
@@ -198,11 +199,11 @@ class Pipeline:
         mixed = np.round(drawn * images + (1 - drawn) * drawing.image).astype(np.uint8)
         return np.where(drawn == 0, drawing.image, mixed)
 
-    def program(self, wish: Request) -> Program:
+    def program(self, request: Request) -> Program:
         """What the programs of a request are compiled for."""
-        side = None if wish.tile is None else wish.tile // self.networks.factor
+        side = None if request.tile is None else request.tile // self.networks.factor
         tile = None if side is None else (side, side)
-        name = wish.sampler or self.defaults["sampler"]
+        name = request.sampler or self.defaults["sampler"]
         registered = None if SAMPLERS[name] is BUILT_IN.get(name) else SAMPLERS[name]
         return Program(self.networks, self.model.scheduler, name, tile, registered)
 
@@ -216,33 +217,34 @@ class Pipeline:
         progress: Callable[[int], object] | None,
         on_step: Callable[[int, Array], object] | None,
     ) -> State:
-        """All steps, in pieces where someone looks on; taken in pieces the steps are the same."""
-        wish, steps, first = drawing.settings, drawing.steps, drawing.start
-        interval = None if wish.cache_interval == 1 else np.int32(min(wish.cache_interval, steps))
+        """All steps, in pieces where there are callbacks; taken in pieces the steps are the same."""
+        settings, steps, first = drawing.settings, drawing.steps, drawing.start
+        interval = None if settings.cache_interval == 1 else np.int32(min(settings.cache_interval, steps))
         piece = 1 if on_step is not None else math.ceil((steps - first) / 10) if progress is not None else steps - first
         # Features that are kept for some steps are made where a piece starts.
-        piece = wish.cache_interval * math.ceil(max(1, piece) / wish.cache_interval)
+        piece = settings.cache_interval * math.ceil(max(1, piece) / settings.cache_interval)
         params, sigmas, guidance = self.params["denoiser"], drawing.sigmas, drawing.guidance
-        mesh = self._mesh if self._mesh is not None and len(keys) % self._mesh.size == 0 else None
-        if mesh is not None:
-            spread, whole = partial(jax.device_put, device=batch_sharding(mesh)), inputs.layout_above
-            inputs = jax.tree.map(spread, inputs._replace(layout_above=None))._replace(layout_above=whole)
-            state, keys = jax.tree.map(spread, (state, keys))
+        mesh = self._mesh_for(len(keys))
+        inputs, state, keys = spread((inputs, state, keys), mesh)
         run = None
         for start in range(first, max(steps, first + 1), piece):
             stop = min(start + piece, steps)
-            numbers = np.int32(start), np.int32(stop), guidance, np.float32(wish.eta), interval
+            numbers = np.int32(start), np.int32(stop), guidance, np.float32(settings.eta), interval
             arguments = params, inputs, state, keys, sigmas, *numbers
-            with jax.set_mesh(mesh) if mesh is not None else nullcontext():  # attention's kernels are split over it
-                # A device's program is looked up once; all pieces have its shapes.
-                run = run or (partial(denoise, program=program) if mesh else kept(denoise, *arguments, program=program))
+            with on(mesh):
+                run = run or kept(denoise, *arguments, program=program)  # all pieces have its shapes
                 state = run(*arguments)
-            if on_step is not None:
-                on_step(stop, state.guess if inputs.layout_above is None else state.guess[:, 1])
+            done = min(stop, settings.steps or steps)
+            if on_step is not None and stop > start:
+                on_step(done, state.guess if inputs.layout_above is None else state.guess[:, 1])
             if progress is not None:
                 state.x.block_until_ready()
-                progress(min(stop, wish.steps or steps))
+                progress(done)
         return state
+
+    def _mesh_for(self, b: int) -> Mesh | None:
+        """The devices that a batch is spread over; None where their number does not divide it."""
+        return self._mesh if self._mesh is not None and b % self._mesh.size == 0 else None
 
     # For loops of one's own -------------------------------------------------------------------------------------------
 
@@ -252,30 +254,30 @@ class Pipeline:
         """The model as a function (x, sigma) -> x_0, for prompts and guidance.
 
         x is x_0 + sigma * eps in latents at unit variance [b, h, w, c]: b for as many prompts, h and w the image's
-        sides divided by `networks.factor`. sigma is one number for all. Prompts are encoded here, once, and so are
-        the keys and values of cross-attention; calls compile once for each shape. It can be called in `jax.jit`,
-        `jax.grad` and `jax.vmap`.
+        sides divided by `networks.factor`. sigma is one number above 0 for all. Prompts are encoded here, once, and so
+        are the keys and values of cross-attention; calls compile once for each shape. It can be called in `jax.jit`,
+        `jax.grad` and `jax.vmap`, and is itself a pytree: given to a jitted function as an argument, its params are
+        arguments too, and not constants of the program.
 
         Args:
             prompts: one, or one for each image of the batch.
             negative_prompt: as in a call.
-            fields: any other field of `Request`; image and mask inpaint.
+            fields: any other field of `Request` that changes a guess; image and mask inpaint.
 
         Raises:
-            ValueError: as a call.
+            ValueError: as a call; for fields that only a loop over the denoiser has a use for, such as cache_interval.
         """
+        if unused := sorted(OF_THE_LOOP & fields.keys()):
+            raise ValueError(f"{unused[0]} is for the loop over the denoiser, and changes no guess; leave it out.")
         drawing = make_drawing(singles(self.requests(prompts, negative_prompt, **fields)), self.info)
+        if drawing.image is not None and drawing.mask is None:
+            raise ValueError("image is for the loop over the denoiser; give a mask with it, or leave it out.")
         program = self.program(drawing.settings)
         inputs, _, _ = make_inputs(drawing, self.model.tokenizer, self.params, program)
-        if inputs.layout_above is not None:
-            raise ValueError("keep_layout draws a source along, and is not for a denoiser; leave it out.")
-        params, guidance = self.params["denoiser"], drawing.guidance
+        params = self.params["denoiser"]
         prepared = prepare_prompts(params, inputs.conditioning, program=program)
-
-        def denoise_fn(x: Float[Array, "b h w c"] | Latents, sigma: ArrayLike) -> Float[Array, "b h w c"]:
-            return guess(params, inputs, prepared, jnp.asarray(x), jnp.float32(sigma), guidance, program=program)
-
-        return denoise_fn
+        shape = len(drawing.requests), *drawing.shape
+        return jax.tree_util.Partial(_Guess(program, shape), params, inputs, prepared, drawing.guidance)
 
     def sigmas(
         self,
@@ -285,32 +287,50 @@ class Pipeline:
         eta: float = 0.0,
     ) -> Float32[np.ndarray, " n"]:
         """The noise levels that a sampler visits, falling, and after them the level that its last step ends at."""
-        wish = Request(steps=steps, sampler=sampler, schedule=schedule, eta=eta)
-        own = [getattr(wish, name) or self.defaults[name] for name in ("sampler", "schedule", "steps")]
+        given: Any = settled(Request(steps=steps, sampler=sampler, schedule=schedule, eta=eta), self.info)
         scheduler = self.model.scheduler
-        sigmas = make_sigmas(own[0], own[1], scheduler, make_schedule(scheduler), own[2], eta)
+        sigmas = make_sigmas(given.sampler, given.schedule, scheduler, make_schedule(scheduler), given.steps, given.eta)
         n = count_steps(sigmas)
         return np.append(np.asarray(sigmas.sigmas)[:n], np.asarray(sigmas.sigmas_next)[n - 1])
 
-    def noise(self, seed: int | Sequence[int] = 0, **fields: Any) -> Latents:
-        """Unit normal noise [b, h, w, c] that a call with these seeds (and size, rng, to_seed, mix) starts from."""
-        seeds: Any = [seed] if np.ndim(seed) == 0 else seed
-        drawing = make_drawing(self.requests([""] * len(seeds), seed=list(seeds), **fields), self.info)
-        return np.asarray(starting_noise(drawing)[1])
+    def noise(
+        self,
+        seed: int | Sequence[int] = 0,
+        *,
+        size: tuple[int, int] | None = None,
+        rng: Literal["jax", "torch"] = "jax",
+    ) -> Latents:
+        """Unit normal noise [b, h, w, c] that a call with these seeds, size and rng starts from."""
+        seeds: Any = [seed] if _depth(seed) == 0 else list(seed)  # pyright: ignore[reportArgumentType]
+        requests = [Request(seed=one, size=size, rng=rng) for one in seeds]
+        shape = latent_shape(image_size(requests[0], self.networks, self.size), self.networks)
+        return seeded([request.seed for request in requests], shape, rng)[1]
 
     def encode(self, images: UInt8[np.ndarray, "b h2 w2 3"]) -> Float[Array, "b h w c"]:
-        """Images to their most likely latents, at unit variance."""
+        """Images to their most likely latents, at unit variance.
+
+        Raises:
+            ValueError: for another type or shape, or sides that are no multiples of `networks.factor`.
+        """
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+            raise ValueError(f"images is {shown(images)}; it must be uint8 [b, height, width, 3].")
+        check_size("The image", images.shape[2:0:-1], self.networks.factor)
         return encode_latents(images, self.params["vae"], Program(self.networks, self.model.scheduler))
 
     def decode(self, latents: Float[Array, "b h w c"] | np.ndarray) -> UInt8[np.ndarray, "b h2 w2 3"]:
-        """Latents at unit variance to images."""
-        arguments = self.params["vae"], jnp.asarray(latents)
-        program = Program(self.networks, self.model.scheduler)
-        if self._mesh is not None and len(latents) % self._mesh.size == 0:
-            with jax.set_mesh(self._mesh):
-                spread = jax.device_put(arguments[1], batch_sharding(self._mesh))
-                return np.asarray(decode(self.params["vae"], spread, program=program))
-        return np.asarray(kept(decode, *arguments, program=program)(*arguments))
+        """Latents at unit variance to images.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        channels = self.networks.latent_channels
+        if np.ndim(latents) != 4 or not np.size(latents) or np.shape(latents)[-1] != channels:
+            raise ValueError(f"latents have the shape {list(np.shape(latents))}; it must be [b, h, w, {channels}].")
+        mesh, program = self._mesh_for(len(latents)), Program(self.networks, self.model.scheduler)
+        with on(mesh):
+            arguments = self.params["vae"], spread(jnp.asarray(latents, jnp.float32), mesh)
+            return np.asarray(kept(decode, *arguments, program=program)(*arguments))
 
     def preview(self, latents: Float[Array, "b h w c"] | np.ndarray) -> Images:
         """Latents to images of the latents' size by one linear map, in next to no time: colours and shapes are right.
@@ -351,10 +371,41 @@ def singles(requests: Sequence[Request]) -> list[Request]:
     return images
 
 
+OF_THE_LOOP = {"n", "strength", "eta", "invert", "keep_layout", "source_prompt", "cache_interval", "apg_momentum"}
+"""Fields that are for the steps, and not for a guess."""
+
+
+class _Guess(NamedTuple):
+    """The function that `Pipeline.denoiser` binds to its arrays."""
+
+    program: Program
+    shape: tuple[int, int, int, int]
+
+    def __call__(
+        self, params: Params, inputs: Inputs, prepared: Params, guidance: Guidance, x: Any, sigma: Any
+    ) -> Float[Array, "b h w c"]:
+        if np.shape(x) != self.shape or np.ndim(sigma):
+            raise ValueError(
+                f"x has the shape {list(np.shape(x))}, and sigma {list(np.shape(sigma))}; they must be "
+                f"{list(self.shape)} and one number."
+            )
+        if not isinstance(sigma, jax.core.Tracer) and not 0 < float(sigma) < math.inf:
+            raise ValueError(f"sigma is {float(sigma):g}; it must be a finite number above 0.")
+        x, sigma = jnp.asarray(x, jnp.float32), jnp.asarray(sigma, jnp.float32)
+        return guess(params, inputs, prepared, x, sigma, guidance, program=self.program)
+
+
+def _depth(value: Any) -> int:
+    """How many axes it has; of lists, as far as their first elements tell."""
+    if isinstance(value, list | tuple):
+        return 1 + (_depth(value[0]) if value else 0)
+    return getattr(value, "ndim", 0)
+
+
 def _one_each(name: str, value: Any, b: int) -> list[Any]:
     """A field's value for each of b images: one for all, or one each."""
     single = {"image": 3, "mask": 2, "latents": 3}.get(name, 0)
-    if isinstance(value, str | Path | None) or np.ndim(value) == single:
+    if isinstance(value, str | Path | None) or _depth(value) == single or not isinstance(value, Iterable):
         return [value] * b
     values = list(value)
     if len(values) != b:

@@ -42,6 +42,17 @@ class Region(NamedTuple):
     """Left, top, right and bottom in shares of the sides; or numbers [height, width] from 0 to 1."""
 
 
+def shown(value: Any) -> str:
+    """A value as a message shows it: of an array its type and shape, and what is long is cut."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no whole number of more than some thousand digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-20:]}"
+
+
 # Checks: (field's name, value) -> the value as the field holds it, or a ValueError with name, value and rule ----------
 
 
@@ -52,7 +63,7 @@ def whole_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     except TypeError:
         found = None
     if found is None or isinstance(value, bool | np.bool_) or not low <= found <= high:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number{_range(low, high)}.")
+        raise ValueError(f"{name} is {shown(value)}; it must be a whole number{_range(low, high)}.")
     return found
 
 
@@ -61,7 +72,7 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     array = floats(value)
     boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"
     if boolean or array.shape or not np.isfinite(array) or not low <= float(value) <= high:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number{_range(low, high)}.")
+        raise ValueError(f"{name} is {shown(value)}; it must be a finite number{_range(low, high)}.")
     return float(value)
 
 
@@ -73,10 +84,7 @@ def _range(low: float, high: float) -> str:
 
 def floats(value: Any) -> Float32[np.ndarray, "..."]:
     """Real numbers of any type as float32: NaN for what is none, infinity for what float32 does not hold."""
-    try:
-        array = np.asarray(value)
-    except ValueError:  # rows of different lengths
-        return np.array(np.nan, np.float32)
+    array = _array(value)
     if not np.can_cast(array.dtype, np.float64):
         return np.array(np.nan, np.float32)
     with np.errstate(over="ignore"):
@@ -86,21 +94,21 @@ def floats(value: Any) -> Float32[np.ndarray, "..."]:
 def text(name: str, value: Any) -> str:
     """Text, without what UTF-8 cannot hold, which JSON and shells can pass."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}; it must be text.")
+        raise ValueError(f"{name} is {shown(value)}; it must be text.")
     return value.encode("utf-8", "replace").decode()
 
 
 def flag(name: str, value: Any) -> bool:
     """True or false."""
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} is {value!r}; it must be true or false.")
+        raise ValueError(f"{name} is {shown(value)}; it must be true or false.")
     return bool(value)
 
 
 def one_of(name: str, value: Any, *, names: Iterable[str]) -> str:
     """One of these names."""
     if not isinstance(value, str) or value not in names:
-        raise ValueError(f"{name} is {value!r}, which is unknown{nearest(str(value), list(names))}")
+        raise ValueError(f"{name} is {shown(value)}, which is unknown{nearest(str(value), list(names))}")
     return value
 
 
@@ -108,10 +116,10 @@ def size_of(name: str, value: Any) -> tuple[int, int]:
     """(width, height) in pixels from two whole numbers, or from text such as 64x48."""
     sides = re.split(r"\s*[x,;\s]\s*", value.strip().lower()) if isinstance(value, str) else value
     if isinstance(value, str) and (len(sides) != 2 or not all(side.isdecimal() for side in sides)):
-        raise ValueError(f"{name} is {value!r}; write it as WIDTHxHEIGHT, such as 64x64.")
+        raise ValueError(f"{name} is {shown(value)}; write it as WIDTHxHEIGHT, such as 64x64.")
     found = [int(side) for side in sides] if isinstance(value, str) else value
     if not isinstance(found, Iterable) or isinstance(found, bytes) or len(found := list(found)) != 2:
-        raise ValueError(f"{name} is {value!r}; it must be (width, height), in pixels.")
+        raise ValueError(f"{name} is {shown(value)}; it must be (width, height), in pixels.")
     width, height = (whole_number(name, side) for side in found)
     return width, height
 
@@ -120,14 +128,16 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     """Two noise levels, the lower one first."""
     found = floats(value)
     if found.shape != (2,) or any(isinstance(end, bool) for end in value) or not 0 <= found[0] <= found[1]:
-        raise ValueError(f"{name} is {value!r}; it must be two noise levels (sigma), 0 or more, the lower one first.")
+        raise ValueError(
+            f"{name} is {shown(value)}; it must be two noise levels (sigma), 0 or more, the lower one first."
+        )
     low, high = value
     return float(low), float(high)
 
 
 def margins(name: str, value: Any) -> tuple[int, int, int, int]:
     """Pixels to add at the left, top, right and bottom."""
-    rule = f"{name} is {value!r}; it must be four whole numbers of pixels, 0 or more: left, top, right and bottom."
+    rule = f"{name} is {shown(value)}; it must be four whole numbers of pixels, 0 or more: left, top, right and bottom."
     try:
         left, top, right, bottom = (whole_number(name, side, 0) for side in tuple(value))
         if isinstance(value, bytes):
@@ -140,8 +150,8 @@ def margins(name: str, value: Any) -> tuple[int, int, int, int]:
 def pixels(name: str, value: Any) -> Pixels:
     """A file's path; or uint8 [height, width, 3]."""
     if isinstance(value, str | Path):
-        return text(name, str(value))
-    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+        return _path(name, value)
+    array = _array(value)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise ValueError(f"{name} must be a file, or uint8 [height, width, 3]; it is {array.dtype} "
                          f"{list(array.shape)}.")  # fmt: skip
@@ -151,14 +161,31 @@ def pixels(name: str, value: Any) -> Pixels:
 def mask_of(name: str, value: Any) -> Pixels:
     """A file's path; or numbers [height, width] from 0 (kept) to 1 (drawn anew), bool, or uint8 up to 255."""
     if isinstance(value, str | Path):
-        return text(name, str(value))
-    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+        return _path(name, value)
+    array = _array(value)
     scale = 255 if array.dtype == np.uint8 else 1
+    if scale == 255 and array.size and array.max() == 1:
+        raise ValueError(f"{name} is uint8 with no value above 1, where 255 is drawn anew; give it as bool or float.")
     array = floats(array.astype(np.float32) if array.dtype == bool else array) / np.float32(scale)
     if array.ndim != 2 or not array.size or not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"{name} must be a file, or numbers [height, width] from 0 (kept) to 1 (drawn anew), or uint8 "
                          "up to 255.")  # fmt: skip
     return array
+
+
+def _path(name: str, value: str | Path) -> str:
+    path = str(value)
+    if not path or path != text(name, path):
+        raise ValueError(f"{name} is {shown(path)}; it must be the path of a file, in UTF-8.")
+    return path
+
+
+def _array(value: Any) -> np.ndarray:
+    """The array that a value is, or stands for; of rows of different lengths, one of objects."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.array(value, object)
 
 
 def unit_noise(name: str, value: Any) -> Float32[np.ndarray, "h w c"]:
@@ -173,7 +200,7 @@ def unit_noise(name: str, value: Any) -> Float32[np.ndarray, "h w c"]:
 def regions_of(name: str, value: Any) -> tuple[Region, ...]:
     """Regions from (prompt, box or mask) pairs, or from what JSON has for them."""
     if not isinstance(value, list | tuple):
-        raise ValueError(f'{name} is {value!r}; it must be a list of {{"prompt": ..., "box": [l, t, r, b]}}.')
+        raise ValueError(f'{name} is {shown(value)}; it must be a list of {{"prompt": ..., "box": [l, t, r, b]}}.')
     return tuple(_region(f"{name}[{i}]", one) for i, one in enumerate(value))
 
 
@@ -181,14 +208,17 @@ def _region(name: str, given: Any) -> Region:
     if isinstance(given, dict) and set(given) == {"prompt", "box"}:
         given = given["prompt"], given["box"]
     if not isinstance(given, tuple | list) or len(given) != 2 or not isinstance(given[0], str):
-        raise ValueError(f'{name} is {given!r}; it must be {{"prompt": ..., "box": [l, t, r, b]}}, or a prompt and '
-                         "where it is.")  # fmt: skip
+        raise ValueError(
+            f'{name} is {shown(given)}; it must be {{"prompt": ..., "box": [l, t, r, b]}}, or a prompt and where it is.'
+        )
     prompt, where = given
     array = floats(where)
     if array.shape == (4,):
         if not (0 <= array[0] < array[2] <= 1 and 0 <= array[1] < array[3] <= 1):
-            raise ValueError(f"{name}.box is {where!r}; it must be left, top, right and bottom in shares of the sides, "
-                             "from 0 to 1.")  # fmt: skip
+            raise ValueError(
+                f"{name}.box is {shown(where)}; it must be left, top, right and bottom in shares of the sides, from 0 "
+                "to 1."
+            )
         return Region(text(name, prompt), tuple(np.asarray(where, float).tolist()))
     if array.ndim != 2 or not array.size or not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"{name}.box must be four shares of the sides, or numbers from 0 to 1 [height, width] of the "
@@ -199,6 +229,18 @@ def _region(name: str, given: Any) -> Region:
 share = partial(number, low=0.0, high=1.0)
 count = partial(whole_number, low=1)
 seed_number = partial(whole_number, low=0, high=SEEDS - 1)
+
+
+@dataclass(frozen=True)
+class Field:
+    """What is said of a field beside its type."""
+
+    check: Callable[[str, Any], Any]
+    """(name, value) -> the value as the request holds it, or a ValueError with name, value and rule."""
+    per_image: bool = False
+    """Whether images that are drawn together may differ in it."""
+    needs: tuple[str, ...] = ()
+    """Fields of which one must be given with it."""
 
 
 # The request ----------------------------------------------------------------------------------------------------------
@@ -215,91 +257,93 @@ class Request:
         ValueError: in a sentence with the field's name, its value and the rule.
     """
 
-    prompt: Annotated[str, text] = ""
+    prompt: Annotated[str, Field(text, per_image=True)] = ""
     """What to draw."""
-    negative_prompt: Annotated[str, text] = ""
+    negative_prompt: Annotated[str, Field(text, per_image=True)] = ""
     """What to steer away from."""
-    seed: Annotated[int | None, seed_number] = None
+    seed: Annotated[int | None, Field(seed_number, per_image=True)] = None
     """The first image's seed; image k has seed + k. None goes on from the images before, the first of which has 0."""
-    n: Annotated[int, partial(whole_number, low=1, high=MAX_N)] = 1
+    n: Annotated[int, Field(partial(whole_number, low=1, high=MAX_N), per_image=True)] = 1
     """Images of the prompt."""
-    image: Annotated[Pixels | None, pixels] = None
+    image: Annotated[Pixels | None, Field(pixels, per_image=True)] = None
     """An image to start from: a file, which is made to fit the model or the size, or uint8 [h, w, 3] as it is."""
-    mask: Annotated[Pixels | None, mask_of] = None
+    mask: Annotated[Pixels | None, Field(mask_of, per_image=True, needs=("image",))] = None
     """An image of the image's size; what is white (1) is drawn anew, what is black (0) is kept exactly."""
-    source_prompt: Annotated[str, text] = ""
+    source_prompt: Annotated[str, Field(text, per_image=True, needs=("invert",))] = ""
     """With invert, what is in the image."""
-    regions: Annotated[tuple[Region, ...], regions_of] = ()
+    regions: Annotated[tuple[Region, ...], Field(regions_of)] = ()
     """Prompts for parts of the image; the rest is the prompt's (Bar-Tal et al. 2023)."""
-    outpaint: Annotated[tuple[int, int, int, int] | None, margins] = None
+    outpaint: Annotated[tuple[int, int, int, int] | None, Field(margins, needs=("image",))] = None
     """Pixels to add around the image: left, top, right and bottom."""
-    upscale: Annotated[int | None, count] = None
+    upscale: Annotated[int | None, Field(count, needs=("image",))] = None
     """How many times as wide and high the image becomes; its detail is drawn anew."""
-    latent_upscale: Annotated[int, count] = 1
+    latent_upscale: Annotated[int, Field(count, needs=("image",))] = 1
     """The same by stretching the latent: more is drawn anew, best at a strength of 0.5 and more."""
-    to_prompt: Annotated[str | None, text] = None
+    to_prompt: Annotated[str | None, Field(text, per_image=True)] = None
     """A second prompt, with which the first is mixed."""
-    to_seed: Annotated[int | None, seed_number] = None
+    to_seed: Annotated[int | None, Field(seed_number, per_image=True)] = None
     """A second seed, with whose noise the first's is mixed."""
-    mix: Annotated[float, share] = 0.5
+    mix: Annotated[float, Field(share, per_image=True, needs=("to_prompt", "to_seed"))] = 0.5
     """How far to go towards to_prompt and to_seed: 0 is the first image, 1 the second."""
-    latents: Annotated[np.ndarray | None, unit_noise] = None
+    latents: Annotated[np.ndarray | None, Field(unit_noise, per_image=True)] = None
     """Unit normal noise [h, w, c] in place of the seed's."""
-    steps: Annotated[int | None, count] = None
+    steps: Annotated[int | None, Field(count)] = None
     """Denoising steps. None is the model's own, or 30."""
-    guidance: Annotated[float | None, number] = None
+    guidance: Annotated[float | None, Field(number)] = None
     """Classifier-free guidance scale (Ho & Salimans 2022); 1 is the conditional prediction itself. None is the model's
     own, or 7.5."""
-    sampler: Annotated[str | None, partial(one_of, names=SAMPLERS)] = None
+    sampler: Annotated[str | None, Field(partial(one_of, names=SAMPLERS))] = None
     """How steps are taken: ddim, euler, dpmpp_2m, unipc and others; a wrong name lists them all. None is the model's
     own, or ddim."""
-    schedule: Annotated[str | None, partial(one_of, names=SCHEDULES)] = None
+    schedule: Annotated[str | None, Field(partial(one_of, names=SCHEDULES))] = None
     """The noise levels (sigmas) of the steps: model (the one the model's config asks for), trailing, karras,
     exponential, beta, sgm_uniform or align_your_steps. None is the model's own."""
-    eta: Annotated[float, share] = 0.0
+    eta: Annotated[float, Field(share)] = 0.0
     """For ddim, the share of fresh noise in each step, 0 to 1 (Song et al. 2021, eq. 16); for tcd, its gamma."""
-    size: Annotated[str | tuple[int, int] | None, size_of] = None
+    size: Annotated[str | tuple[int, int] | None, Field(size_of)] = None
     """Width and height in pixels, as 64x64. None is the image's, or the model's own."""
-    strength: Annotated[float | None, share] = None
+    strength: Annotated[float | None, Field(share, needs=("image",))] = None
     """How much of the noise schedule an image goes through, 0 to 1 (Meng et al. 2022, SDEdit): 0 leaves it, 1 starts
     from the highest level. None is 0.8; 1 with invert or a mask; 0.35 with upscale."""
-    feather: Annotated[float, partial(number, low=0.0)] = 0.0
+    feather: Annotated[float, Field(partial(number, low=0.0), needs=("mask", "outpaint"))] = 0.0
     """Pixels inside the mask's edge over which the drawn part fades into the image."""
-    invert: Annotated[Literal["ddim", "exact"] | None, partial(one_of, names=("ddim", "exact"))] = None
+    invert: Annotated[
+        Literal["ddim", "exact"] | None, Field(partial(one_of, names=("ddim", "exact")), needs=("image",))
+    ] = None
     """How to find an image's noise and draw from it: ddim, or exact (EDICT, in twice the time)."""
-    keep_layout: Annotated[float, share] = 0.0
+    keep_layout: Annotated[float, Field(share, needs=("invert",))] = 0.0
     """With invert, the share of the steps, from the first, whose layout stays the image's (Tumanyan et al. 2023)."""
-    tile: Annotated[int | None, count] = None
+    tile: Annotated[int | None, Field(count)] = None
     """Side in pixels of the overlapping tiles in which the model sees an image larger than itself (Bar-Tal et al.
     2023)."""
-    rng: Annotated[Literal["jax", "torch"], partial(one_of, names=("jax", "torch"))] = "jax"
+    rng: Annotated[Literal["jax", "torch"], Field(partial(one_of, names=("jax", "torch")))] = "jax"
     """The random number generator: jax, or torch for the numbers of PyTorch's on a CPU."""
-    guidance_rescale: Annotated[float, share] = 0.0
+    guidance_rescale: Annotated[float, Field(share)] = 0.0
     """How much of the contrast that guidance adds is taken back, 0 to 1 (Lin et al. 2024)."""
-    guidance_interval: Annotated[tuple[float, float] | None, interval] = None
+    guidance_interval: Annotated[tuple[float, float] | None, Field(interval)] = None
     """The lowest and the highest noise level (sigma) with guidance; elsewhere steps take half the time (Kynkäänniemi et
     al. 2024). None is all."""
-    apg_eta: Annotated[float, share] = 1.0
+    apg_eta: Annotated[float, Field(share)] = 1.0
     """The share of guidance along the prediction that is left, which oversaturates: 0 is none (Sadat et al. 2024)."""
-    apg_norm_threshold: Annotated[float | None, partial(number, low=0.0)] = None
+    apg_norm_threshold: Annotated[float | None, Field(partial(number, low=0.0))] = None
     """The largest norm of guidance's direction (Sadat et al. 2024, r). None is no limit."""
-    apg_momentum: Annotated[float | None, partial(number, low=-0.99, high=0.99)] = None
+    apg_momentum: Annotated[float | None, Field(partial(number, low=-0.99, high=0.99))] = None
     """How much of guidance's direction of the steps before is added to it; below 0, as -0.5, it pushes away from it
     (Sadat et al. 2024, beta). None is none."""
-    pag_scale: Annotated[float | None, number] = None
+    pag_scale: Annotated[float | None, Field(number)] = None
     """Perturbed-attention guidance scale (Ahn et al. 2024); 3 is usual, and takes half as long again."""
-    cache_interval: Annotated[int, count] = 1
+    cache_interval: Annotated[int, Field(count)] = 1
     """3 computes most of the network at every third step: faster, and another image (Ma et al. 2023, DeepCache)."""
-    clip_skip: Annotated[int, partial(whole_number, low=0)] = 0
+    clip_skip: Annotated[int, Field(partial(whole_number, low=0))] = 0
     """Layers of the text encoder, from the last, that are left out; 1 takes the penultimate layer's features."""
-    literal: Annotated[bool, flag] = False
+    literal: Annotated[bool, Field(flag)] = False
     """Take brackets and the like in prompts as text."""
 
     def __post_init__(self) -> None:
-        for name, (check, optional, _) in _checks().items():
+        for name, (field, kind) in _fields().items():
             value = getattr(self, name)
-            if value is not None or not optional:
-                object.__setattr__(self, name, check(name, value))
+            if value is not None or type(None) not in typing.get_args(kind):
+                object.__setattr__(self, name, field.check(name, value))
         if self.seed is not None and self.seed + self.n > SEEDS:
             raise ValueError(f"seed is {self.seed}; with {self.n} images it must be from 0 to {SEEDS - self.n}.")
 
@@ -317,7 +361,7 @@ class Request:
         given: dict[str, Any] = {}
         for name, value in by_current_names(values).items():
             if value is not None and (name in PROMPTS or not (isinstance(value, str) and value == "")):
-                given[name] = _from_text(_checks()[name].hint, value) if isinstance(value, str) else value
+                given[name] = _from_text(_fields()[name][1], value) if isinstance(value, str) else value
         if "prompt" not in given:
             raise ValueError("There is no prompt.")
         request = cls(**{**(defaults or {}), **given})
@@ -330,20 +374,15 @@ class Request:
         Raises:
             ValueError: in a sentence, where not.
         """
-        if self.invert is None:
-            if self.sampler is not None or self.schedule is not None or self.eta or self.cache_interval > 1:
-                sampler, schedule = self.sampler or DEFAULTS["sampler"], self.schedule or DEFAULTS["schedule"]
-                check_sampler(sampler, schedule, self.eta, self.cache_interval)
-            if self.keep_layout or self.source_prompt:
-                raise ValueError("keep_layout and source_prompt require invert.")
-        elif self.mask is not None or self.latents is not None:
+        given = self.given()
+        for name, value in given.items():
+            needs = _fields()[name][0].needs
+            if needs and not given.keys() & set(needs):
+                raise ValueError(f"{name} is {shown(value)}, and requires {' or '.join(needs)}.")
+        if self.invert is not None and (self.mask is not None or self.latents is not None):
             raise ValueError("invert finds the noise of the whole image; leave out mask and latents.")
-        if self.image is None:
-            for name in NEED_IMAGE:
-                value = getattr(self, name)
-                if value is not None and (name != "latent_upscale" or value > 1):
-                    shown = repr(value) if isinstance(value, str | int | float | tuple) else "given"
-                    raise ValueError(f"{name} is {shown}, and requires an image.")
+        if self.invert is None and self.sampler is not None:
+            check_sampler(self.sampler, self.schedule or "model", self.eta, self.cache_interval)
         if self.outpaint is not None and self.mask is not None:
             raise ValueError("outpaint makes its own mask; leave out mask.")
         if self.outpaint is not None and not any(self.outpaint):
@@ -361,6 +400,15 @@ class Request:
             raise ValueError("cache_interval keeps the features of one tile only; leave out tile or cache_interval.")
         if self.rng == "torch" and self.sampler == "dpmpp_sde":
             raise ValueError("rng 'torch' is not for dpmpp_sde, whose noise PyTorch draws by another rule.")
+
+    def given(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+
+        def differs(value: Any, default: Any) -> bool:
+            return value is not default and (isinstance(value, np.ndarray) or value != default)
+
+        values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
+        return {name: value for name, (value, default) in values.items() if differs(value, default)}
 
     @property
     def enlarges(self) -> bool:
@@ -393,12 +441,6 @@ class Request:
 
 PROMPTS = ("prompt", "negative_prompt", "source_prompt", "to_prompt")
 """Texts that may be empty."""
-NEED_IMAGE = ("mask", "outpaint", "upscale", "latent_upscale", "strength", "invert")
-PER_IMAGE = (
-    "prompt", "negative_prompt", "seed", "n", "image", "mask", "source_prompt", "to_prompt", "to_seed", "mix",
-    "latents",
-)  # fmt: skip
-"""Fields in which images that are drawn together may differ; all others they share."""
 RENAMED = {
     "grid": "schedule", "share": "mix", "enlarge": "latent_upscale", "keep": "keep_layout", "window": "tile",
     "noise": "rng", "rescale": "guidance_rescale", "parallel": "apg_eta", "limit": "apg_norm_threshold",
@@ -424,28 +466,23 @@ def by_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for given, value in values.items():
         name = current_name(given)
-        if name not in _checks():
-            raise ValueError(f"There is no argument {name!r}{nearest(name, list(_checks()))}")
+        if name not in _fields():
+            raise ValueError(f"There is no argument {name!r}{nearest(name, list(_fields()))}")
         if name in found:
             raise ValueError(f"{name} is given twice, once by its old name.")
         found[name] = value
     return found
 
 
-class _Check(NamedTuple):
-    check: Callable[[str, Any], Any]
-    optional: bool
-    hint: Any
-
-
 @cache
-def _checks() -> dict[str, _Check]:
-    """Each field's check, whether it may be None, and its type."""
-    found = {}
-    for name, hint in typing.get_type_hints(Request, include_extras=True).items():
-        kind, check = typing.get_args(hint)
-        found[name] = _Check(check, type(None) in typing.get_args(kind), kind)
-    return found
+def _fields() -> dict[str, tuple[Field, Any]]:
+    """What is said of each field, and its type."""
+    hints = typing.get_type_hints(Request, include_extras=True)
+    return {name: (hint.__metadata__[0], hint.__origin__) for name, hint in hints.items()}
+
+
+PER_IMAGE = tuple(name for name, (field, _) in _fields().items() if field.per_image)
+"""Fields in which images that are drawn together may differ; all others they share."""
 
 
 def _from_text(hint: Any, given: str) -> Any:

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -100,3 +102,15 @@ def gather_params(params: Any, shardings: Any, dtype: DTypeLike) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every array in a batch."""
     return NamedSharding(mesh, BATCH)
+
+
+def spread(batch: Any, mesh: Mesh | None) -> Any:
+    """The batch's arrays over the mesh, numbers on all of its devices; without a mesh, as they are."""
+    if mesh is None:
+        return batch
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH if np.ndim(x) else P())), batch)
+
+
+def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """A context in which programs run on the mesh, which attention's kernels are split over."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -2,53 +2,13 @@
 
 import html
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-  :root {{ color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif; }}
-  body {{ margin: 1rem; }}
-  header {{ position: sticky; top: 0; padding: .5rem 0; background: Canvas; display: flex; gap: 1rem; flex-wrap: wrap;
-            align-items: baseline; }}
-  h1 {{ font-size: 1.2rem; margin: 0; }}
-  input {{ font: inherit; flex: 1; min-width: 12rem; padding: .3rem .5rem; }}
-  main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; }}
-  figure {{ margin: 0; overflow-wrap: anywhere; }}
-  img {{ width: 100%; height: auto; background: #8882; }}
-  small, pre {{ opacity: .7; }}
-  pre {{ white-space: pre-wrap; font-size: 12px; }}
-  [hidden] {{ display: none; }}
-</style>
-<header>
-  <h1>{title}</h1>
-  <input type="search" placeholder="Filter" aria-label="Filter" autofocus>
-  <output>{n} of {n}</output>
-</header>
-<main>
-{figures}
-</main>
-<script>
-  const figures = [...document.querySelectorAll("figure")];
-  const texts = figures.map((figure) => figure.textContent.toLowerCase());
-  document.querySelector("input").addEventListener("input", (event) => {{
-    const words = event.target.value.toLowerCase().split(/\\s+/);
-    let shown = 0;
-    figures.forEach((figure, i) => {{
-      figure.hidden = !words.every((word) => texts[i].includes(word));
-      shown += !figure.hidden;
-    }});
-    document.querySelector("output").textContent = `${{shown}} of ${{figures.length}}`;
-  }});
-</script>
-</html>
-"""
-
+PAGE = Path(__file__).parent / "gallery.html"
 _FIGURE = """<figure>
   <a href="{link}"><img src="{link}" loading="lazy" alt="{prompt}"{size}></a>
   <figcaption>{prompt} <small>line {line}, seed {seed}</small>
@@ -64,7 +24,8 @@ def page(entries: Sequence[dict[str, Any]], title: str) -> str:
         title: its heading.
     """
     figures = [_figure(entry) for entry in entries]
-    return _PAGE.format(title=html.escape(title), n=len(figures), figures="\n".join(figures))
+    values = {"title": html.escape(title), "n": str(len(figures)), "figures": "\n".join(figures)}
+    return re.sub(r"%(title|n|figures)%", lambda name: values[name[1]], PAGE.read_text())
 
 
 def _figure(entry: dict[str, Any]) -> str:

@@ -77,7 +77,7 @@ def check(args: Args) -> None:
     Raises:
         ValueError: in one sentence.
     """
-    wish(args).check()
+    request_of(args).check()
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; it must be at least 1.")
     if not args.platforms or len(set(args.platforms)) < len(args.platforms):
@@ -87,7 +87,7 @@ def check(args: Args) -> None:
                          "known to the others' compilers.")  # fmt: skip
 
 
-def wish(args: Args) -> Request:
+def request_of(args: Args) -> Request:
     """What the program draws, but for the prompt."""
     return Request(sampler=args.sampler, schedule=args.schedule, size=args.size)
 
@@ -98,9 +98,9 @@ def write(args: Args, pipe: Pipeline) -> None:
     Raises:
         ValueError: in one sentence, for what cannot be exported, or where the folder holds anything else.
     """
-    width, height = size = image_size(wish(args), pipe.networks, pipe.size)
+    width, height = size = image_size(request_of(args), pipe.networks, pipe.size)
     factor = pipe.networks.factor
-    program = pipe.program(wish(args))
+    program = pipe.program(request_of(args))
     if program.family.inpaints:
         raise ValueError("This model is for inpainting; the export draws from prompts alone.")
     levels = all_levels(program, args.schedule)

@@ -16,7 +16,7 @@ import tyro
 
 import jaxdiff
 from jaxdiff.runtime.cli import check_writable, exit_code
-from jaxdiff.tools.serve.ask import Limits
+from jaxdiff.tools.serve.requests import Limits
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def main(args: Args) -> None:
     except ImportError as error:
         raise ValueError("The page needs the serve extra: pip install 'jaxdiff[serve]'.") from error
     from jaxdiff.tools.serve.app import make_app
-    from jaxdiff.tools.serve.studio import Studio
+    from jaxdiff.tools.serve.worker import Worker
 
     class Server(uvicorn.Server):
         """Ends at once on Ctrl-C: both this server and Python would wait for what is being compiled or drawn."""
@@ -62,18 +62,18 @@ def main(args: Args) -> None:
     with listen(args.host, args.port) as listener:  # before the model is read, which takes longer
         if args.out is not None:
             check_writable(args.out)
-        studio = Studio(jaxdiff.load(args.model, args.dtype), args.limits, args.out)
-        studio.start()
+        worker = Worker(jaxdiff.load(args.model, args.dtype), args.limits, args.out)
+        worker.start()
         host, port, *_ = listener.getsockname()
         is_open = not ipaddress.ip_address(host).is_loopback
         if is_open:
             print(f"warning: Whoever reaches port {port} of {host} can use this model, and this machine's time.",
                   file=sys.stderr)  # fmt: skip
         config = uvicorn.Config(
-            make_app(studio, args.names, is_open), http="h11", ws="none", lifespan="off", log_level="warning",
+            make_app(worker, args.names, is_open), http="h11", ws="none", lifespan="off", log_level="warning",
             access_log=False, server_header=False, proxy_headers=False, limit_concurrency=256,
         )  # fmt: skip
-        print(f"{studio.pipe.name} is at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        print(f"{worker.pipe.name} is at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         asyncio.run(Server(config).serve(sockets=[listener]))
 
 

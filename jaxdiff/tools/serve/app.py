@@ -25,8 +25,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import jaxdiff
 from jaxdiff.generation.request import Request
 from jaxdiff.sampling.samplers import SAMPLERS, WITH_ETA
-from jaxdiff.tools.serve.ask import Limits, Refused, read_ask
-from jaxdiff.tools.serve.studio import Job, Studio
+from jaxdiff.tools.serve.requests import Limits, Refused, read_request
+from jaxdiff.tools.serve.worker import Job, Worker
 
 PAGE = Path(__file__).parent / "page.html"
 BODY_SECONDS = 60
@@ -35,11 +35,11 @@ MAX_BEHIND = 8
 """To a client that reads slower than this many events, no more progress is told."""
 
 
-def make_app(studio: Studio, names: Sequence[str] = (), is_open: bool = False) -> ASGIApp:
+def make_app(worker: Worker, names: Sequence[str] = (), is_open: bool = False) -> ASGIApp:
     """The whole application.
 
     Args:
-        studio: draws.
+        worker: draws.
         names: host names that browsers may know it by, beside localhost.
         is_open: whether it may be reached by addresses other than this machine's own.
     """
@@ -49,18 +49,18 @@ def make_app(studio: Studio, names: Sequence[str] = (), is_open: bool = False) -
         return HTMLResponse(page, headers={"Content-Security-Policy": _policy(page.decode())})
 
     async def info(request: HTTPRequest) -> Response:
-        return JSONResponse(await run_in_threadpool(describe, studio))
+        return JSONResponse(await run_in_threadpool(describe, worker))
 
     async def draw(request: HTTPRequest) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "The request must be JSON: send Content-Type: application/json.")
-        body = await _body(request, studio.limits)
-        ask = await run_in_threadpool(read_ask, body, studio.pipe, studio.limits)
+        body = await _body(request, worker.limits)
+        asked = await run_in_threadpool(read_request, body, worker.pipe, worker.limits)
         events = Events()
-        job = Job(ask, events.tell)
-        for warning in ask.warnings:
+        job = Job(asked, events.tell)
+        for warning in asked.warnings:
             events.tell("warning", {"warning": warning})
-        studio.submit(job)
+        worker.submit(job)
         return Stream(job, events)
 
     routes = [Route("/", index), Route("/api/info", info), Route("/api/draw", draw, methods=["POST"])]
@@ -68,9 +68,9 @@ def make_app(studio: Studio, names: Sequence[str] = (), is_open: bool = False) -
     return _guarded(Starlette(routes=routes, exception_handlers=handlers), names, is_open)
 
 
-def describe(studio: Studio) -> dict[str, Any]:
+def describe(worker: Worker) -> dict[str, Any]:
     """What the page needs to know to lay itself out."""
-    pipe = studio.pipe
+    pipe = worker.pipe
     return {
         "model": pipe.name,
         "dtype": pipe.dtype,
@@ -80,7 +80,7 @@ def describe(studio: Studio) -> dict[str, Any]:
         "defaults": Request().values() | pipe.defaults,
         "samplers": {name: list(sampler.schedules) for name, sampler in SAMPLERS.items()},
         "with_eta": list(WITH_ETA),
-        "limits": asdict(studio.limits),
+        "limits": asdict(worker.limits),
     }
 
 

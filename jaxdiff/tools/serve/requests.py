@@ -3,13 +3,13 @@
 import base64
 import json
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxdiff.generation.batch.groups import program_key, shared
 from jaxdiff.generation.canvas import image_size
 from jaxdiff.generation.conditioning import encoded
-from jaxdiff.generation.drawing import settled
+from jaxdiff.generation.drawing import make_drawing, settled
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import PROMPTS, Request, whole_number
 from jaxdiff.io.images import read_image, read_mask
@@ -35,7 +35,7 @@ class Limits:
     """Bytes of one request."""
     pixels: int = 1024 * 1024
     """Pixels of one image, drawn or given."""
-    pictures: int = 16
+    images: int = 16
     """Images of one request."""
     steps: int = 2000
     """Steps times images of one request."""
@@ -50,7 +50,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Ask:
+class DrawRequest:
     """A request for images, with what a page wants beside them."""
 
     request: Request
@@ -62,7 +62,7 @@ class Ask:
     """Sentences about the prompts."""
 
 
-def read_ask(body: bytes, pipe: Pipeline, limits: Limits) -> Ask:
+def read_request(body: bytes, pipe: Pipeline, limits: Limits) -> DrawRequest:
     """What a request's JSON asks for: fields of `Request`, with images as files in base64 (as they are, or as data
     URLs), and `preview`.
 
@@ -88,8 +88,8 @@ def read_ask(body: bytes, pipe: Pipeline, limits: Limits) -> Ask:
         raise ValueError("mask requires an image.")
     request = Request.of({"prompt": "", "seed": 0} | values)
     request.check_portable()
-    if request.n > limits.pictures:
-        raise ValueError(f"n is {request.n}; it must be from 1 to {limits.pictures} images.")
+    if request.n > limits.images:
+        raise ValueError(f"n is {request.n}; it must be from 1 to {limits.images} images.")
     request = settled(request, pipe.info)
     assert request.steps is not None
     if request.steps * request.n > limits.steps:
@@ -98,11 +98,11 @@ def read_ask(body: bytes, pipe: Pipeline, limits: Limits) -> Ask:
             f"{request.n} images of {request.steps} steps are {request.n * request.steps} steps, and one request may "
             f"ask for {limits.steps}; ask for fewer.",
         )
-    size = image_size(request, pipe.networks, pipe.size)
-    _check_pixels("The image", size, limits)
-    prompts, warnings = encoded([request], pipe.model.tokenizer, request.steps)
-    layout = size, prompts.ids.shape[1:4]
-    return Ask(request, (program_key(request, layout), shared(request), preview), preview, tuple(warnings))
+    _check_pixels("The image", image_size(request, pipe.networks, pipe.size), limits)
+    drawing = make_drawing([replace(request, n=1)], pipe.info)  # refuses here what does not fit the model
+    prompts, warnings = encoded([request], pipe.model.tokenizer, drawing.steps)
+    layout = drawing.shape, prompts.ids.shape[1:4]
+    return DrawRequest(request, (program_key(request, layout), shared(request), preview), preview, tuple(warnings))
 
 
 def _json(body: bytes) -> dict[str, Any]:

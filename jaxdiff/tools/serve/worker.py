@@ -15,7 +15,7 @@ from jaxdiff.generation.conditioning import PromptWarning
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import Request
 from jaxdiff.io.images import encode_image, slug, write_image
-from jaxdiff.tools.serve.ask import Ask, Limits, Refused
+from jaxdiff.tools.serve.requests import DrawRequest, Limits, Refused
 
 TellFn = Callable[[str, dict[str, Any]], object]
 """Takes an event's name and what it says, from any thread."""
@@ -24,40 +24,40 @@ TellFn = Callable[[str, dict[str, Any]], object]
 class Job:
     """A request on its way. `tell` hears of it:
 
-    queued: how many pictures are `ahead` of its first; at once, and whenever that changes
-    started: the `pictures` (their numbers) that are drawn now, `together` with others' so many
-    progress: `done` of `steps` for these `pictures`, and where wanted `guesses`, a JPEG in base64 for each
-    picture: one is there, its number `index`, `seed`, `settings` and its file `png` in base64
+    queued: how many images are `ahead` of its first; at once, and whenever that changes
+    started: the `images` (their numbers) that are drawn now, `together` with others' so many
+    progress: `done` of `steps` for these `images`, and where wanted `guesses`, a JPEG in base64 for each
+    image: one is there, its number `index`, `seed`, `settings` and its file `png` in base64
     done: all are
     error: there will be no more, and why, in the sentence `error`
     """
 
-    def __init__(self, ask: Ask, tell: TellFn) -> None:
-        self.ask, self.tell = ask, tell
+    def __init__(self, asked: DrawRequest, tell: TellFn) -> None:
+        self.asked, self.tell = asked, tell
         self.ended = False
         """Whether nobody waits for it any more."""
         self._ahead: int | None = None
-        self.images = ask.request.images(0)
+        self.images = asked.request.images(0)
         """A request for each image."""
         self._left = len(self.images)
 
     def wait(self, ahead: int) -> None:
-        """Says how many pictures are ahead, if that is news."""
+        """Says how many images are ahead, if that is news."""
         if ahead != self._ahead:
             self._ahead = ahead
             self.tell("queued", {"ahead": ahead})
 
     def deliver(self, index: int, png: bytes, told: dict[str, Any]) -> None:
-        """One picture is there."""
+        """One image is there."""
         data = base64.b64encode(png).decode()
-        self.tell("picture", {"index": index, "seed": self.images[index].seed, "settings": told, "png": data})
+        self.tell("image", {"index": index, "seed": self.images[index].seed, "settings": told, "png": data})
         self._left -= 1
         if not self._left:
             self.ended = True
             self.tell("done", {})
 
     def fail(self, sentence: str) -> None:
-        """There will be no more pictures."""
+        """There will be no more images."""
         if not self.ended:
             self.ended = True
             self.tell("error", {"error": sentence})
@@ -77,18 +77,18 @@ class Row(NamedTuple):
 
 
 class _NobodyWaits(Exception):
-    """Those who asked for the pictures that are being drawn have gone."""
+    """Those who asked for the images that are being drawn have gone."""
 
 
-class Studio(threading.Thread):
+class Worker(threading.Thread):
     """Draws what is asked for, first come first served. The pipeline is this thread's alone.
 
-    A picture depends on its own seed, not on what is drawn beside it: waiting pictures whose settings are equal are
+    An image depends on its own seed, not on what is drawn beside it: waiting images whose settings are equal are
     drawn in one call, up to `limits.batch`, in batches filled up to a power of two so that few programs are compiled.
     """
 
     def __init__(self, pipe: Pipeline, limits: Limits, out: Path | None = None) -> None:
-        super().__init__(name="studio", daemon=True)
+        super().__init__(name="worker", daemon=True)
         self.pipe, self.limits, self.out = pipe, limits, out
         self._rows: list[Row] = []
         self._changed = threading.Condition()
@@ -103,7 +103,7 @@ class Studio(threading.Thread):
         with self._changed:
             ahead = len(self._awaited())
             if ahead + n > self.limits.waiting:
-                raise Refused(503, f"{ahead} pictures are waiting to be drawn, and there is room for "
+                raise Refused(503, f"{ahead} images are waiting to be drawn, and there is room for "
                                    f"{self.limits.waiting}; try again later.")  # fmt: skip
             job.wait(ahead)
             self._rows = [*self._awaited(), *(Row(job, index) for index in range(n))]
@@ -111,7 +111,7 @@ class Studio(threading.Thread):
 
     @property
     def waiting(self) -> int:
-        """How many pictures wait."""
+        """How many images wait."""
         with self._changed:
             return len(self._awaited())
 
@@ -129,8 +129,8 @@ class Studio(threading.Thread):
             while not (awaited := self._awaited()):
                 self._rows = []
                 self._changed.wait()
-            key = awaited[0].job.ask.key
-            rows = [row for row in awaited if row.job.ask.key == key][: self.limits.batch]
+            key = awaited[0].job.asked.key
+            rows = [row for row in awaited if row.job.asked.key == key][: self.limits.batch]
             self._rows = [row for row in awaited if row not in rows]
             for ahead, row in reversed([*enumerate(self._rows)]):
                 if row.index == 0:
@@ -140,7 +140,7 @@ class Studio(threading.Thread):
     def _draw(self, rows: Sequence[Row]) -> None:
         jobs = list(dict.fromkeys(row.job for row in rows))
         for job, indices in _of_each(rows):
-            job.tell("started", {"pictures": indices, "together": len(rows)})
+            job.tell("started", {"images": indices, "together": len(rows)})
         try:
             images = self._call(rows)
             for row, image in zip(rows, images, strict=True):
@@ -158,28 +158,28 @@ class Studio(threading.Thread):
     def _call(self, rows: Sequence[Row]) -> np.ndarray:
         n = len(rows)
         padded = [*rows, *[rows[-1]] * (min(self.limits.batch, 1 << (n - 1).bit_length()) - n)]
-        ask, waiting = rows[0].job.ask, _of_each(rows)
-        steps = ask.request.steps or self.pipe.defaults["steps"]
+        asked, waiting = rows[0].job.asked, _of_each(rows)
+        steps = asked.request.steps or self.pipe.defaults["steps"]
 
         def tell(done: int, guesses: np.ndarray | None = None) -> None:
             if all(job.ended for job, _ in waiting):
                 raise _NobodyWaits
             for job, indices in waiting:
-                event: dict[str, Any] = {"pictures": indices, "done": min(done, steps), "steps": steps}
+                event: dict[str, Any] = {"images": indices, "done": min(done, steps), "steps": steps}
                 if guesses is not None and done < steps:
                     mine = [guesses[i] for i, row in enumerate(rows) if row.job is job]
                     files = (encode_image(guess, None, "jpeg") for guess in mine)
                     event["guesses"] = [base64.b64encode(file).decode() for file in files]
                 job.tell("progress", event)
 
-        # Looking on after each step would compute kept features at each step, and draw another image.
-        looks = ask.preview and ask.request.cache_interval == 1
+        # Previews after each step would compute kept features at each step, and draw another image.
+        previews = asked.preview and asked.request.cache_interval == 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptWarning)  # each request has heard of its own
             return self.pipe.draw(
                 [row.request for row in padded],
-                progress=None if looks else tell,
-                on_step=(lambda done, guess: tell(done, self.pipe.preview(guess))) if looks else None,
+                progress=None if previews else tell,
+                on_step=(lambda done, guess: tell(done, self.pipe.preview(guess))) if previews else None,
             )[:n]
 
     def _deliver(self, row: Row, image: np.ndarray) -> None:
@@ -190,7 +190,7 @@ class Studio(threading.Thread):
 
 
 def _of_each(rows: Sequence[Row]) -> list[tuple[Job, list[int]]]:
-    """Each job among the rows, with the numbers of its pictures."""
+    """Each job among the rows, with the numbers of its images."""
     jobs: dict[Job, list[int]] = {}
     for row in rows:
         jobs.setdefault(row.job, []).append(row.index)
@@ -202,6 +202,6 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "There is not enough memory; try a smaller size, or fewer pictures."
+        return "There is not enough memory; try a smaller size, or fewer images."
     traceback.print_exception(error)
-    return f"The picture could not be drawn ({type(error).__name__}); the server's terminal says more."
+    return f"The image could not be drawn ({type(error).__name__}); the server's terminal says more."
