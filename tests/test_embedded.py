@@ -20,6 +20,7 @@ def test_its_files_are_small_enough_to_come_along():
     assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) <= 25e6
 
 
+@pytest.mark.slow
 def test_it_draws_on_the_background_that_the_prompt_names_and_its_preview_has_the_colours(pipe):
     guesses = []
     images = pipe(PROMPTS, steps=6, on_step=lambda step, guess: guesses.append(guess))

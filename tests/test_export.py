@@ -67,6 +67,7 @@ def sign(folder: Path, **changes: object) -> None:
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loader_draws_the_pipelines_pictures(loaded, pipe):
     for settings in (
         {"steps": 3},

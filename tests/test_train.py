@@ -54,6 +54,7 @@ def checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 def test_metrics_tell_what_a_user_watches(vae_run: Path) -> None:
     line = lines(vae_run)[0]
     assert {"step", "loss", "lr", "grad_norm", "images_per_s", "data_wait_share"} <= line.keys()
@@ -62,11 +63,13 @@ def test_metrics_tell_what_a_user_watches(vae_run: Path) -> None:
     assert list((vae_run / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_autoencoder_falls(vae_run: Path) -> None:
     losses = [line["loss"] for line in lines(vae_run) if "loss" in line]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
+@pytest.mark.slow
 def test_an_autoencoder_run_exports_weights_whose_latents_have_unit_variance(vae_run: Path) -> None:
     config, params = read_network(vae_run / "export", "vae")
     assert config.scaling_factor == lines(vae_run)[-1]["scaling_factor"]

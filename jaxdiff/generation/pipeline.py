@@ -226,7 +226,16 @@ class Pipeline:
         params, sigmas, guidance = self.params["denoiser"], drawing.sigmas, drawing.guidance
         mesh = self._mesh_for(len(keys))
         inputs, state, keys = spread((inputs, state, keys), mesh)
-        run = None
+
+        def report(start: int, stop: int, state: State) -> None:
+            done = min(stop, settings.steps or steps)
+            if on_step is not None and stop > start:
+                on_step(done, state.guess if inputs.layout_above is None else state.guess[:, 1])
+            if progress is not None:
+                state.x.block_until_ready()
+                progress(done)
+
+        run, taken = None, None
         for start in range(first, max(steps, first + 1), piece):
             stop = min(start + piece, steps)
             numbers = np.int32(start), np.int32(stop), guidance, np.float32(settings.eta), interval
@@ -234,12 +243,11 @@ class Pipeline:
             with on(mesh):
                 run = run or kept(denoise, *arguments, program=program)  # all pieces have its shapes
                 state = run(*arguments)
-            done = min(stop, settings.steps or steps)
-            if on_step is not None and stop > start:
-                on_step(done, state.guess if inputs.layout_above is None else state.guess[:, 1])
-            if progress is not None:
-                state.x.block_until_ready()
-                progress(done)
+            if taken is not None:  # while the device takes the next steps
+                report(*taken)
+            taken = start, stop, state
+        if taken is not None:
+            report(*taken)
         return state
 
     def _mesh_for(self, b: int) -> Mesh | None:
