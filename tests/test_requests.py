@@ -85,7 +85,7 @@ def test_numbers_of_any_library_are_the_numbers_of_python():
 
 def test_a_mask_is_the_same_in_bits_bytes_and_numbers():
     bits = np.arange(24).reshape(4, 6) % 3 == 0
-    for mask in (bits, bits * np.uint8(255), bits.astype(np.float64), bits.astype(int)):
+    for mask in (bits, bits * np.uint8(255), bits.astype(np.uint8), bits.astype(np.float64), bits.astype(int)):
         np.testing.assert_array_equal(Request(image=PHOTO, mask=mask).mask, bits.astype(np.float32))
 
 
@@ -146,7 +146,6 @@ def test_a_mask_is_the_same_in_bits_bytes_and_numbers():
         ({"image": ""}, ("image is ''", "file")),
         ({"image": "caf\udce9.png"}, ("image is 'caf", "UTF-8")),
         ({"image": [[1], [1, 2]]}, ("image",)),
-        ({"mask": np.eye(4, dtype=np.uint8)}, ("mask", "255")),
         ({"mask": np.full((4, 4), 2.0)}, ("mask", "0", "1")),
         ({"mask": np.full((4, 4), np.nan)}, ("mask", "0", "1")),
         ({"mask": 5}, ("mask", "0", "1")),

@@ -159,13 +159,11 @@ def pixels(name: str, value: Any) -> Pixels:
 
 
 def mask_of(name: str, value: Any) -> Pixels:
-    """A file's path; or numbers [height, width] from 0 (kept) to 1 (drawn anew), bool, or uint8 up to 255."""
+    """A file's path; or numbers [height, width] from 0 (kept) to 1 (drawn anew), bool, or uint8 up to 255 or up to 1."""
     if isinstance(value, str | Path):
         return _path(name, value)
     array = _array(value)
-    scale = 255 if array.dtype == np.uint8 else 1
-    if scale == 255 and array.size and array.max() == 1:
-        raise ValueError(f"{name} is uint8 with no value above 1, where 255 is drawn anew; give it as bool or float.")
+    scale = 255 if array.dtype == np.uint8 and array.size and array.max() > 1 else 1  # 0 and 1 are bits
     array = floats(array.astype(np.float32) if array.dtype == bool else array) / np.float32(scale)
     if array.ndim != 2 or not array.size or not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"{name} must be a file, or numbers [height, width] from 0 (kept) to 1 (drawn anew), or uint8 "
