@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,52 @@ TRICKY = [
 ]
 
 
+PIECES = ["<cat-toy>", "<Cat-Toy>", "<CAT-TOY>", "!", "!!", " ", "  ", "a", "dog", "É", "e\u0301", "🍎",
+          "<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "s", "'s", "1234", "\n", ",", ".", "日本", "red",
+          "<", ">", "cat-toy"]  # fmt: skip
+CHANCE = random.Random(0)
+ODD = [*TRICKY, *("".join(CHANCE.choices(PIECES, k=CHANCE.randint(1, 9))) for _ in range(200))]
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
+
+
+def decoder(**flags):
+    """A layout with `added_tokens_decoder`."""
+    token = {"content": "<cat-toy>"} | FLAGS | flags
+    return lambda i: {"tokenizer_config.json": {"added_tokens_decoder": {str(i): token}}}
+
+
+def marks(name, **flags):
+    """A layout in which the start and the end are objects with flags."""
+    marked = {key: {"content": token} | FLAGS | flags for key, token in (("bos_token", BOS), ("eos_token", EOS))}
+    return lambda i: {name: marked}
+
+
+LAYOUTS = {
+    "none": lambda i: {},
+    "added_tokens": lambda i: {"added_tokens.json": {"<cat-toy>": i}},
+    "two added_tokens": lambda i: {"added_tokens.json": {"dog": i + 1, "<cat-toy>": i}},
+    "special added_tokens": lambda i: {
+        "added_tokens.json": {"<cat-toy>": i},
+        "special_tokens_map.json": {"additional_special_tokens": ["<cat-toy>"]},
+    },
+    "decoder": decoder(),
+    "normalized decoder": decoder(normalized=True, content="<Cat-Toy>"),
+    "strict decoder": decoder(lstrip=True, rstrip=True, single_word=True, special=True),
+    "additional_special_tokens": lambda i: {"tokenizer_config.json": {"additional_special_tokens": ["<cat-toy>"]}},
+    "extra_special_tokens": lambda i: {"tokenizer_config.json": {"extra_special_tokens": ["<cat-toy>"]}},
+    "additional in the map": lambda i: {"special_tokens_map.json": {"additional_special_tokens": ["<cat-toy>"]}},
+    "SD2's padding": lambda i: {"tokenizer_config.json": {"pad_token": "!"}},
+    "SD2's padding in the map": lambda i: {"special_tokens_map.json": {"pad_token": "!"}},
+    "normalized marks": marks("special_tokens_map.json", normalized=True),
+    "typed marks": marks("tokenizer_config.json", normalized=True, __type="AddedToken"),
+}
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
+def layout(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     source = open_source(DataConfig(root=str(Path(__file__).parent / "data")))
@@ -42,9 +90,9 @@ def folder(tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
-def transformers_ids(folder: Path, max_length: int) -> np.ndarray:
+def transformers_ids(folder: Path, max_length: int, texts: list[str] = TRICKY) -> np.ndarray:
     theirs = CLIPTokenizer.from_pretrained(folder)
-    return np.asarray(theirs(TRICKY, padding="max_length", truncation=True, max_length=max_length)["input_ids"])
+    return np.asarray(theirs(texts, padding="max_length", truncation=True, max_length=max_length)["input_ids"])
 
 
 @pytest.mark.parametrize("max_length", [32, 77])
@@ -64,17 +112,39 @@ def test_the_new_single_file_layout_is_read_too(folder, tmp_path):
     np.testing.assert_array_equal(Tokenizer.load(tmp_path / "old", 32)(TRICKY), Tokenizer.load(folder, 32)(TRICKY))
 
 
-@pytest.mark.parametrize("spelling", ["!", {"content": "!", "lstrip": False}])
-def test_another_padding_token_is_honoured_as_in_sd2(tokenizer, tmp_path, spelling):
-    tokenizer.save(tmp_path)
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        values = json.loads((tmp_path / name).read_text())
-        (tmp_path / name).write_text(json.dumps(values | {"pad_token": spelling}))
+def test_tokens_beside_the_vocabulary_are_transformers_in_every_layout(tokenizer, folder, tmp_path, layout):
+    next_id = len(tokenizer)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / name, tmp_path / name)
+    for name, values in layout(next_id).items():
+        (tmp_path / name).write_text(json.dumps(values))
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "single")
     ours = Tokenizer.load(tmp_path, 32)
-    assert ours.pad_id == 0
-    np.testing.assert_array_equal(ours(TRICKY), transformers_ids(tmp_path, 32))
     ours.save(tmp_path / "saved")
-    assert Tokenizer.load(tmp_path / "saved").pad_id == 0
+    expected = transformers_ids(tmp_path, 32, ODD)
+    np.testing.assert_array_equal(ours(ODD), expected)
+    for place in ("saved", "single"):
+        np.testing.assert_array_equal(Tokenizer.load(tmp_path / place, 32)(ODD), expected)
+        np.testing.assert_array_equal(transformers_ids(tmp_path / place, 32, ODD), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("added_tokens.json", {"<toy>": 5000}, "<toy>.* 5000.* \\d+"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"900": 5}}, "5 is not a token"),
+        ("tokenizer_config.json", {"additional_special_tokens": [""]}, "is not a token"),
+        ("tokenizer.json", {"model": {"type": "Unigram", "vocab": []}}, "Unigram.*BPE"),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b c"]}}, "merge"),
+    ],
+)
+def test_added_tokens_that_cannot_be_are_named(folder, tmp_path, name, values, words):
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / file, tmp_path / file)
+    (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=words):
+        Tokenizer.load(tmp_path)
 
 
 def test_saving_and_loading_changes_nothing(tokenizer, folder, tmp_path):
@@ -139,8 +209,8 @@ def test_a_prompt_with_bytes_that_are_no_text_is_still_read(tokenizer):
         ({"vocab.json": '{"a": -1}', "merges.txt": ""}, r"whole number from 0 on\.$"),
         ({"vocab.json": "[" * 100_000, "merges.txt": ""}, r"vocab\.json is "),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b c"}, "'a b c' is not a merge"),
-        ({"tokenizer.json": "{}"}, "is not a tokenizer"),
-        ({"tokenizer.json": "<html>"}, "is not a tokenizer"),
+        ({"tokenizer.json": "{}"}, "BPE"),
+        ({"tokenizer.json": "<html>"}, "is not JSON"),
     ],
 )
 def test_files_that_are_no_tokenizer_are_refused(tmp_path, files, said):
@@ -153,15 +223,16 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path, files, said):
 def test_merges_that_were_only_begun_are_refused(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(ValueError, match=r"merges\.txt has 0 merges for the \d+ tokens"):
+    with pytest.raises(ValueError, match=r"merges\.txt has 0 merges for \d+ tokens"):
         Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("token", [5, {"a": 1}, ["x"]])
 def test_a_padding_token_that_is_none_is_refused(tokenizer, tmp_path, token):
     tokenizer.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": token}))
-    with pytest.raises(ValueError, match=r"pad_token is .*, not a token"):
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": token}))
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="is not a token"):
         Tokenizer.load(tmp_path)
 
 
@@ -169,6 +240,7 @@ def test_an_id_beyond_the_others_counts_as_the_rows_it_needs(tokenizer, tmp_path
     tokenizer.save(tmp_path)
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {EOS: 99_999_999}))
+    (tmp_path / "tokenizer_config.json").unlink()
     assert len(Tokenizer.load(tmp_path)) == 100_000_000
 
 

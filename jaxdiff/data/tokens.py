@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int
-from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 
 from jaxdiff.config import load_json
 
@@ -24,49 +24,71 @@ class Tokenizer:
     first: curly quotes and `&amp;` stay as they are written.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, max_length: int = 77, pad_token: str = EOS) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        max_length: int = 77,
+        pad_token: str = EOS,
+        bos_token: str = BOS,
+        eos_token: str = EOS,
+    ) -> None:
         if max_length < 3:
             raise ValueError(f"max_length is {max_length}; it must be at least 3, for start, end and one token.")
-        self._backend, self.max_length, self.pad_token = backend, max_length, pad_token
+        self._backend, self.max_length = backend, max_length
+        self.pad_token, self.bos_token, self.eos_token = pad_token, bos_token, eos_token
         backend.no_padding()
         backend.no_truncation()
-        self.bos_id, self.eos_id, self.pad_id = (_id(backend, token) for token in (BOS, EOS, pad_token))
-        backend.add_special_tokens([BOS, EOS])  # typed in a prompt, they are themselves
+        self.bos_id, self.eos_id, self.pad_id = (_id(backend, token) for token in (bos_token, eos_token, pad_token))
+        # Typed in a prompt they are themselves; so is the padding token, as in transformers.
+        backend.add_special_tokens([bos_token, eos_token, pad_token])
 
     @classmethod
     def load(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
-        """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`; the padding token from `tokenizer_config.json`.
+        """Reads a tokenizer in any layout of transformers' CLIPTokenizer, and makes the tokens that it makes.
+
+        The vocabulary and the merges come from `tokenizer.json`, or `vocab.json` and `merges.txt`; tokens that were
+        added to them from the `added_tokens_decoder` of `tokenizer_config.json`, or else from `added_tokens.json` and
+        `tokenizer.json`; special tokens from `tokenizer_config.json` and `special_tokens_map.json`.
 
         Raises:
             ValueError: where the files are missing or no tokenizer of this kind.
-
         """
         folder = Path(folder)
-        if (single := folder / "tokenizer.json").is_file():
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(single))
-            except Exception as error:  # the tokenizers library raises bare Exceptions
-                raise ValueError(f"{single} is not a tokenizer: {error}.") from error
-            if not isinstance(backend.model, models.BPE):
-                raise ValueError(f"{single} holds a {type(backend.model).__name__} tokenizer; CLIP's is BPE.")
+        vocab, merges, in_file = _read_bpe(folder)
+        config, named_in_map, added_in_map = (
+            load_json(folder / name) if (folder / name).is_file() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        )
+        named: dict[str, Any] = dict.fromkeys(NAMED, EOS) | {"bos_token": BOS} | _given(config)
+        added: dict[int, AddedToken] = {}
+        if "added_tokens_decoder" in config:  # it is complete: transformers reads nothing else beside it
+            added = {int(i): _added(folder, token) for i, token in dict(config["added_tokens_decoder"]).items()}
         else:
-            vocab, merges = folder / "vocab.json", folder / "merges.txt"
-            for path in (vocab, merges):
-                if not path.is_file():
-                    raise ValueError(f"{folder} holds no tokenizer: {path.name} is missing, and so is tokenizer.json.")
-            tokens, pairs = load_json(vocab), _read_merges(merges)
-            if 2 * len(pairs) < len(tokens) - 514:  # all but the bytes and marks come from merges
-                raise ValueError(f"{merges} has {len(pairs)} merges for the {len(tokens)} tokens of vocab.json; "
-                                 "it is incomplete.")  # fmt: skip
-            backend = _backend(tokens, pairs)
-        pad_token: Any = EOS
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (path := folder / name).is_file():
-                pad_token = load_json(path).get("pad_token") or pad_token
-        pad = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
-        if not isinstance(pad, str):
-            raise ValueError(f"{folder}: pad_token is {json.dumps(pad_token)}, not a token.")
-        return cls(backend, max_length, pad)
+            named |= _given(named_in_map)
+        extra = [_added(folder, token) for token in named.pop("extra", [])]
+        tokens = {name: _added(folder, token) for name, token in named.items()}
+        if "added_tokens_decoder" not in config:
+            # transformers does not count the map's additional_special_tokens here.
+            known = _given(config).get("extra", []) if "extra_special_tokens" not in named_in_map else extra
+            special = {token.content for token in (*tokens.values(), *(_added(folder, token) for token in known))}
+            for content, i in added_in_map.items():
+                added[i] = AddedToken(content, normalized=content not in special, special=content in special)
+            added |= {token["id"]: _added(folder, token) for token in in_file}
+        by_content = {token.content: token for token in added.values()}
+        tokens = {name: by_content.get(token.content, token) for name, token in tokens.items()}
+
+        backend = _backend(vocab, merges, tokens["unk_token"].content)
+        for mark in (tokens["bos_token"].content, tokens["eos_token"].content):
+            if mark not in vocab and mark not in by_content:
+                raise ValueError(f"{folder}: the tokenizer's vocabulary lacks {mark!r}.")
+        backend.add_tokens([added[i] for i in sorted(added)])
+        backend.add_special_tokens([*tokens.values(), *(token for token in extra if token.content not in by_content)])
+        for i, token in added.items():
+            if (found := backend.token_to_id(token.content)) != i:
+                raise ValueError(f"{folder}: the added token {token.content!r} has the id {i}; it must be {found}, "
+                                 "the first that is free after the vocabulary.")  # fmt: skip
+        pad, bos, eos = (tokens[f"{name}_token"].content for name in ("pad", "bos", "eos"))
+        return cls(backend, max_length, pad, bos, eos)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, max_length: int = 77) -> "Tokenizer":
@@ -103,8 +125,13 @@ class Tokenizer:
             self._backend.model.save(str(folder))
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise OSError(f"{folder} cannot be written: {error}.") from error
-        special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad_token}
+        unknown = self._backend.model.unk_token  # pyright: ignore[reportAttributeAccessIssue]
+        special = {"bos_token": self.bos_token, "eos_token": self.eos_token, "unk_token": unknown}
+        special |= {"pad_token": self.pad_token}
+        added = self._backend.get_added_tokens_decoder().items()
+        flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         config = special | {
+            "added_tokens_decoder": {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in added},
             "model_max_length": self.max_length,
             "tokenizer_class": "CLIPTokenizer",
             "do_lower_case": True,
@@ -134,6 +161,7 @@ class Tokenizer:
         """For each token, whether a word ends with it."""
         out = np.zeros(len(self), bool)
         out[[index for token, index in self._backend.get_vocab().items() if token.endswith("</w>")]] = True
+        out[list(self._backend.get_added_tokens_decoder())] = True
         return out
 
     @property
@@ -153,19 +181,67 @@ class Tokenizer:
         return text[offsets[0][0] :] if offsets else None
 
 
-def _backend(vocab: dict[str, Any], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def _read_bpe(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]], list[dict[str, Any]]]:
+    """The vocabulary, the merges, and the added tokens that stand beside them in `tokenizer.json`."""
+    if (single := folder / "tokenizer.json").is_file():
+        whole = load_json(single)
+        model = whole.get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
+            kind = model.get("type") if isinstance(model, dict) else None
+            raise ValueError(f"{single} holds a tokenizer of the kind {kind!r}; CLIP's is BPE.")
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise ValueError(f"{single}: a merge must be two tokens.")
+        added = whole.get("added_tokens") or []
+        if not isinstance(added, list) or not all(
+            isinstance(one, dict) and type(one.get("id")) is int for one in added
+        ):
+            raise ValueError(f"{single}: added_tokens must be a list of objects, each with an id.")
+        tokens, merges, source = model["vocab"], [(left, right) for left, right in pairs], single
+    else:
+        vocab, source = folder / "vocab.json", folder / "merges.txt"
+        for path in (vocab, source):
+            if not path.is_file():
+                raise ValueError(f"{folder} holds no tokenizer: {path.name} is missing, and so is tokenizer.json.")
+        tokens, merges, added = load_json(vocab), _read_merges(source), []
+    if 2 * len(merges) < len(tokens) - 514:  # all but the bytes and marks come from merges
+        raise ValueError(f"{source} has {len(merges)} merges for {len(tokens)} tokens; it is incomplete.")
+    return tokens, merges, added
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """The special tokens of a file, by name; `extra` has those without one."""
+    found = {name: values[name] for name in NAMED if values.get(name)}
+    extra = values.get("extra_special_tokens") or values.get("additional_special_tokens")
+    return found | ({"extra": list(extra.values() if isinstance(extra, dict) else extra)} if extra else {})
+
+
+def _added(folder: Path, token: Any) -> AddedToken:
+    """A token from its text or its JSON object."""
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    if isinstance(token, str) and token:
+        return AddedToken(token, special=True, normalized=False)
+    if isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]:
+        return AddedToken(token["content"], **{flag: bool(token[flag]) for flag in flags if flag in token})
+    raise ValueError(f"{folder}: {json.dumps(token)} is not a token.")
+
+
+def _backend(vocab: dict[str, Any], merges: list[tuple[str, str]], unk_token: str = EOS) -> tokenizers.Tokenizer:
     try:
         bpe = models.BPE(
             vocab=vocab,
             merges=merges,
             continuing_subword_prefix="",
             end_of_word_suffix="</w>",
-            unk_token=EOS,
+            unk_token=unk_token,
         )
     except TypeError as error:
-        raise ValueError("vocab.json must give each token a whole number from 0 on.") from error
+        raise ValueError("The vocabulary must give each token a whole number from 0 on.") from error
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ValueError(f"vocab.json and merges.txt do not go together: {error}.") from error
+        raise ValueError(f"The vocabulary and the merges do not go together: {error}.") from error
     backend = tokenizers.Tokenizer(bpe)
     steps: list[Any] = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     backend.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]

@@ -159,7 +159,7 @@ def pixels(name: str, value: Any) -> Pixels:
 
 
 def mask_of(name: str, value: Any) -> Pixels:
-    """A file's path; or numbers [height, width] from 0 (kept) to 1 (drawn anew), bool, or uint8 up to 255 or up to 1."""
+    """A file's path; or numbers [height, width] from 0 (kept) to 1 (drawn anew), bool, or uint8 to 255 or to 1."""
     if isinstance(value, str | Path):
         return _path(name, value)
     array = _array(value)
