@@ -210,6 +210,7 @@ def test_a_trajectory_has_a_frame_for_each_step_and_ends_with_the_image(pipe):
         np.testing.assert_array_equal(frames[-1], pipe("a dog", steps=4, **fields)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_random_settings_compile_once(pipe, masked):
     chance = random.Random(0)

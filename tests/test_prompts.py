@@ -196,6 +196,7 @@ def test_no_text_is_an_error_and_none_is_lost():
         assert all(character in kept for piece in pieces for character in piece.text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["(", ")", "[", "(a]", "([", "[a:", "(a:1.1)", "AND", "\\", ":", "[(]", "a:1 AND "])
 def test_any_depth_of_brackets_takes_linear_time(unit):
     def seconds(n: int) -> float:

@@ -326,6 +326,7 @@ def test_every_leaf_of_every_optimiser_lies_where_the_table_says(name):
             assert (leaf.shape == (128, 256)) == (not leaf.sharding.is_fully_replicated), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_optimisers_that_look_at_whole_matrices_take_the_same_steps_on_eight_devices(name):
     spread, _ = run(make_mesh(data=2, fsdp=2, tensor=2), [batch(0)], name=name)
