@@ -177,6 +177,7 @@ def test_a_mesh_computes_what_one_device_does(folder, target):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
 
 
+@pytest.mark.slow
 def test_figures_follow_from_times(bench, folder):
     code, found, out, _ = bench("unet", "--batch", ALL, "--runs", 3, "--mesh.fsdp", 4)
     assert code == 0
