@@ -185,7 +185,7 @@ def test_all_levels_are_those_that_the_sampler_would_take(pipe, sampler, schedul
 def exported(pipe, platforms, sampler="ddim", kernels=False):
     program, empty = pipe.program(Request(sampler=sampler)), pipe.model.tokenizer([""])[0]
     return export(weights(pipe, "float32")[1], inputs_of(program, 1, len(empty)), program=program, shape=(16, 16, 4),
-                  empty=empty, platforms=platforms, kernels=kernels)  # fmt: skip
+                  empty=empty, at_sigma=False, platforms=platforms, kernels=kernels)  # fmt: skip
 
 
 def test_the_program_is_for_all_platforms_and_asks_for_nothing_but_stablehlo(folder):

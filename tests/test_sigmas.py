@@ -8,8 +8,8 @@ from scipy.stats import beta as beta_distribution
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
-from jaxdiff.sampling.sigmas import LCM, PNDM, SCHEDULES, TCD, beta, exponential, karras
+from jaxdiff.sampling.samplers import SAMPLERS, count_steps, first_state, make_sigmas, starts_at_sigma
+from jaxdiff.sampling.sigmas import ALIGNED, DEIS, DPM_SOLVER, LCM, PNDM, SCHEDULES, TCD, beta, exponential, karras
 
 SD = SchedulerConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
 FLOW = SchedulerConfig(prediction_type="flow_prediction", shift=3.0, clip_sample=False)
@@ -34,6 +34,33 @@ def test_every_sampler_falls_by_every_schedule_that_it_can_use(steps, flow):
             assert (sigmas.sigmas_next[:n] <= sigmas.sigmas[:n]).all()
             assert np.isfinite(sigmas).all()
             assert not np.any([levels[n:] for levels in sigmas])
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_one_step_goes_from_the_highest_level_to_the_lowest(spacing):
+    config = replace(SD, timestep_spacing=spacing)
+    for name, sampler in SAMPLERS.items():
+        for kind in sampler.schedules:
+            if sampler.family in (DPM_SOLVER, DEIS) and (kind, spacing) == ("model", "leading"):
+                continue  # of two leading steps the first, as diffusers has it
+            sigmas = make_sigmas(name, kind, config, SCHEDULE, 1)
+            top = ALIGNED[0] if kind == "align_your_steps" else SCHEDULE.sigmas[-1]
+            assert sigmas.sigmas[0] == pytest.approx(top, rel=1e-5), (name, kind)
+            assert sigmas.sigmas_next[0] <= SCHEDULE.sigmas[0] * 1.001, (name, kind)
+
+
+def test_k_diffusions_samplers_start_from_sigma_times_the_noise_where_the_spacing_reaches_the_last_training_step():
+    noise = np.ones((1, 2, 2, 1), np.float32)
+    for sampler, kind, spacing, at_sigma in (
+        ("euler", "model", "trailing", True), ("heun", "karras", "linspace", True), ("euler", "trailing", "leading", True),
+        ("euler", "model", "leading", False), ("ddim", "model", "trailing", False), ("dpmpp_2m", "model", "linspace", False),
+    ):  # fmt: skip
+        config = replace(SD, timestep_spacing=spacing)
+        assert starts_at_sigma(sampler, kind, config) == at_sigma
+        sigmas = make_sigmas(sampler, kind, config, SCHEDULE, 5)
+        full = first_state(noise, sigmas, at_sigma) * np.sqrt(1 + sigmas.sigmas[0] ** 2)
+        expected = sigmas.sigmas[0] if at_sigma else np.sqrt(1 + sigmas.sigmas[0] ** 2)
+        np.testing.assert_allclose(full, expected * noise, rtol=1e-6)
 
 
 def test_karras_levels_are_even_in_their_seventh_root():

@@ -21,6 +21,7 @@ from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.programs import kept
 from jaxdiff.sampling.inversion import backwards
 from jaxdiff.sampling.loop import State, begin
+from jaxdiff.sampling.samplers import first_state
 from jaxdiff.sampling.torch_noise import torch_latents
 from jaxdiff.types import Conditioning, Params
 
@@ -255,7 +256,7 @@ def _at_level(drawing: Drawing, noise: Float[np.ndarray, "b h w c"], known: Arra
     """Where sampling starts: from noise; or from the image, noised to the level of its first step."""
     start = drawing.start
     if known is None or (drawing.mask is not None and start == 0):
-        return begin_all(noise)
+        return begin_all(first_state(noise, drawing.sigmas, drawing.at_sigma))
     sigma = np.asarray(drawing.sigmas.sigmas)[start] if start < drawing.steps else np.float32(0)
     return begin_all((np.asarray(known) + sigma * noise) / np.sqrt(1 + sigma**2))
 

@@ -18,7 +18,7 @@ from jaxdiff.generation.canvas import Size, canvas_of, check_size, image_size, l
 from jaxdiff.generation.programs import INVERSIONS
 from jaxdiff.generation.request import DEFAULTS, PER_IMAGE, Request
 from jaxdiff.model import memory_bytes
-from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
+from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas, starts_at_sigma
 from jaxdiff.sampling.sigmas import Sigmas
 
 UPSCALE_STRENGTH = 0.35
@@ -47,6 +47,8 @@ class Drawing:
     shape: tuple[int, int, int]
     """Height, width and channels of a latent."""
     sigmas: Sigmas
+    at_sigma: bool
+    """Whether sampling starts from sigma * noise; see `jaxdiff.sampling.samplers.starts_at_sigma`."""
     steps: int
     """Steps that the sigmas are for; pndm takes one more than is asked for."""
     image: UInt8[np.ndarray, "b h w 3"] | None
@@ -163,6 +165,7 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         requests=requests,
         shape=shape,
         sigmas=sigmas,
+        at_sigma=starts_at_sigma(settings.sampler, settings.schedule, model.scheduler),
         steps=count_steps(sigmas),
         image=np.stack(images) if images else None,
         mask=np.stack(masks) if masks else None,

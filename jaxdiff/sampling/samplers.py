@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxdiff.config import SchedulerConfig, nearest
 from jaxdiff.diffusion.schedule import NoiseSchedule
@@ -27,6 +29,8 @@ from jaxdiff.sampling.sigmas import (
     SigmaFamily,
     Sigmas,
 )
+
+AnyArray = Array | np.ndarray
 
 
 class Sampler(NamedTuple):
@@ -107,6 +111,22 @@ def make_sigmas(
     check_sampler(sampler, schedule, eta)
     family = SAMPLERS[sampler].family.with_eta(eta)
     return SCHEDULES[schedule](family)(config, noise_schedule, steps)
+
+
+def starts_at_sigma(sampler: str, schedule: str, config: SchedulerConfig) -> bool:
+    """Whether sampling starts from sigma * noise, as in k-diffusion, and not from sqrt(1 + sigma^2) * noise.
+
+    That is the rule of diffusers' schedulers from k-diffusion where the spacing is trailing or linspace.
+    """
+    spacing = "trailing" if schedule == "trailing" else config.timestep_spacing
+    flow = config.prediction_type == "flow_prediction"
+    return SAMPLERS[sampler].family.from_k_diffusion and spacing != "leading" and not flow
+
+
+def first_state(noise: AnyArray, sigmas: Sigmas, at_sigma: bool) -> Array:
+    """Unit normal noise as the first `State.x`: itself, or sigma / sqrt(1 + sigma^2) of it (see `starts_at_sigma`)."""
+    sigma = sigmas.sigmas[0]
+    return jnp.asarray(noise) * (sigma / jnp.sqrt(1 + sigma**2)) if at_sigma else jnp.asarray(noise)
 
 
 def count_steps(sigmas: Sigmas) -> int:

@@ -72,6 +72,8 @@ class SigmaFamily:
     to_zero: bool = True
     """Whether the last step of those schedules ends at sigma 0; otherwise it stays at their lowest level."""
     takes_eta: bool = False
+    from_k_diffusion: bool = False
+    """Whether it is that of k-diffusion's samplers, which start from other noise; see `samplers.starts_at_sigma`."""
 
     def __call__(self, config: SchedulerConfig, schedule: NoiseSchedule, steps: int) -> Sigmas:
         """The levels of so many steps."""
@@ -121,7 +123,7 @@ def _k_ends(config: SchedulerConfig, schedule: NoiseSchedule, steps: int) -> tup
 
 def _k_levels(config: SchedulerConfig, schedule: NoiseSchedule, steps: int) -> Falling:
     total = config.num_train_timesteps
-    if config.timestep_spacing == "linspace":
+    if config.timestep_spacing == "linspace" and steps > 1:
         t = np.linspace(0, total - 1, steps)[::-1]
     else:
         t = timesteps(config.timestep_spacing, total, steps, config.steps_offset)
@@ -171,7 +173,7 @@ PNDM = SigmaFamily(_pndm, flow=_pndm)
 """The levels of `MODEL` with the first step taken twice, as by PNDMScheduler with skip_prk_steps: one step more."""
 DDPM = SigmaFamily(_ddpm)
 """The levels of DDPMScheduler: those that `MODEL` reads; each step ends at the next one's level, and the last at 0."""
-K_DIFFUSION = SigmaFamily(_k_diffusion, ends=_k_ends)
+K_DIFFUSION = SigmaFamily(_k_diffusion, ends=_k_ends, from_k_diffusion=True)
 """The levels of EulerDiscreteScheduler and the others from k-diffusion; linspace does not round to whole steps."""
 DPM_SOLVER = SigmaFamily(_dpm_solver, flow=partial(flow_levels, spare=1))
 """The levels of DPMSolverMultistepScheduler and the others of one call a step: of steps + 1 evenly spaced training
@@ -226,7 +228,7 @@ def spaced(spacing_fn: SpacingFn, family: SigmaFamily) -> SigmasFn:
             sigmas = np.append(top, spacing_fn(second, bottom, steps - 1))
         else:
             sigmas = spacing_fn(top, bottom, steps)
-        return _falling(sigmas, 0.0 if family.to_zero else sigmas[-1], total)
+        return _falling(sigmas, 0.0 if family.to_zero else min(sigmas[-1], bottom), total)
 
     return make
 
@@ -315,7 +317,13 @@ def _falling(sigmas: Falling, last: float, total: int) -> Sigmas:
 
 
 def timesteps(spacing: str, total: int, steps: int, offset: int = 0) -> np.ndarray:
-    """Training steps, falling, as diffusers spaces them (Lin et al. 2024, table 2); `offset` is for leading only."""
+    """Training steps, falling, as diffusers spaces them (Lin et al. 2024, table 2); `offset` is for leading only.
+
+    One step is the last training step, whatever the spacing: by leading and linspace, as diffusers has them, it would
+    start from pure noise at the lowest level.
+    """
+    if steps == 1:
+        return np.array([total - 1])
     if spacing == "linspace":
         return np.linspace(0, total - 1, steps).round()[::-1].astype(np.int64)
     if spacing == "leading":

@@ -18,13 +18,13 @@ from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.prediction import EPSILON, FLOW, SAMPLE, V
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.sampling.loop import begin, sampling_loop
-from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
+from jaxdiff.sampling.samplers import SAMPLERS, count_steps, first_state, make_sigmas, starts_at_sigma
 from jaxdiff.sampling.sigmas import ALIGNED
 from jaxdiff.sampling.torch_noise import TorchGenerator, torch_latents
 
 SHAPE = (4, 4, 3)
 KINDS = (EPSILON, V, SAMPLE)
-NOISES = 80
+NOISES = 2100
 
 
 class Corrected3M(diffusers.DPMSolverMultistepScheduler):
@@ -68,6 +68,7 @@ CASES = {
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}, "flow", ("model", *SPACED)),
     "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}, "flow", ("model",)),
 }
+MOST = {"lcm": 50, "tcd": 50} | dict.fromkeys(("ddim", "ddpm", "euler", "euler_ancestral", "heun", "lms"), 1000)
 BETAS = (
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
@@ -81,14 +82,15 @@ def network(xp, x_in, sigma):
 
 
 def settings(name):
-    """Ten random ones."""
+    """Ten random ones; the first with two, three and the most steps. One step is ours (see `timesteps`)."""
     _, _, known, schedules = CASES[name]
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     for seed in range(10):
         flow = known == "flow"
         yield {
             "seed": seed,
-            "steps": int(rng.integers(1, 40)),
+            "steps": {0: 2, 1: 3, 2: MOST.get(name, 999), 3: min(MOST.get(name, 999), 999)}.get(seed)
+            or int(rng.integers(2, 40)),
             "prediction_type": "flow_prediction" if flow else KINDS[rng.integers(known)].name,
             "schedule": str(rng.choice(schedules)),
             "eta": float(rng.uniform()) if name in ("ddim", "tcd") else 0.0,
@@ -189,6 +191,25 @@ def loops():
         return draw, kinds
 
     return {name: compiled(name) for name in CASES}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("flow")])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_starts_are_their_schedulers(name, spacing):
+    if name == "dpmpp_sde":
+        pytest.importorskip("torchsde", reason="diffusers' DPMSolverSDEScheduler needs it")
+    for schedule in CASES[name][3] if name != "pndm" or spacing == "leading" else ():
+        for steps in (2, 3, 20, MOST.get(name, 999)):
+            config = SchedulerConfig(timestep_spacing=spacing, clip_sample=False, **BETAS[0])
+            scheduler = make_theirs(name, config, schedule, steps)
+            sigmas = make_sigmas(name, schedule, config, make_schedule(config), steps)
+            ours = float(first_state(np.ones(1), sigmas, starts_at_sigma(name, schedule, config))[0])
+            if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
+                ours *= math.sqrt(1 + float(sigmas.sigmas[0]) ** 2)
+            assert ours == pytest.approx(float(getattr(scheduler, "init_noise_sigma", 1.0)), rel=1e-5), (
+                schedule,
+                steps,
+            )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -23,6 +23,7 @@ from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import MARK, replaced
 from jaxdiff.model import cast
 from jaxdiff.runtime.cli import exit_code
+from jaxdiff.sampling.samplers import starts_at_sigma
 from jaxdiff.tools.export import load
 from jaxdiff.tools.export.program import all_levels, custom_calls, export, inputs_of
 
@@ -110,7 +111,8 @@ def write(args: Args, pipe: Pipeline) -> None:
     stored, computed = weights(pipe, args.dtype)
     exported = export(
         computed, inputs, program=program, shape=(height // factor, width // factor, program.family.latent_channels),
-        empty=empty, platforms=args.platforms, kernels=args.kernels,
+        empty=empty, at_sigma=starts_at_sigma(args.sampler, args.schedule, program.scheduler),
+        platforms=args.platforms, kernels=args.kernels,
     )  # fmt: skip
     calls = custom_calls(exported)
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)

@@ -17,7 +17,7 @@ from jaxdiff.generation.programs import Program, decode, denoise, encode_prompts
 from jaxdiff.nn.attention import portable
 from jaxdiff.runtime.programs import KERNELS
 from jaxdiff.sampling.loop import begin
-from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
+from jaxdiff.sampling.samplers import SAMPLERS, count_steps, first_state, make_sigmas
 from jaxdiff.sampling.sigmas import Sigmas
 from jaxdiff.types import Params
 
@@ -59,7 +59,7 @@ def inputs_of(program: Program, batch: int, length: int) -> dict[str, Input]:
 
 
 def draw(
-    weights: Arrays, inputs: Arrays, *, program: Program, shape: tuple[int, int, int], empty: np.ndarray
+    weights: Arrays, inputs: Arrays, *, program: Program, shape: tuple[int, int, int], empty: np.ndarray, at_sigma: bool
 ) -> dict[str, Array]:  # fmt: skip
     """`jaxdiff.Pipeline` without what is Python's: no checks, no files, no tokenizer.
 
@@ -69,6 +69,7 @@ def draw(
         program: networks and settings.
         shape: height, width and channels of a latent.
         empty: the tokens of the empty prompt.
+        at_sigma: whether sampling starts from sigma * noise.
 
     Returns:
         "images", uint8 [b, height, width, 3], and "finite", bool [b]: whether each is an image.
@@ -80,12 +81,13 @@ def draw(
     conditioning = unwrap(encode_prompts)(params["text_encoder"], *tokens, program=program)
     keys, noise = keys_and_noise(inputs["seeds"], shape)
     guidance = Guidance(*(inputs[name] for name in ("guidance", "guidance_rescale", "apg_eta", "apg_norm_threshold")))
+    sigmas = Sigmas(inputs["sigmas"], inputs["sigmas_next"])
     state = unwrap(denoise)(
         params["denoiser"],
         Inputs(conditioning, jnp.ones((b, 1, 1, 1, 1, 1)), jnp.zeros((b, 1))),
-        jax.vmap(begin)(noise),
+        jax.vmap(begin)(first_state(noise, sigmas, at_sigma)),
         keys,
-        Sigmas(inputs["sigmas"], inputs["sigmas_next"]),
+        sigmas,
         jnp.int32(0),
         inputs["steps"],
         guidance,
@@ -103,6 +105,7 @@ def export(
     program: Program,
     shape: tuple[int, int, int],
     empty: np.ndarray,
+    at_sigma: bool,
     platforms: tuple[str, ...],
     kernels: bool,
 ) -> jax.export.Exported:
@@ -114,7 +117,7 @@ def export(
     """
 
     def whole(weights: Arrays, inputs: Arrays) -> dict[str, Array]:
-        return draw(weights, inputs, program=program, shape=shape, empty=empty)
+        return draw(weights, inputs, program=program, shape=shape, empty=empty, at_sigma=at_sigma)
 
     allowed = [jax.export.DisabledSafetyCheck.custom_call(kernel) for kernel in KERNELS] if kernels else []
     arguments = {name: jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype)) for name, entry in inputs.items()}
