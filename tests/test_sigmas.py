@@ -52,8 +52,9 @@ def test_one_step_goes_from_the_highest_level_to_the_lowest(spacing):
 def test_k_diffusions_samplers_start_from_sigma_times_the_noise_where_the_spacing_reaches_the_last_training_step():
     noise = np.ones((1, 2, 2, 1), np.float32)
     for sampler, kind, spacing, at_sigma in (
-        ("euler", "model", "trailing", True), ("heun", "karras", "linspace", True), ("euler", "trailing", "leading", True),
-        ("euler", "model", "leading", False), ("ddim", "model", "trailing", False), ("dpmpp_2m", "model", "linspace", False),
+        ("euler", "model", "trailing", True), ("heun", "karras", "linspace", True),
+        ("euler", "trailing", "leading", True), ("euler", "model", "leading", False),
+        ("ddim", "model", "trailing", False), ("dpmpp_2m", "model", "linspace", False),
     ):  # fmt: skip
         config = replace(SD, timestep_spacing=spacing)
         assert starts_at_sigma(sampler, kind, config) == at_sigma
