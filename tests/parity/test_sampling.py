@@ -54,6 +54,7 @@ CASES = {
     "dpm2": ("KDPM2DiscreteScheduler", {}, 2, K),
     "dpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}, 2, K),
     "lms": ("LMSDiscreteScheduler", {}, 3, K),
+    # diffusers' heun is 4e-4 from Heun's method in float64 on linspace, where ours is 1e-6.
     # diffusers takes the means of v for models that predict it, and for other spacings than leading begins its second
     # step at a level where it has not been.
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, 1, ("model",)),
@@ -68,7 +69,8 @@ CASES = {
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}, "flow", ("model", *SPACED)),
     "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}, "flow", ("model",)),
 }
-MOST = {"lcm": 50, "tcd": 50} | dict.fromkeys(("ddim", "ddpm", "euler", "euler_ancestral", "heun", "lms"), 1000)
+# With a thousand steps, lms in float32 is 1.6 % from itself in float64, here and in diffusers.
+MOST = {"lcm": 50, "tcd": 50, "lms": 100} | dict.fromkeys(("ddim", "ddpm", "euler", "euler_ancestral", "heun"), 1000)
 BETAS = (
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
@@ -99,7 +101,7 @@ def settings(name):
             **({"shift": float(rng.choice([1, 3]))} if flow else BETAS[rng.integers(2)]),
             **({} if flow else {"timestep_spacing": str(rng.choice(["leading", "trailing", "linspace"])),
                                 "steps_offset": int(rng.integers(2)) if steps < 1000 else 0}),
-            **({"timestep_spacing": "leading"} if name == "pndm" else {}),
+            **({"timestep_spacing": "leading"} if name in ("pndm", "heun") else {}),
         }  # fmt: skip
 
 
