@@ -54,7 +54,6 @@ CASES = {
     "dpm2": ("KDPM2DiscreteScheduler", {}, 2, K),
     "dpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}, 2, K),
     "lms": ("LMSDiscreteScheduler", {}, 3, K),
-    # diffusers' heun is 4e-4 from Heun's method in float64 on linspace, where ours is 1e-6.
     # diffusers takes the means of v for models that predict it, and for other spacings than leading begins its second
     # step at a level where it has not been.
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, 1, ("model",)),
@@ -101,7 +100,7 @@ def settings(name):
             **({"shift": float(rng.choice([1, 3]))} if flow else BETAS[rng.integers(2)]),
             **({} if flow else {"timestep_spacing": str(rng.choice(["leading", "trailing", "linspace"])),
                                 "steps_offset": int(rng.integers(2)) if steps < 1000 else 0}),
-            **({"timestep_spacing": "leading"} if name in ("pndm", "heun") else {}),
+            **({"timestep_spacing": "leading"} if name == "pndm" else {}),
         }  # fmt: skip
 
 
@@ -240,7 +239,8 @@ def test_ten_random_settings(name, loops, monkeypatch, figures):
         kind_index = [kind.name for kind in kinds].index(config.prediction_type)
         got = draw(x_T, sigmas, noises, n, np.float32(eta), kind_index)
         error = relative_error(got, expected)
-        assert error < (1e-4 if steps < 999 else 2e-4), setting  # a thousand steps of float32
+        # A thousand steps of float32; and diffusers' heun is up to 4e-4 from Heun's method in float64, ours 1e-6.
+        assert error < (5e-4 if name == "heun" else 2e-4 if steps >= 999 else 1e-4), setting
         worst = max(worst, error)
     figures[f"sampler {name}: largest relative error of ten"] = worst
     assert draw._cache_size() == 1
