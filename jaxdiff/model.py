@@ -19,7 +19,8 @@ from jaxdiff.config import SchedulerConfig, load_json
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.families import FAMILIES, Family
 from jaxdiff.io.convert import leaves
-from jaxdiff.io.folder import DEFAULTS, read_index, read_network, read_scheduler, tokenizer_folder, write_folder
+from jaxdiff.io.folder import DEFAULTS, read_index, read_network, tokenizer_folder, write_folder
+from jaxdiff.io.scheduler import read_sampler, read_scheduler
 from jaxdiff.io.weights import check_params
 from jaxdiff.nn.conv import prepare
 from jaxdiff.runtime.programs import remembered
@@ -125,14 +126,14 @@ def read_model(path: str | Path | None = None, variant: str | None = None) -> Mo
     networks = {role: Network(*read_network(folder, name, variant)) for role, name in family.FOLDERS.items()}
     for role, (config, params) in networks.items():
         name = family.FOLDERS[role]
-        check_params(params, _expected(name, config), folder / name)
+        networks[role] = Network(config, check_params(params, _expected(name, config), folder / name))
     text: Any = networks["text_encoder"].config
     return Model(
         networks=networks,
         scheduler=read_scheduler(folder),
         tokenizer=Tokenizer.load(tokenizer_folder(folder), text.max_position_embeddings),
         family=family,
-        defaults=index.get(DEFAULTS, {}),
+        defaults=read_sampler(folder) | index.get(DEFAULTS, {}),
         name=path.resolve().name,
     )
 

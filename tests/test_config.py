@@ -160,7 +160,7 @@ def test_wrong_types_in_a_config_file_are_told_and_lists_stand_for_tuples() -> N
     told = {
         "DataConfig(size='64')": "DataConfig.size is '64'",
         "DataConfig(flip=1)": "DataConfig.flip is 1",
-        "UNetConfig(sample_size=[8, 8])": "UNetConfig.sample_size is [8, 8]",
+        "UNetConfig(norm_eps=[8, 8])": "UNetConfig.norm_eps is [8, 8]",
         "VAEConfig(block_out_channels=['a', 1])": "is ['a', 1]",
         "CLIPTextConfig(hidden_act='relu')": "hidden_act is 'relu'",
         "TrainConfig('x', None)": "TrainConfig.task is None",

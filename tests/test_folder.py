@@ -14,20 +14,28 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 
 from jaxdiff.config import SchedulerConfig, UNetConfig
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.generation.drawing import settled
+from jaxdiff.generation.pipeline import Pipeline
+from jaxdiff.generation.request import Request
 from jaxdiff.io.folder import (
     read_config,
     read_index,
     read_network,
-    read_scheduler,
     tokenizer_folder,
     write_folder,
     write_network,
 )
+from jaxdiff.io.scheduler import read_sampler, read_scheduler
 from jaxdiff.model import Model, read_model
+from jaxdiff.sampling.samplers import make_sigmas
 
 NETWORKS = ("unet", "vae", "text_encoder")
+UNET, VAE, TEXT = (f"{name}/config.json" for name in NETWORKS)
+SCHEDULE = "scheduler/scheduler_config.json"
 SCHEDULER = replace(tiny.SCHEDULER, timestep_spacing="trailing", rescale_betas_zero_snr=True)
 # The published stable-diffusion-v1-5 files, word for word but for the sizes.
 SD15_UNET = {
@@ -203,7 +211,7 @@ def test_a_flow_comes_back_and_is_called_what_diffusers_calls_it(bundle, tmp_pat
     assert json.loads((tmp_path / "flow/model_index.json").read_text())["scheduler"][1] == values["_class_name"]
 
 
-def test_a_silent_scheduler_is_read_as_diffusers_pipeline_reads_it(folder):
+def test_a_silent_scheduler_is_read_as_diffusers_pipeline_reads_it(folder, caplog):
     file = folder / "scheduler/scheduler_config.json"
     for cls in ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"):
         file.write_text(json.dumps({"_class_name": cls}))
@@ -211,7 +219,65 @@ def test_a_silent_scheduler_is_read_as_diffusers_pipeline_reads_it(folder):
         assert (scheduler.steps_offset, scheduler.clip_sample) == (1, False)
     edit(file, steps_offset=0, clip_sample=True)
     scheduler = read_scheduler(folder)
-    assert (scheduler.steps_offset, scheduler.clip_sample) == (0, True)
+    assert (scheduler.steps_offset, scheduler.clip_sample) == (0, True), "we wrote the folder"
+    edit(folder / "model_index.json", _written_by="someone")
+    with caplog.at_level(logging.WARNING):
+        scheduler = read_scheduler(folder)
+    assert (scheduler.steps_offset, scheduler.clip_sample) == (1, False), "diffusers' pipeline sets both"
+    assert len(caplog.records) == 1
+    assert "steps_offset is 0" in caplog.text
+
+
+FOREIGN = {"_written_by": None}
+
+
+@pytest.mark.parametrize(
+    ("values", "sampler", "schedule", "warned"),
+    [
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "pndm", None, ""),
+        ({"_class_name": "PNDMScheduler"}, "pndm", None, "skip_prk_steps False"),
+        ({"_class_name": "LCMScheduler"}, "lcm", None, ""),
+        ({"_class_name": "TCDScheduler", "original_inference_steps": 25}, "tcd", None, "original_inference_steps 25"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "euler", "karras", ""),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "euler_ancestral", None, ""),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m", None, ""),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True}, "dpmpp_2m", "beta", ""),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "dpmpp_2m", None, "solver_order 3"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
+            "dpmpp_3m_sde",
+            None,
+            "",
+        ),
+        ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2m", None, "DPMSolverSinglestepScheduler"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "unipc", None, "bh1"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0}, "flow_heun", None, ""),
+        ({}, "ddim", None, ""),
+    ],
+)
+def test_a_folders_scheduler_names_the_sampler_that_is_its_default(folder, caplog, values, sampler, schedule, warned):
+    (folder / SCHEDULE).write_text(json.dumps(values))
+    assert read_sampler(folder) == {}, "what we write is for any sampler"
+    edit(folder / "model_index.json", **FOREIGN)
+    with caplog.at_level(logging.WARNING):
+        found = read_model(folder).defaults
+    assert found == {"sampler": sampler} | ({"schedule": schedule} if schedule else {})
+    assert warned in caplog.text
+    assert bool(caplog.records) == bool(warned)
+    pipe = Pipeline(read_model(folder))
+    assert pipe.requests("a")[0].sampler is None
+    assert settled(Request(), pipe.info).sampler == sampler
+
+
+def test_a_last_step_that_ends_at_the_lowest_level_is_kept(folder):
+    (folder / SCHEDULE).write_text(
+        json.dumps({"_class_name": "DPMSolverMultistepScheduler", "final_sigmas_type": "sigma_min"})
+    )
+    config = read_scheduler(folder)
+    lowest = make_schedule(config).sigmas[0]
+    for schedule in ("model", "karras"):
+        sigmas = make_sigmas("dpmpp_2m", schedule, config, make_schedule(config), 5)
+        assert sigmas.sigmas_next[4] == pytest.approx(lowest, rel=1e-6)
 
 
 def test_one_network_alone_is_written_and_read(bundle, tmp_path):
@@ -231,10 +297,6 @@ def test_settings_that_diffusers_pipeline_overrides_are_told(bundle, tmp_path, c
     assert "steps_offset" in caplog.text
 
 
-UNET, VAE, TEXT = (f"{name}/config.json" for name in NETWORKS)
-SCHEDULE = "scheduler/scheduler_config.json"
-
-
 @pytest.mark.parametrize(
     ("file", "field", "value", "rule"),
     [
@@ -243,7 +305,6 @@ SCHEDULE = "scheduler/scheduler_config.json"
         (UNET, "mid_block_type", None, "text"),
         (UNET, "act_fn", "gelu", "silu"),
         (UNET, "down_block_types", ["AttnDownBlock2D", "DownBlock2D"], "CrossAttnDownBlock2D"),
-        (UNET, "layers_per_blok", 2, "layers_per_block"),
         (UNET, "sample_size", "large", "whole number"),
         (VAE, "shift_factor", 0.1, "null, 0"),
         (VAE, "use_quant_conv", False, "true"),
@@ -251,7 +312,8 @@ SCHEDULE = "scheduler/scheduler_config.json"
         (TEXT, "model_type", "t5", "clip_text_model"),
         (SCHEDULE, "prediction_type", "flow", "flow_prediction"),
         (SCHEDULE, "trained_betas", [0.1], "null"),
-        (SCHEDULE, "_class_name", "FlowMatchHeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+        (SCHEDULE, "_class_name", "EDMEulerScheduler", "EulerDiscreteScheduler"),
+        (SCHEDULE, "timestep_type", "continuous", "discrete"),
         (SCHEDULE, "_class_name", ["x"], "DDIMScheduler"),
         ("model_index.json", "text_encoder_2", ["transformers", "CLIPTextModel"], "not supported"),
         ("model_index.json", "unet", ["diffusers", "FluxTransformer2DModel"], "UNet2DConditionModel"),
@@ -275,6 +337,51 @@ def test_fields_that_are_off_or_say_nothing_are_passed_over(folder, bundle):
     edit(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     read(folder)
     assert read_config(folder, "unet") == bundle.configs["denoiser"]
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        (UNET, {"sample_size": [8, 8]}),
+        (UNET, {"act_fn": "swish"}),
+        (UNET, {"dropout": 0.1}),
+        (UNET, {"cross_attention_dim": [tiny.UNET.cross_attention_dim] * 2}),
+        (VAE, {"sample_size": [16, 16]}),
+        (TEXT, {"attention_dropout": 0.1, "dropout": 0.1, "architectures": ["CLIPTextModel"]}),
+        ("model_index.json", {"text_encoder": ["transformers", "CLIPTextModelWithProjection"]}),
+    ],
+)
+def test_other_spellings_and_settings_of_training_change_nothing(folder, bundle, caplog, file, values):
+    edit(folder / file, **values)
+    with caplog.at_level(logging.WARNING):
+        read(folder)
+    assert not caplog.records
+    assert [read_config(folder, name) for name in NETWORKS] == list(bundle.configs.values())
+
+
+def test_a_config_nested_in_that_of_a_whole_clip_model_is_read(folder, bundle):
+    inner = json.loads((folder / TEXT).read_text())
+    outer = {
+        "model_type": "clip",
+        "text_config": inner,
+        "vision_config": {"hidden_size": 99},
+        "logit_scale_init_value": 2,
+    }
+    (folder / TEXT).write_text(json.dumps(outer))
+    assert read_config(folder, "text_encoder") == bundle.configs["text_encoder"]
+
+
+def test_fields_and_tensors_that_nobody_knows_are_left_out_with_a_warning(folder, bundle, caplog):
+    edit(folder / UNET, layers_per_blok=2, tensor_format="pt")
+    extra = {"text_projection.weight": np.ones((4, 4), np.float32), "vision_model.x.weight": np.ones(3, np.float32)}
+    file = folder / "text_encoder/model.safetensors"
+    save_file({**load_file(file), **extra}, file)
+    with caplog.at_level(logging.WARNING):
+        back = read_model(folder)
+    jax.tree.map(np.testing.assert_array_equal, back.params, bundle.params)
+    assert "layers_per_blok" in caplog.text
+    assert "2 tensors" in caplog.text
+    assert "text_projection.weight" in caplog.text
 
 
 def test_the_published_sd15_files_are_read(folder):

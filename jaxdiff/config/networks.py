@@ -13,7 +13,8 @@ UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 class UNetConfig(Checked):
     """`unet/config.json`. `attention_head_dim` is the *number* of heads per level, as diffusers reads it."""
 
-    sample_size: int | None = 64
+    sample_size: int | tuple[int, ...] | None = 64
+    """Latent pixels along each side, or (height, width), that the network was trained at."""
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -199,6 +200,8 @@ class SchedulerConfig(Checked):
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    """Where the last step of samplers from k-diffusion and of DPM solvers ends: at 0, or at the lowest level."""
     shift: float = 1.0
     """Flow matching only, which has no betas: above 1, times lie nearer to noise (Esser et al. 2024, eq. 23)."""
 

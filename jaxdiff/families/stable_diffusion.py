@@ -71,8 +71,11 @@ class StableDiffusion:
     @staticmethod
     def trained_size(configs: Mapping[str, Any]) -> tuple[int, int] | None:
         """Width and height in pixels that the model was trained at; None where its config does not say."""
-        latent = configs["denoiser"].sample_size
-        return None if latent is None else (latent * configs["vae"].factor,) * 2
+        latent, factor = configs["denoiser"].sample_size, configs["vae"].factor
+        if latent is None:
+            return None
+        height, width = latent if isinstance(latent, tuple) else (latent, latent)
+        return width * factor, height * factor
 
     # Sizes ------------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,17 +16,10 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxdiff.config import (
-    CLIPTextConfig,
-    SchedulerConfig,
-    UNetConfig,
-    VAEConfig,
-    from_dict,
-    load_json,
-    nearest,
-    to_dict,
-)
+from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, to_dict
+from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch, to_torch
+from jaxdiff.io.scheduler import MARK, scheduler_values
 from jaxdiff.io.weights import FLOATS, open_weights
 from jaxdiff.types import Params
 
@@ -61,7 +53,6 @@ class _Network(NamedTuple):
 _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "mid_block_scale_factor": (1,),
-    "dropout": (0,),
     "reverse_transformer_layers_per_block": (None,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -96,61 +87,27 @@ _VAE_ONLY: dict[str, tuple[Any, ...]] = {
 }
 _TEXT_ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model", "clip"),
-    "attention_dropout": (0,),
-    "dropout": (0,),
 }
 NETWORKS = {
     # Softmax is always float32 here, so `upcast_attention` asks for nothing.
     "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", _UNET_ONLY,
-                     frozenset({"upcast_attention", "addition_embed_type_num_heads"})),
+                     frozenset({"upcast_attention", "addition_embed_type_num_heads", "dropout"})),
     "vae": _Network(VAEConfig, "diffusers", "AutoencoderKL", "diffusion_pytorch_model", _VAE_ONLY,
                     frozenset({"force_upcast"})),
     "text_encoder": _Network(CLIPTextConfig, "transformers", "CLIPTextModel", "model", _TEXT_ONLY,
                              frozenset({"architectures", "dtype", "torch_dtype", "transformers_version",
-                                        "initializer_factor", "initializer_range", "return_dict", "use_cache"})),
+                                        "initializer_factor", "initializer_range", "return_dict", "use_cache",
+                                        "attention_dropout", "dropout", "chunk_size_feed_forward", "length_penalty",
+                                        "max_length", "num_beams", "num_return_sequences", "output_attentions",
+                                        "repetition_penalty", "temperature", "tie_word_embeddings", "top_k", "top_p",
+                                        "typical_p", "diversity_penalty", "problem_type", "id2label", "label2id",
+                                        "encoder_no_repeat_ngram_size", "use_bfloat16", "num_beam_groups"})),
 }  # fmt: skip
 
-# A scheduler's file may leave out what its class has as a default; these differ from DDIM's.
-_NO_CLIP = {"clip_sample": False}
-_LINSPACE = _NO_CLIP | {"timestep_spacing": "linspace"}
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-SCHEDULERS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {},
-    "DDPMScheduler": {},
-    "PNDMScheduler": _NO_CLIP | {"set_alpha_to_one": False},
-    "LMSDiscreteScheduler": _LINSPACE,
-    "EulerDiscreteScheduler": _LINSPACE,
-    "EulerAncestralDiscreteScheduler": _LINSPACE,
-    "DEISMultistepScheduler": _LINSPACE,
-    "DPMSolverMultistepScheduler": _LINSPACE,
-    "DPMSolverSinglestepScheduler": _LINSPACE,
-    "UniPCMultistepScheduler": _LINSPACE,
-    "HeunDiscreteScheduler": _LINSPACE | _BETAS,
-    "KDPM2DiscreteScheduler": _LINSPACE | _BETAS,
-    "KDPM2AncestralDiscreteScheduler": _LINSPACE | _BETAS,
-    "FlowMatchEulerDiscreteScheduler": _NO_CLIP | {"prediction_type": "flow_prediction"},
-}
-# What diffusers' StableDiffusionPipeline sets where the file is silent, whatever the scheduler's class has.
-_PIPELINE = {"steps_offset": 1, "clip_sample": False}
-# How some schedulers take their steps. The sampler is chosen by the caller here, so these say nothing about the model.
-_SOLVER_FIELDS = frozenset({
-    "skip_prk_steps", "variance_type", "solver_order", "solver_type", "algorithm_type", "lower_order_final",
-    "euler_at_final", "final_sigmas_type", "lambda_min_clipped", "use_karras_sigmas", "use_exponential_sigmas",
-    "use_beta_sigmas", "use_lu_lambdas", "interpolation_type", "timestep_type", "sigma_min", "sigma_max", "predict_x0",
-    "disable_corrector", "solver_p", "flow_shift", "time_shift_type", "dynamic_thresholding_ratio", "sample_max_value",
-    "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
-})  # fmt: skip
-_SCHEDULER_ONLY: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,),
-    "thresholding": (False,),
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
-}
-
+# Other classes of which a part serves as the network.
+ALSO = {"text_encoder": (["transformers", "CLIPTextModelWithProjection"],)}
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json")  # fmt: skip
-MARK = {"_written_by": "jaxdiff"}
-"""Stands in a JSON file of each folder that is ours to replace."""
 DEFAULTS = "_defaults"
 """In `model_index.json`, settings that the model is sampled with where a user gives none."""
 # The layout is this version's; below 0.9 diffusers would change `sample_size` on reading.
@@ -174,7 +131,7 @@ def read_index(path: Path | str) -> dict[str, Any]:
     for name, value in index.items():
         if not isinstance(value, list) or value == [None, None] or name in ("safety_checker", "feature_extractor"):
             continue
-        if name in parts and value != parts[name]:
+        if name in parts and value not in (parts[name], *ALSO.get(name, ())):
             raise ValueError(f"{index_file}: {name} is {value}; supported: {parts[name]}.")
         if name not in parts and name not in ("scheduler", "tokenizer"):
             raise ValueError(f"{index_file}: {name} is {value}; models with such a part are not supported.")
@@ -210,22 +167,8 @@ def read_config(path: Path | str, name: str) -> Any:
         ValueError: as `read_network`.
     """
     network = NETWORKS[name]
-    return _config(_subfolder(Path(path), name) / "config.json", network.config, network.only, network.ignored)
-
-
-def read_scheduler(path: Path | str) -> SchedulerConfig:
-    """The noise schedule of a folder, whichever of diffusers' schedulers of this family wrote it.
-
-    Where the file leaves out `steps_offset` and `clip_sample` they are 1 and False, as in StableDiffusionPipeline.
-
-    Raises:
-        ValueError: as `read_network`.
-    """
-    file = _subfolder(Path(path), "scheduler") / "scheduler_config.json"
-    cls = load_json(file).get("_class_name", "DDIMScheduler")
-    if not isinstance(cls, str) or cls not in SCHEDULERS:
-        raise ValueError(f"{file}: _class_name is {cls!r}; supported: {', '.join(SCHEDULERS)}.")
-    return _config(file, SchedulerConfig, _SCHEDULER_ONLY, _SOLVER_FIELDS, SCHEDULERS[cls] | _PIPELINE)
+    file = _subfolder(Path(path), name) / "config.json"
+    return read_values(file, one_spelling(load_json(file)), network.config, network.only, network.ignored)
 
 
 def write_folder(
@@ -293,13 +236,6 @@ def write_folder(
         _write_json(new / "model_index.json", index)
 
 
-def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
-    """The arguments of the diffusers scheduler that draws as `config` says: its flow matching one, or DDIM."""
-    flow = config.prediction_type == "flow_prediction"
-    names = {"num_train_timesteps", "shift"}
-    return {name: value for name, value in to_dict(config).items() if (name in names if flow else name != "shift")}
-
-
 def write_network(
     path: Path | str, name: str, config: NetworkConfig, params: Params, dtype: DTypeLike = np.float32
 ) -> None:
@@ -336,33 +272,6 @@ def _check_tokenizer(folder: Path) -> Path:
                     f"{folder} has neither tokenizer.json nor {name}; the tokenizer is incomplete, or gone."
                 )
     return folder
-
-
-def _config(
-    file: Path,
-    cls: type,
-    only: Mapping[str, tuple[Any, ...]],
-    ignored: frozenset[str],
-    defaults: Mapping[str, Any] | None = None,
-) -> Any:
-    """The file as a dataclass; `only` and `ignored` as in `_Network`."""
-    names = [f.name for f in fields(cls)]
-    kept = dict(defaults or {})
-    for name, value in load_json(file).items():
-        if name in names:
-            off = isinstance(value, list) and value and all(flag is False for flag in value)
-            kept[name] = False if off else value  # off at every level is off
-        elif name in only:
-            if value not in only[name]:
-                supported = ", ".join(map(json.dumps, only[name]))
-                raise ValueError(f"{file}: {name} is {json.dumps(value)}; supported: {supported}.")
-        elif not (name.startswith("_") or name in ignored or value is None or value in (False, 0, [], {})):
-            raise ValueError(f"{file}: unknown field {name} = {json.dumps(value)}{nearest(name, [*names, *only])}")
-    try:
-        return from_dict(cls, kept, str(file))
-    except ValueError as error:
-        sentence = str(error)
-        raise ValueError(sentence if sentence.startswith(str(file)) else f"{file}: {sentence}") from error
 
 
 def _write_network(folder: Path, network: _Network, config: NetworkConfig, params: Params, dtype: DTypeLike) -> None:

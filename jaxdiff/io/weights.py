@@ -4,6 +4,7 @@ Tensors are views of the mapped file: nothing is read before it is used, and no 
 """
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _DTYPES = FLOATS | {
     **{"F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool_)},
     **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
 }
+logger = logging.getLogger(__name__)
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _SHOWN = 10  # names in an error sentence
 
@@ -88,17 +90,22 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> dict[st
     return _open_shards(path) if path.suffix == ".json" else open_safetensors(path)
 
 
-def check_params(params: Params, expected: Params, where: str | Path) -> None:
+def check_params(params: Params, expected: Params, where: str | Path) -> Params:
     """Compares the params with the shapes that the config implies.
+
+    What the network has no use for, such as a vision tower beside the text encoder, is left out with a warning, as
+    diffusers and transformers do.
 
     Args:
         params: numpy or JAX arrays.
         expected: the same tree of `jax.ShapeDtypeStruct` (`jaxdiff.build.param_shapes`).
         where: the file or folder that the sentence names.
 
+    Returns:
+        The params that the network has.
+
     Raises:
-        ValueError: listing, by their torch names, what is missing, extra, misshapen, not float16, bfloat16 or float32,
-            or not finite.
+        ValueError: listing, by their torch names, what is missing, misshapen, no float, or not finite.
     """
 
     def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
@@ -108,19 +115,34 @@ def check_params(params: Params, expected: Params, where: str | Path) -> None:
         }
 
     got, want = shapes(params), shapes(expected)
-    integer = [torch_name(path) for path, leaf in leaves(params) if leaf.dtype not in FLOATS.values()]
-    both = [name for name in want if name in got]
+    if extra := got.keys() - want.keys():
+        logger.warning(
+            "%s: %d tensors are left out, which the network has no use for: %s.", where, len(extra), _list(extra)
+        )
+        params = _part(params, expected)
+    floats = {*FLOATS.values(), np.dtype(np.float64)}
     faults = {
         "missing": want.keys() - got.keys(),
-        "extra": got.keys() - want.keys(),
-        "misshapen": [f"{name} {got[name]} instead of {want[name]}" for name in both if got[name] != want[name]],
-        "not float16, bfloat16 or float32": integer,
+        "misshapen": [f"{n} {got[n]} instead of {want[n]}" for n in want if n in got and got[n] != want[n]],
+        "not float16, bfloat16, float32 or float64": [
+            torch_name(path) for path, leaf in leaves(params) if leaf.dtype not in floats
+        ],
     }
     if not any(faults.values()):
         faults = {"not finite": [torch_name(path) for path, leaf in leaves(params) if not np.isfinite(leaf).all()]}
     if any(faults.values()):
         told = "; ".join(f"{len(names)} {fault}: {_list(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"{where}: the weights do not fit the config ({told}).")
+    return params
+
+
+def _part(params: Params, expected: Params) -> Params:
+    """The leaves of `params` that `expected` has."""
+    return {
+        name: _part(params[name], entry) if isinstance(entry, dict) else params[name]
+        for name, entry in expected.items()
+        if name in params
+    }
 
 
 def _find(folder: Path, stem: str, variant: str | None) -> Path:

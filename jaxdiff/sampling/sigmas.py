@@ -113,7 +113,7 @@ def _ddpm(config: SchedulerConfig, schedule: NoiseSchedule, steps: int) -> Sigma
 def _k_diffusion(config: SchedulerConfig, schedule: NoiseSchedule, steps: int) -> Sigmas:
     total = config.num_train_timesteps
     _check_steps(steps, total)
-    return _falling(_k_levels(config, schedule, steps), 0.0, total)
+    return _falling(_k_levels(config, schedule, steps), _last(config, schedule), total)
 
 
 def _k_ends(config: SchedulerConfig, schedule: NoiseSchedule, steps: int) -> tuple[float, float]:
@@ -137,7 +137,7 @@ def _dpm_solver(config: SchedulerConfig, schedule: NoiseSchedule, steps: int, to
     more = 0 if config.timestep_spacing == "trailing" else 1
     t = timesteps(config.timestep_spacing, total, steps + more, config.steps_offset)[:steps]
     _check_start(config, t, steps)
-    return _falling(schedule.sigmas[t], 0.0 if to_zero else schedule.sigmas[0], total)
+    return _falling(schedule.sigmas[t], _last(config, schedule) if to_zero else schedule.sigmas[0], total)
 
 
 def _lcm(config: SchedulerConfig, schedule: NoiseSchedule, steps: int) -> Sigmas:
@@ -228,7 +228,8 @@ def spaced(spacing_fn: SpacingFn, family: SigmaFamily) -> SigmasFn:
             sigmas = np.append(top, spacing_fn(second, bottom, steps - 1))
         else:
             sigmas = spacing_fn(top, bottom, steps)
-        return _falling(sigmas, 0.0 if family.to_zero else min(sigmas[-1], bottom), total)
+        to_zero = family.to_zero and config.final_sigmas_type == "zero"
+        return _falling(sigmas, 0.0 if to_zero else min(sigmas[-1], bottom), total)
 
     return make
 
@@ -290,6 +291,11 @@ def _flow_times(config: SchedulerConfig, steps: int) -> Falling:
     """Times from 1 evenly down to the first training level's, shifted (once more, as diffusers does)."""
     first = shifted(np.array([1 / config.num_train_timesteps]), config.shift)[0]
     return shifted(np.linspace(1, first, steps), config.shift)
+
+
+def _last(config: SchedulerConfig, schedule: NoiseSchedule) -> float:
+    """Where the last step ends, by the config."""
+    return 0.0 if config.final_sigmas_type == "zero" else float(schedule.sigmas[0])
 
 
 def _check_steps(steps: int, most: int) -> None:

@@ -16,7 +16,7 @@ from etils import epath
 import jaxdiff.config
 from jaxdiff.config import SchedulerConfig, TrainConfig, VAETask, from_dict, load_json, nearest, to_dict
 from jaxdiff.io.folder import read_config as read_network_config
-from jaxdiff.io.folder import read_scheduler
+from jaxdiff.io.scheduler import read_scheduler
 from jaxdiff.io.storage import is_remote, place_of, write_text
 from jaxdiff.runtime.distributed import leads
 from jaxdiff.training.parts import model_folder

@@ -33,7 +33,7 @@ def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) ->
     folder = model_folder(path)
     config, params = read_network(folder, name)
     make = {"unet": build.unet, "vae": build.vae, "text_encoder": build.text_encoder}[name]
-    check_params(params, build.param_shapes(make(wanted or config), wanted or config), folder / name)
+    params = check_params(params, build.param_shapes(make(wanted or config), wanted or config), folder / name)
     return config, jax.tree.map(lambda p: np.asarray(p, np.float32), params)
 
 

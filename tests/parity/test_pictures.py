@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from pairs import TEXTS, nchw
 
 import jaxdiff
-from jaxdiff.io.folder import scheduler_values
+from jaxdiff.io.scheduler import scheduler_values
 
 PROMPTS, NEGATIVES = TEXTS[:2], ["", "a cat"]
 # steps, guidance, negative prompts

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 
 from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
-from jaxdiff.io.folder import read_config, read_network, read_scheduler
+from jaxdiff.io.folder import read_config, read_network
+from jaxdiff.io.scheduler import read_scheduler
 from jaxdiff.io.weights import check_params
 from jaxdiff.model import EMBEDDED, cast, place_params, prepare_kernels
 from jaxdiff.runtime.mesh import tree_shardings
@@ -41,7 +42,8 @@ class ModelSizes:
     @property
     def size(self) -> int:
         """Pixels along each side that the UNet was made for."""
-        return (self.unet.sample_size or 64) * self.vae.factor
+        latent = self.unet.sample_size or 64
+        return (max(latent) if isinstance(latent, tuple) else latent) * self.vae.factor
 
 
 _BETAS = SchedulerConfig(

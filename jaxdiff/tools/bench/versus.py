@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxdiff.config import UNetConfig, to_dict
 from jaxdiff.io.convert import to_torch
-from jaxdiff.io.folder import scheduler_values
+from jaxdiff.io.scheduler import scheduler_values
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.tools.bench.measure import Spread, cores, seconds, timed
 from jaxdiff.tools.bench.targets import Setting, Work

@@ -1,0 +1,175 @@
+"""`scheduler/scheduler_config.json` of a model folder: its noise schedule, and the sampler that it names."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxdiff.config import SchedulerConfig, load_json, to_dict
+from jaxdiff.io.configs import read_values
+
+logger = logging.getLogger(__name__)
+
+MARK = {"_written_by": "jaxdiff"}
+"""Stands in a JSON file of each folder that is ours to replace."""
+
+
+class Scheduler(NamedTuple):
+    """One of diffusers' scheduler classes."""
+
+    sampler: str
+    """The sampler that takes its steps."""
+    defaults: Mapping[str, Any] = {}
+    """What its file may leave out, where that differs from `SchedulerConfig`."""
+    options: Mapping[str, Any] = {}
+    """Options of its steps: the values that the sampler has."""
+    left_out: Mapping[str, Any] = {}
+    """What options are where the file leaves them out, if that is another value."""
+    exact: bool = True
+    """Whether the sampler takes the same steps."""
+
+
+_NO_CLIP = {"clip_sample": False}
+_LINSPACE = _NO_CLIP | {"timestep_spacing": "linspace"}
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_DISTILLED = _NO_CLIP | _BETAS | {"beta_schedule": "scaled_linear"}
+_FLOW = _NO_CLIP | {"prediction_type": "flow_prediction"}
+_DPM = {"solver_type": "midpoint", "lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False}
+_UNIPC = {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True,
+          "disable_corrector": []}  # fmt: skip
+_EULER = {"interpolation_type": "linear", "sigma_min": None, "sigma_max": None}
+SCHEDULERS = {
+    "DDIMScheduler": Scheduler("ddim"),
+    "DDIMParallelScheduler": Scheduler("ddim"),
+    "DDPMScheduler": Scheduler("ddpm", {}, {"variance_type": "fixed_small"}),
+    "DDPMParallelScheduler": Scheduler("ddpm", {}, {"variance_type": "fixed_small"}),
+    "PNDMScheduler": Scheduler(
+        "pndm", _NO_CLIP | {"set_alpha_to_one": False}, {"skip_prk_steps": True}, {"skip_prk_steps": False}
+    ),
+    "LMSDiscreteScheduler": Scheduler("lms", _LINSPACE),
+    "EulerDiscreteScheduler": Scheduler("euler", _LINSPACE, _EULER),
+    "EulerAncestralDiscreteScheduler": Scheduler("euler_ancestral", _LINSPACE),
+    "DEISMultistepScheduler": Scheduler(
+        "deis", _LINSPACE, {"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho"}
+    ),
+    "DPMSolverMultistepScheduler": Scheduler("dpmpp_2m", _LINSPACE, _DPM),
+    "DPMSolverSinglestepScheduler": Scheduler("dpmpp_2m", _LINSPACE, exact=False),
+    "DPMSolverSDEScheduler": Scheduler("dpmpp_sde", _LINSPACE | _BETAS),
+    "UniPCMultistepScheduler": Scheduler("unipc", _LINSPACE, _UNIPC),
+    "HeunDiscreteScheduler": Scheduler("heun", _LINSPACE | _BETAS),
+    "KDPM2DiscreteScheduler": Scheduler("dpm2", _LINSPACE | _BETAS),
+    "KDPM2AncestralDiscreteScheduler": Scheduler("dpm2_ancestral", _LINSPACE | _BETAS),
+    "LCMScheduler": Scheduler("lcm", _DISTILLED, {"original_inference_steps": 50}),
+    "TCDScheduler": Scheduler("tcd", _DISTILLED, {"original_inference_steps": 50}),
+    "FlowMatchEulerDiscreteScheduler": Scheduler("euler", _FLOW),
+    "FlowMatchHeunDiscreteScheduler": Scheduler("flow_heun", _FLOW),
+}
+# (algorithm_type, solver_order) of DPMSolverMultistepScheduler
+DPM_SAMPLERS = {
+    ("dpmsolver++", 2): "dpmpp_2m",
+    ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
+    ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
+}
+SCHEDULES = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+# What diffusers' StableDiffusionPipeline sets, whatever the scheduler's class and file say.
+PIPELINE = {"steps_offset": 1, "clip_sample": False}
+# How a scheduler takes its steps, and what plays no part in drawing.
+_IGNORED = frozenset({
+    "skip_prk_steps", "variance_type", "solver_order", "solver_type", "algorithm_type", "lower_order_final",
+    "euler_at_final", "lambda_min_clipped", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+    "use_lu_lambdas", "interpolation_type", "sigma_min", "sigma_max", "predict_x0", "disable_corrector", "solver_p",
+    "flow_shift", "time_shift_type", "dynamic_thresholding_ratio", "sample_max_value", "base_shift", "max_shift",
+    "base_image_seq_len", "max_image_seq_len", "original_inference_steps", "timestep_scaling", "tensor_format",
+    "noise_sampler_seed", "use_noise_sampler", "predict_epsilon",
+})  # fmt: skip
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "trained_betas": (None,),
+    "thresholding": (False,),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "timestep_type": ("discrete",),
+}
+
+
+def read_scheduler(path: Path | str) -> SchedulerConfig:
+    """The noise schedule of a folder, whichever of diffusers' schedulers of this family wrote it.
+
+    `steps_offset` is 1 and `clip_sample` is off, as diffusers' StableDiffusionPipeline sets them whatever the file
+    says, with a warning where it says otherwise. A folder that this package wrote means what it says.
+
+    Raises:
+        ValueError: naming the file and, for a setting that is not supported, the field and its value.
+    """
+    file, values, cls = _load(path)
+    known = SCHEDULERS[cls]
+    if (old := values.get("predict_epsilon")) is not None and "prediction_type" not in values:
+        values["prediction_type"] = "epsilon" if old else "sample"
+    config = read_values(file, values, SchedulerConfig, _ONLY, _IGNORED, dict(known.defaults) | PIPELINE)
+    if is_ours(path) or config.prediction_type == "flow_prediction":
+        return config
+    changed = {name: getattr(config, name) for name, value in PIPELINE.items() if getattr(config, name) != value}
+    if changed:
+        logger.warning(
+            "%s: %s, which diffusers' StableDiffusionPipeline takes as %s; so does this package.",
+            file,
+            " and ".join(f"{name} is {value}" for name, value in changed.items()),
+            " and ".join(str(PIPELINE[name]) for name in changed),
+        )
+    return replace(config, **PIPELINE)
+
+
+def read_sampler(path: Path | str) -> dict[str, str]:
+    """The sampler and the schedule that a folder of others names, as settings; nothing of a folder that we wrote.
+
+    What its class can and the sampler cannot is named in a warning.
+
+    Raises:
+        ValueError: as `read_scheduler`.
+    """
+    file, values, cls = _load(path)
+    if is_ours(path):
+        return {}
+    known = SCHEDULERS[cls]
+    sampler, options = known.sampler, dict(known.options)
+    if cls == "DPMSolverMultistepScheduler":
+        kind = values.get("algorithm_type", "dpmsolver++"), values.get("solver_order", 2)
+        sampler = DPM_SAMPLERS.get(kind, sampler)
+        options |= {} if kind in DPM_SAMPLERS else {"algorithm_type": "dpmsolver++", "solver_order": 2}
+    values = dict(known.left_out) | values
+    missed = {name: values[name] for name, value in options.items() if values.get(name, value) != value}
+    if missed or not known.exact:
+        logger.warning(
+            "%s: the sampler %s stands in for %s%s, whose steps it does not take; images will differ from diffusers'.",
+            file,
+            sampler,
+            cls,
+            "".join(f" with {name} {value!r}" for name, value in missed.items()),
+        )
+    schedules = [schedule for name, schedule in SCHEDULES.items() if values.get(name)]
+    return {"sampler": sampler} | ({"schedule": schedules[0]} if schedules else {})
+
+
+def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
+    """The arguments of the diffusers scheduler that draws as `config` says: its flow matching one, or DDIM."""
+    flow = config.prediction_type == "flow_prediction"
+    names = {"num_train_timesteps", "shift"}
+    left_out = {"shift"} | ({"final_sigmas_type"} if config.final_sigmas_type == "zero" else set())
+    return {name: v for name, v in to_dict(config).items() if (name in names if flow else name not in left_out)}
+
+
+def is_ours(path: Path | str) -> bool:
+    """Whether this package wrote the model folder."""
+    index = Path(path) / "model_index.json"
+    return index.is_file() and MARK.items() <= load_json(index).items()
+
+
+def _load(path: Path | str) -> tuple[Path, dict[str, Any], str]:
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    if not file.parent.is_dir():
+        raise ValueError(f"{path} has no folder 'scheduler'; it is not a diffusers model folder, or only half of one.")
+    values = load_json(file)
+    cls = values.get("_class_name", "DDIMScheduler")
+    if not isinstance(cls, str) or cls not in SCHEDULERS:
+        raise ValueError(f"{file}: _class_name is {cls!r}; supported: {', '.join(SCHEDULERS)}.")
+    return file, values, cls
