@@ -1,6 +1,7 @@
 """Prompts: the grammar against the web UI's published examples, wildcards, and the arrays of a batch."""
 
 import gc
+import math
 import random
 import re
 import time
@@ -413,6 +414,55 @@ def test_texts_of_fewer_chunks_repeat_theirs_whole(tokenizer):
         np.testing.assert_array_equal(out.ids[i, 0, 1], np.tile(own, (4 // len(own), 1)))
 
 
+@pytest.mark.parametrize("counts", [*((n,) for n in range(1, 9)), (3, 1), (3, 2), (3, 4), (5, 2), (7, 1), (6, 4, 3)])
+def test_every_text_is_there_whole_and_as_often_as_it_fits(tokenizer, counts):
+    texts = [" ".join(["cat"] * (30 * (n - 1) + 5)) for n in counts]
+    out, warnings = encode([Words(text) for text in texts], tokenizer, 20)
+    assert not warnings
+    assert out.ids.shape[3] == math.lcm(*counts)
+    for i, (text, n) in enumerate(zip(texts, counts, strict=True)):
+        own = encode([Words(text)], tokenizer, 20)[0].ids[0, 0, 1]
+        assert len(own) == n
+        np.testing.assert_array_equal(out.ids[i, 0, 1], np.tile(own, (out.ids.shape[3] // n, 1)))
+
+
+def test_numbers_of_chunks_without_a_small_common_multiple_are_told(tokenizer):
+    texts = [" ".join(["cat"] * (30 * (n - 1) + 5)) for n in (5, 7)]
+    out, warnings = encode([Words(text) for text in texts], tokenizer, 20)
+    assert out.ids.shape[3] == 8
+    assert len(warnings) == 2
+    assert "5 chunks" in warnings[0]
+
+
+def test_break_begins_a_new_chunk(tokenizer):
+    out, warnings = encode([Words("a cat BREAK (a dog:1.5)")], tokenizer, 20)
+    assert not warnings
+    np.testing.assert_array_equal(out.ids[0, 0, 1], tokenizer(["a cat", "a dog"]))
+    assert out.token_weights[0, 0, 1, 0].max() == 1
+    assert out.token_weights[0, 0, 1, 1].max() == 1.5
+    for text, same in (
+        (r"a \BREAK b", "a break b"), ("BREAK a cat BREAK", "a cat"), ("BREAK", ""), ("a BREAKs b", "a breaks b"),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(encode([Words(text)], tokenizer, 20)[0].ids[0, 0, 1], tokenizer([same]))
+    literal = encode([Words("a BREAK b")], tokenizer, 20, literal=True)[0]
+    np.testing.assert_array_equal(literal.ids[0, 0, 1], tokenizer(["a break b"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a cat <lora:x:0.8>", "LoRA"),
+        ("embedding:bad-hands, a cat", "textual inversion"),
+        ("a {red|blue} cat", "{red|blue}"),
+        ("a (cat:1,3)", "point"),
+    ],
+)
+def test_what_other_tools_write_is_told_and_stays_text(tokenizer, text, part):
+    out, warnings = encode([Words(text)], tokenizer, 20)
+    assert any(part in warning for warning in warnings)
+    assert (out.ids[0, 0, 1] != tokenizer.eos_id).sum() > 4
+
+
 def test_a_prompt_without_end_is_cut_with_a_warning(tokenizer):
     start = time.process_time()
     out, warnings = encode([Words("cat " * 100_000)], tokenizer, 20)
@@ -424,7 +474,18 @@ def test_a_prompt_without_end_is_cut_with_a_warning(tokenizer):
 
 def test_no_text_is_an_error_in_a_batch(tokenizer):
     rng = random.Random(2)
-    words = [*"()[]:\\ab1.| \ud800日", "AND", " AND ", ":1.3)", ":0.5]", ":7]", "<|endoftext|>", ", ", "cat "]
+    words = [
+        *"()[]:\\ab1.| \ud800日",
+        "AND",
+        " AND ",
+        " BREAK ",
+        ":1.3)",
+        ":0.5]",
+        ":7]",
+        "<|endoftext|>",
+        ", ",
+        "cat ",
+    ]
     for _ in range(40):
         texts = ["".join(rng.choices(words, k=rng.randrange(80))) for _ in range(6)]
         out, _ = encode([Words(*texts[:2], tuple(texts[2:4])), Words(*texts[4:])], tokenizer, 9)
@@ -432,7 +493,7 @@ def test_no_text_is_an_error_in_a_batch(tokenizer):
         assert out.token_weights.shape == out.ids.shape
         assert out.part_weights.shape == (b, phases, parts - 1)
         assert (b, length) == (2, 32)
-        assert chunks in (1, 2, 4, 8)
+        assert 1 <= chunks <= 32
         assert (out.ids[..., 0] == tokenizer.bos_id).all()
         assert (np.diff(out.starts) >= 0).all()
         assert (out.starts[:, 0] == 0).all()

@@ -1,13 +1,14 @@
 """From a batch's prompts to the arrays that a text encoder, a sampler and guidance take."""
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from jaxdiff.data.tokens import Tokenizer
-from jaxdiff.prompts.grammar import Part, parse, plain
+from jaxdiff.prompts.grammar import NEW_CHUNK, Part, parse, plain
 from jaxdiff.prompts.wildcards import Wildcards
 
 MAX_CHUNKS = 32
@@ -57,8 +58,9 @@ def encode(
     """The tokens of a batch's prompts and how they are weighed; and sentences of warning, each once.
 
     A text without syntax that fits gives the one phase, part and chunk that `tokenizer` makes of it. Longer ones go on
-    in further chunks, which end after a comma, or else a word, where one is near; a text's chunks are made a power of
-    two by empty ones. The negative prompt may have weights and schedules; AND in it is text.
+    in further chunks, which end after a comma, or else a word, where one is near, and at BREAK. Where texts of one
+    batch have several numbers of chunks, each text's are repeated to a common multiple. The negative prompt may have
+    weights and schedules; AND in it is text.
 
     Args:
         batch: at least one image's words.
@@ -92,7 +94,7 @@ def encode(
     known = list(dict.fromkeys(text for phases in texts for row in phases for text in row))
     chunks = dict(zip(known, _chunks(known, tokenizer, warnings), strict=True))
 
-    n = max(len(ids) for ids, _ in chunks.values())
+    n = _common(chunks, warnings, tokenizer)
     phases, parts = _power_of_two(max(map(len, starts))), max(map(len, owned))
     shape = len(batch), phases, 1 + parts, n, tokenizer.max_length
     out = Prompts(
@@ -125,24 +127,61 @@ def _chunks(
 ) -> list[tuple[Int32[np.ndarray, "chunks length"], Float32[np.ndarray, "chunks length"]]]:
     """Each text's tokens and their weights."""
     room = tokenizer.max_length - 2
-    encoded = iter(tokenizer.encode([piece for text in texts for piece, _ in text]))
+    sections = [[(part, weight) for piece, weight in text for part in _sections(piece)] for text in texts]
+    encoded = iter(tokenizer.encode([part for text in sections for part, _ in text if part is not None]))
     out = []
-    for text in texts:
-        runs = [(next(encoded), weight) for _, weight in text]
-        tokens = np.array([token for run, _ in runs for token in run], np.int32)
-        weights = np.repeat([weight for _, weight in runs], [len(run) for run, _ in runs]).astype(np.float32)
-        ends = _cuts(tokens, tokenizer)
-        if len(ends) > MAX_CHUNKS:
-            warnings.append(f"A prompt has {len(tokens)} tokens, more than {MAX_CHUNKS} chunks of {room}; what comes "
-                            f"after the first {ends[MAX_CHUNKS - 1]} is left out.")  # fmt: skip
-            ends = ends[:MAX_CHUNKS]
-        n = _power_of_two(len(ends))
-        ids, factors = np.tile(tokenizer([""]), (n, 1)), np.ones((n, tokenizer.max_length), np.float32)
-        for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            ids[i, 1 : end - start + 1], ids[i, end - start + 1] = tokens[start:end], tokenizer.eos_id
-            factors[i, 1 : end - start + 1] = weights[start:end]
+    for text in sections:
+        runs: list[tuple[list[int], list[float]]] = [([], [])]
+        for part, weight in text:
+            if part is None:
+                runs.append(([], []))
+            else:
+                tokens = next(encoded)
+                runs[-1][0].extend(tokens)
+                runs[-1][1].extend([weight] * len(tokens))
+        pieces: list[tuple[np.ndarray, np.ndarray]] = []
+        for tokens, weights in [run for run in runs if run[0]] or runs[:1]:
+            run, factors = np.array(tokens, np.int32), np.array(weights, np.float32)
+            ends = _cuts(run, tokenizer)
+            pieces += [(run[a:b], factors[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        if len(pieces) > MAX_CHUNKS:
+            total, taken = (sum(len(run) for run, _ in some) for some in (pieces, pieces[:MAX_CHUNKS]))
+            warnings.append(f"A prompt has {total} tokens, more than {MAX_CHUNKS} chunks of {room}; what comes "
+                            f"after the first {taken} is left out.")  # fmt: skip
+            pieces = pieces[:MAX_CHUNKS]
+        ids = np.tile(tokenizer([""]), (len(pieces), 1))
+        factors = np.ones((len(pieces), tokenizer.max_length), np.float32)
+        for i, (run, own) in enumerate(pieces):
+            ids[i, 1 : len(run) + 1], ids[i, len(run) + 1] = run, tokenizer.eos_id
+            factors[i, 1 : len(run) + 1] = own
         out.append((ids, factors))
     return out
+
+
+def _sections(piece: str) -> list[str | None]:
+    """The texts between BREAKs, with None for each BREAK."""
+    first, *others = piece.split(NEW_CHUNK)
+    return [first, *(part for other in others for part in (None, other))]
+
+
+def _common(chunks: dict[Any, tuple[np.ndarray, np.ndarray]], warnings: list[str], tokenizer: Tokenizer) -> int:
+    """The least number of chunks that all texts can be repeated to: attention does not notice that all of a text's keys
+    are there twice, and does notice an empty chunk.
+
+    Where that are too many, the longest text's number stands, and empty chunks fill up others.
+    """
+    n = math.lcm(*(len(ids) for ids, _ in chunks.values()))
+    if n <= MAX_CHUNKS:
+        return n
+    n = _power_of_two(max(len(ids) for ids, _ in chunks.values()))
+    for text, (ids, weights) in chunks.items():
+        more = _power_of_two(len(ids)) - len(ids)
+        if more:
+            warnings.append(f"A prompt of {len(ids)} chunks is drawn beside others of other numbers, and gets {more} "
+                            "empty ones; drawn alone, it gets none.")  # fmt: skip
+        empty, ones = np.repeat(tokenizer([""]), more, 0), np.ones((more, tokenizer.max_length), np.float32)
+        chunks[text] = np.concatenate([ids, empty]), np.concatenate([weights, ones])
+    return n
 
 
 def _cuts(tokens: Int32[np.ndarray, " n"], tokenizer: Tokenizer) -> list[int]:

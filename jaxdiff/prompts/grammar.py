@@ -6,7 +6,8 @@ r"""What brackets, colons and AND in a prompt mean: the grammar of AUTOMATIC1111
     [from:to:when]        `from` up to `when`, then `to`; `[to:when]` and `[from::when]` leave one of them out
     a cat AND a dog:0.7   prompts whose directions are added, with weights (Liu et al. 2022, "Compositional Visual
                           Generation with Composable Diffusion Models")
-    \( \) \[ \] \: \\ \AND \__   the characters themselves
+    a cat BREAK a dog     what follows begins a new chunk of the text encoder
+    \( \) \[ \] \: \\ \AND \BREAK \__   the characters themselves
 
 `when` is a share of the steps where it is below 1, or 1.0, and else a number of steps. Whatever is no sentence of this
 grammar is text, with a warning. Time and memory grow with the text's length alone, however deep its brackets are.
@@ -22,8 +23,18 @@ MAX_WEIGHT = 100.0
 MAX_PARTS = 16
 """AND joins no more prompts than this: each of them asks the network at every step."""
 
-_SYNTAX = re.compile(r"(\\(?:[()\[\]:\\]|AND\b|__)|[()\[\]:]|\bAND\b)")
-_ESCAPED = {rf"\{text}": text for text in ("(", ")", "[", "]", ":", "\\", "AND", "__")}
+NEW_CHUNK = "\x1e"
+"""Stands for BREAK in a text that has been parsed: the character that separates records."""
+
+_SYNTAX = re.compile(r"(\\(?:[()\[\]:\\]|AND\b|BREAK\b|__)|[()\[\]:]|\bAND\b|\bBREAK\b)")
+_ESCAPED = {rf"\{text}": text for text in ("(", ")", "[", "]", ":", "\\", "AND", "BREAK", "__")} | {"BREAK": NEW_CHUNK}
+# What other tools' prompts have, and what to write here.
+_OTHERS = {
+    re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"): "is taken as text: no LoRA is read from a prompt here",
+    re.compile(r"\bembedding:\S+"): "is taken as text: no textual inversion is read here",
+    re.compile(r"\{[^{}]*\|[^{}]*\}"): "is taken as text: write __name__ for a choice, with a folder of wildcards",
+    re.compile(r"\([^()]*:\s*\d+,\d+\s*\)"): "has no weight: write it with a point, as in (cat:1.3)",
+}
 _OPENS, _CLOSES = {")": "(", "]": "["}, {"(": ")", "[": "]"}
 _NUMBER = re.compile(r"\s*[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)\s*", re.IGNORECASE)
 
@@ -63,9 +74,11 @@ def parse(text: str, steps: int, *, compose: bool = True) -> tuple[list[Part], l
         steps: how many steps the image is drawn in.
         compose: whether AND joins prompts; else it is text.
     """
+    text = text.replace(NEW_CHUNK, " ")
+    others = [(found, rule) for pattern, rule in _OTHERS.items() for found in pattern.findall(text)]
+    warnings: dict[str, None] = {f"{_short(found)!r} {rule}.": None for found, rule in others}
     if not _SYNTAX.search(text):
-        return [plain(text, steps)], []
-    warnings: dict[str, None] = {}
+        return [plain(text, steps)], list(warnings)
     items = _tree(_tokens(text), warnings)
     sides = _split(items, "AND") if compose else [items]
     parts = []
@@ -87,10 +100,10 @@ def parse(text: str, steps: int, *, compose: bool = True) -> tuple[list[Part], l
 
 
 def _tokens(text: str) -> list[str]:
-    """Brackets, colons, AND, escapes, and the text between them."""
+    """Brackets, colons, AND, BREAK, escapes, and the text between them."""
     texts_and_syntax = _SYNTAX.split(text)
     # The end of "__AND" is no word of its own, but becomes one by itself where the underscores are escaped.
-    texts_and_syntax[::2] = [r"\AND" if text == "AND" else text for text in texts_and_syntax[::2]]
+    texts_and_syntax[::2] = [rf"\{t}" if t in ("AND", "BREAK") else t for t in texts_and_syntax[::2]]
     return [token for token in texts_and_syntax if token]
 
 
