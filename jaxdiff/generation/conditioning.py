@@ -15,7 +15,7 @@ from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.generation.drawing import Drawing
 from jaxdiff.generation.network import AnyArray, Inputs
 from jaxdiff.generation.programs import Program, denoise, encode_images, encode_prompts, keys_and_noise
-from jaxdiff.generation.request import Region, Request, floats
+from jaxdiff.generation.request import SEEDS, Region, Request, floats
 from jaxdiff.prompts.encode import Prompts, Words, encode, fill
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.programs import kept
@@ -46,6 +46,8 @@ def make_inputs(
     if known is not None and settings.latent_upscale > 1:
         known = _stretch(known, (b, *drawing.shape))
 
+    if drawing.mask is not None and not drawing.mask.any(axis=(1, 2)).all():
+        warn(["A mask selects nothing: all of it is black (0), so the image stays as it is; white (1) is drawn anew."])
     if drawing.mask is not None and known is not None and drawing.image is not None:
         free = _free(drawing.mask, program.family.factor)
         if program.family.inpaints:
@@ -223,7 +225,7 @@ def seeded(
     seeds: Sequence[int | None], shape: tuple[int, int, int], rng: str
 ) -> tuple[Array, Float32[np.ndarray, "b h w c"]]:
     """Keys for the steps' noise, and the unit normal noise that sampling starts from, each of its seed alone."""
-    keys, noise = _keys_and_noise(np.array(seeds, np.uint32), shape)
+    keys, noise = _keys_and_noise(np.array([(seed or 0) % SEEDS for seed in seeds], np.uint32), shape)
     if rng == "torch":
         noise = [torch_latents(int(seed or 0), shape, 1)[0] for seed in seeds]
     return keys, np.asarray(noise)

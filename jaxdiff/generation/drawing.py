@@ -72,10 +72,18 @@ class Drawing:
 
     @property
     def guidance(self) -> Guidance:
-        """Its numbers, as the programs take them; those that are None keep the program smaller."""
+        """Its numbers, as the programs take them; those that are None keep the program smaller.
+
+        A scale below 1 is 1, no guidance: diffusers has it so, and few-step models are published with "guidance 0".
+        """
         settings = self.settings
         low, high = settings.guidance_interval or (None, None)
-        numbers = {"scale": settings.guidance, "rescale": settings.guidance_rescale, "low": low, "high": high}
+        numbers: dict[str, Any] = {
+            "scale": max(1.0, settings.guidance or 0.0),
+            "rescale": settings.guidance_rescale,
+            "low": low,
+            "high": high,
+        }
         numbers |= {name: getattr(settings, name) for name in Guidance._fields if name not in numbers}
         return Guidance(**{name: np.float32(value) for name, value in numbers.items() if value is not None})
 

@@ -24,7 +24,9 @@ from jaxdiff.sampling.samplers import SAMPLERS, check_sampler
 from jaxdiff.sampling.sigmas import SCHEDULES
 
 SEEDS = 2**32
-"""Seeds lie below this."""
+"""Seeds of the generator "jax" lie below this."""
+TORCH_SEEDS = 2**64
+"""Those of the generator "torch"."""
 MAX_N = 100_000
 """Images that one request may ask for, so that a slip in one row of a file does not stop the others."""
 MAX_SIDE = 8192
@@ -79,7 +81,7 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
 def _range(low: float, high: float) -> str:
     if high == math.inf:
         return "" if low == -math.inf else f", {low:g} or more"
-    return f" from {low:.10g} to {high:.10g}"
+    return f" from {low} to {high}" if isinstance(high, int) else f" from {low:.10g} to {high:.10g}"
 
 
 def floats(value: Any) -> Float32[np.ndarray, "..."]:
@@ -226,7 +228,7 @@ def _region(name: str, given: Any) -> Region:
 
 share = partial(number, low=0.0, high=1.0)
 count = partial(whole_number, low=1)
-seed_number = partial(whole_number, low=0, high=SEEDS - 1)
+seed_number = partial(whole_number, low=0, high=TORCH_SEEDS - 1)
 
 
 @dataclass(frozen=True)
@@ -288,8 +290,8 @@ class Request:
     steps: Annotated[int | None, Field(count)] = None
     """Denoising steps. None is the model's own, or 30."""
     guidance: Annotated[float | None, Field(number)] = None
-    """Classifier-free guidance scale (Ho & Salimans 2022); 1 is the conditional prediction itself. None is the model's
-    own, or 7.5."""
+    """Classifier-free guidance scale (Ho & Salimans 2022); 1 and less is the prompt's prediction itself. None is the
+    model's own, or 7.5."""
     sampler: Annotated[str | None, Field(partial(one_of, names=SAMPLERS))] = None
     """How steps are taken: ddim, euler, dpmpp_2m, unipc and others; a wrong name lists them all. None is the model's
     own, or ddim."""
@@ -342,8 +344,11 @@ class Request:
             value = getattr(self, name)
             if value is not None or type(None) not in typing.get_args(kind):
                 object.__setattr__(self, name, field.check(name, value))
-        if self.seed is not None and self.seed + self.n > SEEDS:
-            raise ValueError(f"seed is {self.seed}; with {self.n} images it must be from 0 to {SEEDS - self.n}.")
+        for name, n in (("seed", self.n), ("to_seed", 1)):
+            seed, most = getattr(self, name), (TORCH_SEEDS if self.rng == "torch" else SEEDS) - n
+            if seed is not None and seed > most:
+                images = f"; with {n} images" if n > 1 else "; with rng 'jax'" if most < SEEDS else ""
+                raise ValueError(f"{name} is {seed}{images} it must be from 0 to {most}.")
 
     @classmethod
     def of(cls, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> "Request":

@@ -26,6 +26,8 @@ class Scheduler(NamedTuple):
     """Options of its steps: the values that the sampler has."""
     left_out: Mapping[str, Any] = {}
     """What options are where the file leaves them out, if that is another value."""
+    spaced: bool = False
+    """Whether its options choose another schedule (see `SCHEDULES`)."""
     exact: bool = True
     """Whether the sampler takes the same steps."""
 
@@ -47,22 +49,22 @@ SCHEDULERS = {
     "PNDMScheduler": Scheduler(
         "pndm", _NO_CLIP | {"set_alpha_to_one": False}, {"skip_prk_steps": True}, {"skip_prk_steps": False}
     ),
-    "LMSDiscreteScheduler": Scheduler("lms", _LINSPACE),
-    "EulerDiscreteScheduler": Scheduler("euler", _LINSPACE, _EULER),
+    "LMSDiscreteScheduler": Scheduler("lms", _LINSPACE, spaced=True),
+    "EulerDiscreteScheduler": Scheduler("euler", _LINSPACE, _EULER, spaced=True),
     "EulerAncestralDiscreteScheduler": Scheduler("euler_ancestral", _LINSPACE),
     "DEISMultistepScheduler": Scheduler(
-        "deis", _LINSPACE, {"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho"}
+        "deis", _LINSPACE, {"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho"}, spaced=True
     ),
-    "DPMSolverMultistepScheduler": Scheduler("dpmpp_2m", _LINSPACE, _DPM),
-    "DPMSolverSinglestepScheduler": Scheduler("dpmpp_2m", _LINSPACE, exact=False),
-    "DPMSolverSDEScheduler": Scheduler("dpmpp_sde", _LINSPACE | _BETAS),
-    "UniPCMultistepScheduler": Scheduler("unipc", _LINSPACE, _UNIPC),
-    "HeunDiscreteScheduler": Scheduler("heun", _LINSPACE | _BETAS),
-    "KDPM2DiscreteScheduler": Scheduler("dpm2", _LINSPACE | _BETAS),
-    "KDPM2AncestralDiscreteScheduler": Scheduler("dpm2_ancestral", _LINSPACE | _BETAS),
+    "DPMSolverMultistepScheduler": Scheduler("dpmpp_2m", _LINSPACE, _DPM, spaced=True),
+    "DPMSolverSinglestepScheduler": Scheduler("dpmpp_2m", _LINSPACE, exact=False, spaced=True),
+    "DPMSolverSDEScheduler": Scheduler("dpmpp_sde", _LINSPACE | _BETAS, spaced=True),
+    "UniPCMultistepScheduler": Scheduler("unipc", _LINSPACE, _UNIPC, spaced=True),
+    "HeunDiscreteScheduler": Scheduler("heun", _LINSPACE | _BETAS, spaced=True),
+    "KDPM2DiscreteScheduler": Scheduler("dpm2", _LINSPACE | _BETAS, spaced=True),
+    "KDPM2AncestralDiscreteScheduler": Scheduler("dpm2_ancestral", _LINSPACE | _BETAS, spaced=True),
     "LCMScheduler": Scheduler("lcm", _DISTILLED, {"original_inference_steps": 50}),
     "TCDScheduler": Scheduler("tcd", _DISTILLED, {"original_inference_steps": 50}),
-    "FlowMatchEulerDiscreteScheduler": Scheduler("euler", _FLOW),
+    "FlowMatchEulerDiscreteScheduler": Scheduler("euler", _FLOW, spaced=True),
     "FlowMatchHeunDiscreteScheduler": Scheduler("flow_heun", _FLOW),
 }
 # (algorithm_type, solver_order) of DPMSolverMultistepScheduler
@@ -146,7 +148,7 @@ def read_sampler(path: Path | str) -> dict[str, str]:
             cls,
             "".join(f" with {name} {value!r}" for name, value in missed.items()),
         )
-    schedules = [schedule for name, schedule in SCHEDULES.items() if values.get(name)]
+    schedules = [schedule for name, schedule in SCHEDULES.items() if known.spaced and values.get(name)]
     return {"sampler": sampler} | ({"schedule": schedules[0]} if schedules else {})
 
 

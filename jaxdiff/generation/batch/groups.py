@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.generation.batch.files import Line
-from jaxdiff.generation.request import PER_IMAGE, SEEDS, Request
+from jaxdiff.generation.request import PER_IMAGE, SEEDS, TORCH_SEEDS, Request
 
 # Fields that add to a program where they are given.
 OPTIONAL = (
@@ -60,10 +60,9 @@ def jobs_of(lines: Iterable[Line], first_seed: int = 0) -> Iterator[Job]:
             skipped += 1
             continue
         first = line.request.seed if line.request.seed is not None else first_seed + index + skipped
-        if first + line.request.n > SEEDS:
-            raise ValueError(
-                f"Line {line.number} needs seeds above {SEEDS - 1}, which is the last; start with a lower one."
-            )
+        last = (TORCH_SEEDS if line.request.rng == "torch" else SEEDS) - 1
+        if first + line.request.n - 1 > last:
+            raise ValueError(f"Line {line.number} needs seeds above {last}, which is the last; start with a lower one.")
         for k in range(line.request.n):
             yield Job(index, line.number, first + k, line.request)
             index += 1

@@ -132,6 +132,7 @@ class Model:
             "steps": len(sigmas),
             **{name: numbers.get(name, value) for name, value in self.numbers.items()},
         }
+        shared["guidance"] = max(1.0, shared["guidance"])  # less than none is none
         images = []
         for first in range(0, n, b):
             rows = [min(first + i, n - 1) for i in range(b)]  # the last batch is filled with its last image
