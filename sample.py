@@ -29,6 +29,8 @@ from jaxdiff.runtime.cli import check_writable, exit_code, part_of
 
 SHEET_IMAGES = 100
 """Images on the contact sheet, the first ones."""
+MAX_FRAMES = 1000
+"""Images from one prompt to another."""
 MAX_IMAGES = 1_000_000
 """Images of one command, which keeps the list of them."""
 
@@ -164,8 +166,8 @@ def read_lines(args: Args) -> Iterator[Line]:
     flags = args.request
     if args.format not in FORMATS:
         raise ValueError(f"--format is {args.format!r}; choose one of {', '.join(FORMATS)}.")
-    if args.frames is not None and args.frames < 2:
-        raise ValueError(f"--frames is {args.frames}; it must be at least 2.")
+    if args.frames is not None and not 2 <= args.frames <= MAX_FRAMES:
+        raise ValueError(f"--frames is {args.frames}; it must be from 2 to {MAX_FRAMES}.")
     if args.frames is not None and flags.to_prompt is None and flags.to_seed is None:
         raise ValueError("--frames needs a second image to go to; give --to-prompt or --to-seed.")
     if args.frames is not None and args.trajectory:

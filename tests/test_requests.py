@@ -125,6 +125,8 @@ def test_a_mask_is_the_same_in_bits_bytes_and_numbers():
         ({"apg_norm_threshold": -1}, ("apg_norm_threshold is -1", "0")),
         ({"cache_interval": 0}, ("cache_interval is 0", "1")),
         ({"upscale": 0}, ("upscale is 0", "1")),
+        ({"upscale": 100}, ("upscale is 100", "16")),
+        ({"pag_scale": -1.0}, ("pag_scale is -1.0", "0")),
         ({"latent_upscale": 1.5}, ("latent_upscale is 1.5",)),
         ({"tile": -8}, ("tile is -8", "1")),
         ({"guidance_interval": (3, 1)}, ("guidance_interval is (3, 1)",)),

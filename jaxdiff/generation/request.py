@@ -228,6 +228,7 @@ def _region(name: str, given: Any) -> Region:
 
 share = partial(number, low=0.0, high=1.0)
 count = partial(whole_number, low=1)
+times = partial(whole_number, low=1, high=16)
 seed_number = partial(whole_number, low=0, high=TORCH_SEEDS - 1)
 
 
@@ -275,9 +276,9 @@ class Request:
     """Prompts for parts of the image; the rest is the prompt's (Bar-Tal et al. 2023)."""
     outpaint: Annotated[tuple[int, int, int, int] | None, Field(margins, needs=("image",))] = None
     """Pixels to add around the image: left, top, right and bottom."""
-    upscale: Annotated[int | None, Field(count, needs=("image",))] = None
+    upscale: Annotated[int | None, Field(times, needs=("image",))] = None
     """How many times as wide and high the image becomes; its detail is drawn anew."""
-    latent_upscale: Annotated[int, Field(count, needs=("image",))] = 1
+    latent_upscale: Annotated[int, Field(times, needs=("image",))] = 1
     """The same by stretching the latent: more is drawn anew, best at a strength of 0.5 and more."""
     to_prompt: Annotated[str | None, Field(text, per_image=True)] = None
     """A second prompt, with which the first is mixed."""
@@ -330,7 +331,7 @@ class Request:
     apg_momentum: Annotated[float | None, Field(partial(number, low=-0.99, high=0.99))] = None
     """How much of guidance's direction of the steps before is added to it; below 0, as -0.5, it pushes away from it
     (Sadat et al. 2024, beta). None is none."""
-    pag_scale: Annotated[float | None, Field(number)] = None
+    pag_scale: Annotated[float | None, Field(partial(number, low=0.0))] = None
     """Perturbed-attention guidance scale (Ahn et al. 2024); 3 is usual, and takes half as long again."""
     cache_interval: Annotated[int, Field(count)] = 1
     """3 computes most of the network at every third step: faster, and another image (Ma et al. 2023, DeepCache)."""
