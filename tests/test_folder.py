@@ -311,7 +311,7 @@ def test_settings_that_diffusers_pipeline_overrides_are_told(bundle, tmp_path, c
         (TEXT, "hidden_act", "relu", "quick_gelu"),
         (TEXT, "model_type", "t5", "clip_text_model"),
         (SCHEDULE, "prediction_type", "flow", "flow_prediction"),
-        (SCHEDULE, "trained_betas", [0.1], "null"),
+        (SCHEDULE, "trained_betas", [1], "1000"),
         (SCHEDULE, "_class_name", "EDMEulerScheduler", "EulerDiscreteScheduler"),
         (SCHEDULE, "timestep_type", "continuous", "discrete"),
         (SCHEDULE, "_class_name", ["x"], "DDIMScheduler"),

@@ -193,6 +193,8 @@ class SchedulerConfig(Checked):
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    """The betas of all training steps themselves, in place of `beta_schedule`."""
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     steps_offset: int = 0
@@ -219,6 +221,12 @@ class SchedulerConfig(Checked):
         require(
             not (flow and self.clip_sample),
             "SchedulerConfig.clip_sample is True; flow_prediction has no clipping, so make it False.",
+        )
+        betas = self.trained_betas
+        require(
+            betas is None or (len(betas) == self.num_train_timesteps and all(0 < beta < 1 for beta in betas)),
+            f"SchedulerConfig.trained_betas has {len(betas or ())} numbers; it must have num_train_timesteps of them, "
+            f"{self.num_train_timesteps}, between 0 and 1.",
         )
         require(
             0 < self.beta_start <= self.beta_end < 1,

@@ -45,6 +45,8 @@ def make_schedule(config: SchedulerConfig) -> NoiseSchedule:
         sigmas = flow_sigmas(shifted(np.arange(1, steps + 1) / steps, config.shift))
         return NoiseSchedule(1 / (1 + sigmas**2), flow=True)
     betas = BETAS[config.beta_schedule](config.beta_start, config.beta_end, steps)
+    if config.trained_betas is not None:
+        betas = np.array(config.trained_betas)
     alpha_bar = np.cumprod(1 - betas)
     if config.rescale_betas_zero_snr:
         alpha_bar = zero_terminal_snr(alpha_bar)

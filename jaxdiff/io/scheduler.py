@@ -86,7 +86,6 @@ _IGNORED = frozenset({
     "noise_sampler_seed", "use_noise_sampler", "predict_epsilon",
 })  # fmt: skip
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,),
     "thresholding": (False,),
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
@@ -156,7 +155,8 @@ def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
     """The arguments of the diffusers scheduler that draws as `config` says: its flow matching one, or DDIM."""
     flow = config.prediction_type == "flow_prediction"
     names = {"num_train_timesteps", "shift"}
-    left_out = {"shift"} | ({"final_sigmas_type"} if config.final_sigmas_type == "zero" else set())
+    off = {"final_sigmas_type": "zero", "trained_betas": None}
+    left_out = {"shift"} | {name for name, value in off.items() if getattr(config, name) == value}
     return {name: v for name, v in to_dict(config).items() if (name in names if flow else name not in left_out)}
 
 

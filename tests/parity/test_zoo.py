@@ -104,6 +104,7 @@ OPTIONS = [
     {}, {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}, {"timestep_spacing": "leading"},
     {"steps_offset": 0, "timestep_spacing": "leading"}, {"clip_sample": True}, {"prediction_type": "v_prediction"},
     {"use_karras_sigmas": True}, {"use_beta_sigmas": True},
+    {"trained_betas": np.linspace(1e-4, 0.015, 1000).tolist()},
 ]  # fmt: skip
 # Classes whose steps no sampler here takes, which a warning says.
 OTHERS = ("DPMSolverSinglestepScheduler",)
@@ -173,7 +174,9 @@ def test_extra_tensors_change_nothing(sd1, fresh, base_image):
     jax.tree.map(np.testing.assert_array_equal, read_model(fresh).params, sd1.ours.params)
 
 
-@pytest.mark.parametrize(("cls", "options"), list(itertools.product(CLASSES, OPTIONS)), ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("cls", "options"), list(itertools.product(CLASSES, OPTIONS)), ids=lambda value: str(value)[:40]
+)
 def test_a_scheduler_of_any_class_visits_its_own_levels(sd1, fresh, cls, options):
     values = BETAS | options
     (fresh / SCHEDULE).write_text(json.dumps({"_class_name": cls} | values))
