@@ -157,7 +157,7 @@ class FolderSource:
         self._listing = listing
         self._captions = [self._caption(item) for item in listing.items]
         if not any(isinstance(caption, Caption) for caption in self._captions):
-            raise ValueError(f"{root} holds {len(self)} images and no captions that can be used ({self._worst()}): "
+            raise ValueError(f"{root} holds {len(self)} images and no captions that can be used ({self._wrong()}): "
                              'name them in metadata.jsonl, as {"file_name": ..., "text": ...} on each line, or put '
                              "a .txt beside each.")  # fmt: skip
 
@@ -183,7 +183,7 @@ class FolderSource:
         n = sum(isinstance(caption, Caption) for caption in self._captions)
         text = f"{self._root}: {len(self)} images, {n} with captions"
         if n < len(self):
-            text += f" ({self._worst()})"
+            text += f" ({self._wrong()})"
         return text + (f"; left out: {self._listing.others()}" if self._listing.left_out else "")
 
     def sizes(self) -> Int[np.ndarray, "n 2"]:
@@ -199,7 +199,7 @@ class FolderSource:
         except BadRecord as error:
             return BadRecord(error.reason, error.detail)  # without a traceback, which would hold memory
 
-    def _worst(self) -> str:
+    def _wrong(self) -> str:
         """How many captions cannot be used for which reason, and the first of each."""
         bad = [(caption.reason, i) for i, caption in enumerate(self._captions) if isinstance(caption, BadRecord)]
         first = {reason: self.name(i) for reason, i in reversed(bad)}

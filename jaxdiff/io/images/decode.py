@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Shaped
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """What is decoded, whatever a file is called: some of Pillow's other readers run programs."""
@@ -58,13 +59,9 @@ def decode(data: bytes) -> Image.Image:
                 image = image.convert("RGBA")
                 return image if min(image.getchannel("A").tobytes()) < 255 else image.convert("RGB")
     except UnidentifiedImageError as error:
-        kind = next((kind for kind, start in _UNREAD.items() if start.match(data)), None)
-        remedy = (
-            f"it is {kind}, damaged or of a kind that is not read: save it as PNG or JPEG"
-            if kind
-            else "it is not an image"
-        )
-        raise ValueError(remedy) from error
+        if kind := next((kind for kind, start in _UNREAD.items() if start.match(data)), None):
+            raise ValueError(f"it is {kind}, damaged or of a kind that is not read: save it as PNG or JPEG") from error
+        raise ValueError("it is not an image") from error
     except Image.DecompressionBombError:
         raise ValueError(f"it has more than {MAX_PIXELS} pixels") from None
     except _NotRead:
@@ -85,7 +82,7 @@ def header_size(file: bytes | Path) -> tuple[int, int]:
     """Width and height of the image as `decode` gives it, from the head of its file; (0, 0) where it has none."""
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            turned = image.getexif().get(Tag.Orientation, 1) in (5, 6, 7, 8)
             # Of a TIFF, Pillow gives the size as it will be when the image is upright.
             return (image.height, image.width) if turned and image.format != "TIFF" else image.size
     except Exception:  # Pillow's plugins raise nearly anything on damaged files; `decode` will tell
@@ -97,45 +94,52 @@ class _NotRead(ValueError):
 
 
 def _to_8_bits(image: Any, data: bytes) -> Image.Image:
-    """The image, in a mode of 8 bits a sample, where Pillow itself would cut samples off, or clip them."""
-    tile = image.tile[0] if image.tile else None
-    raw = "" if tile is None else tile.args if isinstance(tile.args, str) else str(tile.args[0] if tile.args else "")
+    """The image, in a mode of 8 bits a sample where Pillow itself would cut samples off, or clip them."""
     tiff = image.tag_v2 if image.format == "TIFF" else {}
-    bits, signed = max(tiff.get(258, (16,))), max(tiff.get(339, (1,))) == 2
-    if signed and bits < 32:
-        raise _NotRead(f"its samples are signed numbers of {bits} bits: save it with unsigned ones")
-    if bits > 8 and tiff.get(284) == 2 and tiff.get(277, 1) > 1:
-        raise _NotRead(f"it is a TIFF of {bits} bits whose channels lie apart: save it with interleaved ones")
-    key = image.info.get("transparency")
-    if raw in ("L;2", "L;4") and isinstance(key, int):  # Pillow scales samples to 8 bits, and not this
+    bits, key = max(tiff.get(Tag.BitsPerSample, (16,))), image.info.get("transparency")
+    raw = _raw_mode(image)
+    if raw in ("L;2", "L;4") and isinstance(key, int):  # Pillow scales the samples to 8 bits, and not this
         image.info["transparency"] = key * (85 if raw == "L;2" else 17)
-
-    if tile is not None and tile.codec_name == "libtiff" and re.search(r"B[FS]$", raw):  # libtiff swaps bytes itself
-        values = _unpack(data, image.mode, f"{raw[:-2]}N{raw[-1]}")
-    elif raw == "LA;16B":
-        values = _unpack(data, "RGBA", "RGBA").astype(np.uint16)  # each sample's bytes as two channels
-        values = values[..., ::2] << 8 | values[..., 1::2]
-    elif re.fullmatch(r"(RGB|RGBA|RGBX|CMYK);16[BLN]", raw):
-        high, low = (_unpack(data, image.mode, raw[:-1] + order) for order in (raw[-1], _OTHER_BYTE[raw[-1]]))
-        values = high.astype(np.uint16) << 8 | low
-    elif image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-    else:
+    if (values := _deep_samples(image, raw, tiff, data)) is None:
         return image
 
     image.load()  # a TIFF is turned when it is loaded, and loses its mark of that
     white = _white(values) if image.mode in ("I", "F") else 2**bits - 1
     samples = np.rint(values.astype(np.float32) * np.float32(255) / np.float32(white)).astype(np.uint8)
-    if tiff.get(262) == 0:  # 0 is white, and Pillow minds that in 8 bits alone
+    if tiff.get(Tag.PhotometricInterpretation) == 0:  # 0 is white, and Pillow minds that in 8 bits alone
         samples = 255 - samples
     if key is not None:
         hidden = (values.reshape(*values.shape[:2], -1) == np.atleast_1d(key)).all(-1)
-        alpha = np.where(hidden, 0, 255).astype(np.uint8)
-        samples = np.dstack([samples, alpha])
-    mode = image.mode if samples.ndim == 3 and image.mode == "CMYK" else None
-    out = _image(samples, mode)
-    out.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+        samples = np.dstack([samples, np.where(hidden, 0, 255).astype(np.uint8)])
+    height, width, *channels = samples.shape
+    mode = "CMYK" if image.mode == "CMYK" else {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels[0] if channels else 1]
+    out = Image.frombytes(mode, (width, height), samples.tobytes())
+    out.getexif()[Tag.Orientation] = image.getexif().get(Tag.Orientation, 1)
     return out
+
+
+def _deep_samples(image: Any, raw: str, tiff: Any, data: bytes) -> Shaped[np.ndarray, "h w *c"] | None:
+    """Samples of more than 8 bits, as the file has them; None where Pillow's own 8 bits are right."""
+    bits = max(tiff.get(Tag.BitsPerSample, (16,)))
+    if bits < 32 and max(tiff.get(Tag.SampleFormat, (1,))) == 2:
+        raise _NotRead(f"its samples are signed numbers of {bits} bits: save it with unsigned ones")
+    if bits > 8 and tiff.get(Tag.PlanarConfiguration) == 2 and tiff.get(Tag.SamplesPerPixel, 1) > 1:
+        raise _NotRead(f"it is a TIFF of {bits} bits whose channels lie apart: save it with interleaved ones")
+    if re.search(r"B[FS]$", raw) and image.tile[0].codec_name == "libtiff":  # which brings bytes into order itself
+        return _unpack(data, image.mode, f"{raw[:-2]}N{raw[-1]}")
+    if raw == "LA;16B":
+        pairs = _unpack(data, "RGBA", "RGBA").astype(np.uint16)  # the two bytes of each sample as two channels
+        return pairs[..., ::2] << 8 | pairs[..., 1::2]
+    if re.fullmatch(r"(RGB|RGBA|RGBX|CMYK);16[BLN]", raw):
+        high, low = (_unpack(data, image.mode, raw[:-1] + order) for order in (raw[-1], _OTHER_BYTE[raw[-1]]))
+        return high.astype(np.uint16) << 8 | low
+    return np.asarray(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else None
+
+
+def _raw_mode(image: Any) -> str:
+    """How Pillow unpacks the samples, such as "RGB;16B"; "" where a decoder of the format's own does."""
+    args = image.tile[0].args if image.tile else ""
+    return args if isinstance(args, str) else str(args[0]) if args else ""
 
 
 def _unpack(data: bytes, mode: str, raw: str) -> Shaped[np.ndarray, "h w *c"]:
@@ -162,9 +166,3 @@ def _white(values: Shaped[np.ndarray, "h w"]) -> int:
                 return 65535
     raise _NotRead(f"its samples of 32 bits go from {low:g} to {high:g}, which is neither 0 to 1 nor whole numbers of "
                    "8 or 16 bits: save it with 8 or 16 bits a sample")  # fmt: skip
-
-
-def _image(samples: UInt8[np.ndarray, "h w *c"], mode: str | None) -> Image.Image:
-    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-    height, width, *channels = samples.shape
-    return Image.frombytes(mode or modes[channels[0] if channels else 1], (width, height), samples.tobytes())
