@@ -327,6 +327,9 @@ def test_what_is_left_out_of_a_folder_is_reported_by_kind_and_linked_folders_are
     (root / "d.TXT").write_text("the same name")
     for name in ("x.heic", "y.HEIC", "z.mp4", "a.json", "LICENSE", "notes.txt", ".DS_Store", "._a.bmp", ".cache/f.bmp"):
         (root / name).write_bytes(PLAIN)
+    (root / "prepared").mkdir()
+    for name in ("shard.array_record", "index.json"):
+        (root / "prepared" / name).touch()
     (root / "linked").symlink_to(elsewhere)
     (root / "deep" / "back").symlink_to(root)
     (root / "gone.bmp").symlink_to(root / "gone.bmp")

@@ -106,6 +106,7 @@ def list_files(root: Path) -> tuple[list[str], Counter[str]]:
     """The names of all files in a folder, in order, those of linked folders included; and what is passed by, by kind.
 
     That are hidden files and folders, links that lead nowhere, and folders that were read already under another name.
+    The files of a prepared collection, which may lie in the folder that it was made of, do not count at all.
     """
     names, passed, seen, folders = [], Counter[str](), set(), [""]
     while folders:
@@ -120,6 +121,8 @@ def list_files(root: Path) -> tuple[list[str], Counter[str]]:
         except OSError:
             passed["unreadable"] += 1
             continue
+        if any(".array_record" in entry.name for entry in entries):
+            entries = [entry for entry in entries if _type(entry) == "folder"]
         below = []
         for entry in entries:
             path, kind = f"{within}{entry.name}", "hidden" if entry.name.startswith(".") else _type(entry)
