@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.config import DiffusionTask, TrainConfig, VAETask
 from jaxdiff.data.loader import Batches, batches, open_source
+from jaxdiff.data.sources import summary
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.folder import write_network
@@ -58,6 +59,8 @@ class Run:
     """(step, rows of the global batch)"""
     evaluate: Callable[[int, Params], dict[str, float]]
     """(step, the averaged params and the frozen ones, whole and on the host), called in process 0 alone."""
+    data: str
+    """What is read, and what of it is left out."""
 
 
 def train(config: TrainConfig, workdir: epath.Path) -> int:
@@ -109,7 +112,9 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             Feed(source, mesh) as feed,
         ):
             write_config(config, workdir)  # now that all it names is known to be there
+            log.say(f"{run.data}.")
             log.say(f"{workdir}: {count / 1e6:.2f} M parameters, from step {start} to {config.steps}.")
+            cut = 0
             for step in range(start + 1, config.steps + 1):
                 profile.before(step)
                 # What every step does must copy nothing unasked between host and devices, or between devices: it would
@@ -128,6 +133,10 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
                 last = step == config.steps or stopped is not None
                 if last or step % config.log_every == 0:
                     log.flush(step, lr=float(np.asarray(schedule(step - 1))), bad_records=source.n_bad)
+                    if source.n_cut and not cut:
+                        log.say(f"Captions longer than the text encoder's are cut at their ends: {source.n_cut} so "
+                                f"far, the first {source.first_cut!r}.")  # fmt: skip
+                    cut = source.n_cut
                 if log.in_a_row >= config.max_skipped:
                     raise ValueError(in_vain(step, log.in_a_row, checkpoints.steps()))
                 if last or step % config.checkpoint_every == 0:
@@ -142,6 +151,8 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             told = "".join(f", {name} {value:.4g}" for name, value in evaluate(log).items())
             skipped = f"; {log.skipped} updates were skipped" if log.skipped else ""
             log.say(f"Done{told}{skipped}. {workdir / 'export'} holds the averaged weights.")
+            if cut:
+                log.say(f"Captions that were cut, counted each time: {cut}")
             for name, reason in source.bad.items():
                 log.say(f"Skipped: {name} ({reason})")
     return 0
@@ -195,6 +206,7 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
         trained,
         lambda step, rows: batches(data, source, seed=config.seed, start_step=step, rows=rows),
         evaluate,
+        summary(source),
     )
 
 
@@ -240,6 +252,7 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
         trained,
         lambda step, rows: batches(data, source, tokenizer, seed=config.seed, start_step=step, rows=rows),
         evaluate,
+        summary(captions),
     )
 
 

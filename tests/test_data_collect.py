@@ -92,6 +92,11 @@ def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> Non
     archive.addfile(member, io.BytesIO(data))
 
 
+def add_record(archive: tarfile.TarFile, name: str, image: bytes) -> None:
+    add(archive, f"{name}.png", image)
+    add(archive, f"{name}.txt", b"a dog")
+
+
 def write_tar(path: Path, records: ROWS, mode: str = "w") -> str:
     with tarfile.open(path, mode) as archive:
         for name, image, text in records:
@@ -175,7 +180,7 @@ def test_several_files_are_named_by_a_pattern(tmp_path):
         (lambda root: root / "nothing", "does not exist, or is empty"),
         (lambda root: root, "is empty"),
         (lambda root: write_parquet(root / "a.parquet", rows()) and write_tar(root / "a.tar", rows()) and root, "both"),
-        (lambda root: (root / "a.txt").write_text("x") and root, "holds no pictures"),
+        (lambda root: (root / "a.txt").write_text("x") and root, "holds no images"),
         (lambda root: (root / "a.txt").write_text("x") and root / "a.txt", "none of these kinds"),
     ],
 )
@@ -206,9 +211,9 @@ HOSTILE = {
 def test_harmful_members_of_a_tar_are_refused_and_the_others_read(tmp_path, name):
     fields, reason = HOSTILE[name]
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        add(archive, "a.png", encoded(noise(0)))
+        add_record(archive, "a", encoded(noise(0)))
         add(archive, name, b"data", **fields)
-        add(archive, "z.png", encoded(noise(1)))
+        add_record(archive, "z", encoded(noise(1)))
     pictures, bad = read(str(tmp_path / "a.tar"))
     assert [p.name for p in pictures] == ["a.tar/a", "a.tar/z"]
     assert len(bad) == 1
@@ -219,9 +224,9 @@ def test_a_member_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_BYTES", 5000)
     for mode, name in (("w", "a.tar"), ("w:gz", "a.tar.gz")):
         with tarfile.open(tmp_path / name, mode) as archive:
-            add(archive, "a.png", encoded(noise(0)))
-            add(archive, "b.png", random.Random(0).randbytes(9000))
-            add(archive, "c.png", encoded(noise(1)))
+            add_record(archive, "a", encoded(noise(0)))
+            add_record(archive, "b", random.Random(0).randbytes(9000))
+            add_record(archive, "c", encoded(noise(1)))
         pictures, bad = read(str(tmp_path / name))
         assert (len(pictures), [b.reason for b in bad]) == (2, ["its file is too large"])
     big = write_folder(tmp_path / "folder", [("a", bytes(9000), b"x"), *rows(1)])
@@ -234,7 +239,7 @@ def test_a_member_that_is_too_large_is_not_read(tmp_path, monkeypatch):
 def test_an_archive_that_unpacks_without_end_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_BYTES", 2**20)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
-        add(archive, "a.png", encoded(noise(0)))
+        add_record(archive, "a", encoded(noise(0)))
         add(archive, "b.png", bytes(200 * 2**20))
     began = time.process_time()
     pictures, bad = read(str(tmp_path / "a.tar.gz"))
@@ -266,7 +271,9 @@ def test_a_tar_that_is_cut_off_is_told_wherever_the_cut_is(tmp_path, cut):
     source.write_bytes(data[: len(data) // 512 * 512 * (cut + 1) // 21 // 512 * 512])  # at the end of some block
     pictures, bad = read(str(source))
     assert len(pictures) <= 6
-    assert [b.reason for b in bad if b.reason != "it has no picture"] == ["its archive is broken"]
+    assert [b.reason for b in bad if b.reason not in ("it has no image", "it has no caption")] == [
+        "its archive is broken"
+    ]
 
 
 def test_archives_that_were_joined_are_read_to_the_end(tmp_path):
@@ -313,10 +320,10 @@ def test_a_parquet_file_without_the_fields_is_told_which_it_has(tmp_path):
         (encoded(noise(0, 64, 64)), "", "it has no caption"),
         (encoded(noise(0, 64, 64)), "cat", "its caption is too short"),
         (encoded(noise(0, 64, 64)), "a very long caption", "its caption is too long"),
-        (encoded(noise(0, 64, 64), "JPEG")[:400], "a dog", "bad: its picture is broken, or too large"),
-        (bomb(), "a dog", "bad: its picture is broken, or too large"),
-        (b"%!PS-Adobe", "a dog", "bad: its picture is broken, or too large"),
-        (b"", "a dog", "bad: its picture is broken, or too large"),
+        (encoded(noise(0, 64, 64), "JPEG")[:400], "a dog", "bad: its image is broken, or too large"),
+        (bomb(), "a dog", "bad: its image is broken, or too large"),
+        (b"%!PS-Adobe", "a dog", "bad: its image is broken, or too large"),
+        (b"", "a dog", "bad: its image is broken, or too large"),
     ],
 )
 def test_what_is_left_out_and_why(image, text, reason):
@@ -411,13 +418,15 @@ def test_a_collection_becomes_shards_without_duplicates_that_training_reads(tmp_
         ("024", encoded(noise(41)), b""),
     ]
     source = write_folder(tmp_path / "pictures", records)
-    report = prepared(source, tmp_path / "out", share=0.1, near=4)
-    assert (report.read, report.kept, report.bad) == (16, 12, 1)
+    (Path(source) / "phone.heic").touch()
+    report = prepared(source, tmp_path / "out", share=0.2, near=4)
+    assert report.left_out == {".heic": 1}
+    assert (report.read, report.kept, report.bad) == (16, 12, 2)
     assert {reason: (entry["count"], entry["examples"][0][2]) for reason, entry in report.dropped.items()} == {
         "duplicate: equal pixels": (1, "020.png (as 000.png)"),
         "duplicate: looks alike": (1, "021.png (as 005.png)"),
-        "it has no caption": (1, "024.png"),
-        "bad: its picture is broken, or too large": (1, "023.png (it is not an image)"),
+        "bad: it has no caption": (1, "024.png"),
+        "bad: its image is broken, or too large": (1, "023.png (it is not an image)"),
     }
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == dataclasses.asdict(report)
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".array_record"] * 4 + [".json"] * 2 + [
@@ -570,4 +579,4 @@ def test_a_caption_that_no_file_can_hold_costs_its_picture_alone(tmp_path):
         file.write('\n{"file_name": "odd.png", "text": "hi \\ud800"}')
     report = stages.collect(Collection(str(source)), stages.Filters(), tmp_path / "out", max_bad_share=0.5, options=[])
     assert (report.kept, report.bad) == (3, 1)
-    assert "no Unicode text" in next(iter(report.dropped))
+    assert "not UTF-8" in next(iter(report.dropped))

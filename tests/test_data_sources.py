@@ -92,7 +92,7 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
         ("[1, 2]", 'needs a "file_name"'),
         ({"text": "a dog"}, 'needs a "file_name"'),
         ({"file_name": 3, "text": "a dog"}, 'needs a "file_name"'),
-        ({"file_name": "a.png", "text": ["a dog"]}, "are strings"),
+        ({"file_name": "a.png", "text": "a dog", "style": 5}, "needs a string"),
         ({"file_name": "a.png", "text": "a dog", "keywords": "abc"}, "list of strings"),
         ({"file_name": "a.png", "text": "a dog", "keywords": 5}, "list of strings"),
         ("[" * 100_000, "line 1 is not JSON"),

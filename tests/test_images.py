@@ -6,6 +6,7 @@ import struct
 import zlib
 
 import numpy as np
+import odd
 import pytest
 from PIL import Image
 
@@ -25,6 +26,7 @@ from jaxdiff.io.images import (
     write_image,
     write_png,
 )
+from jaxdiff.io.images.decode import header_size
 
 SETTINGS = {
     "prompt": "a red apple, 日本", "negative_prompt": "blurry", "steps": 30, "sampler": "ddim", "guidance": 7.5,
@@ -189,6 +191,22 @@ def test_pictures_of_any_kind_are_read_as_8_bit_colour(tmp_path, image):
         np.testing.assert_array_equal(read, np.repeat(np.asarray(grey)[..., None], 3, -1))
     np.testing.assert_array_equal(read_image((tmp_path / "a.png").read_bytes()), image)
     np.testing.assert_array_equal(read_image(str(tmp_path / "a.png")), image)
+
+
+@pytest.mark.parametrize("name", odd.IMAGES)
+def test_an_odd_image_is_its_pixels_or_a_sentence(name):
+    data, pixels = odd.IMAGES[name]
+    if pixels is None:
+        with pytest.raises(ValueError, match="cannot be read: "):
+            read_image(data)
+        return
+    if pixels.shape[2] == 4:
+        alpha = pixels[..., 3:] / 255
+        pixels = pixels[..., :3] * alpha + 255 * (1 - alpha)
+        assert np.abs(read_image(data) - pixels).max() <= 1
+    else:
+        odd.assert_alike(read_image(data), pixels, name)
+    assert header_size(data) == pixels.shape[1::-1]
 
 
 def test_what_is_transparent_becomes_white(tmp_path):

@@ -96,6 +96,31 @@ def test_a_text_to_image_run_exports_a_model_that_draws_what_its_sample_grid_sho
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("variants", "said"), [(0, "are cut at their ends"), (1, "their ends were cut")])
+def test_a_run_tells_what_it_reads_what_it_leaves_out_and_which_captions_it_cuts(
+    shell: Shell, diffusion_run: Path, tmp_path: Path, variants: int, said: str
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text(f"{i}: " + 20 * "dog " if i == 3 else "a dog")
+    (photos / "phone.heic").touch()
+    (photos / "6.txt").write_text("a dog", encoding="utf-16")
+    cached = ("--task.latent_variants", 1, "--task.text_variants", 1, "--task.init", diffusion_run / "export")
+    once = (*cached, "--task.train_text_encoder", False) if variants else ("--task.latent_variants", 0)
+    folder = ("--data.source", "folder", "--data.root", photos, "--data.max_bad_share", 0.5, "--steps", 2)
+    parts = ("--task.vae", diffusion_run.parent / "vae", "--task.tokenizer", diffusion_run.parent / "tokenizer")
+    code, out = shell.run("tiny", tmp_path / "run", *parts, *folder, *once)
+    assert code == 0, out
+    assert "8 images, 7 with captions" in out
+    assert "left out: 1 .heic" in out
+    assert "6.png" in out
+    assert out.count(said) == 1
+    assert "3: dog dog" in out
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(shell: Shell, tmp_path: Path) -> None:
     workdir = tmp_path / "stopped"
     process = shell.start("tiny_vae", workdir, "--checkpoint_every", 1000)

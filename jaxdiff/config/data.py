@@ -22,7 +22,8 @@ class DataConfig(Checked):
     image_field: str = "image"
     """TFDS only: the feature that holds the image."""
     text_field: str = "caption"
-    """TFDS only: the feature that holds the caption, or a class label (its name becomes the caption)."""
+    """TFDS: the feature that holds the caption or captions, or a class label (its name becomes the caption). Folders:
+    the field of metadata.jsonl or metadata.csv; `caption` takes `text`, too, or what else is usual."""
     size: int = 64
     """Pixels along each side of the square crop; of other aspects, the square root of their area."""
     aspects: tuple[str, ...] = ()

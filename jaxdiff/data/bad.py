@@ -1,4 +1,15 @@
-"""The count of records that were skipped, and where it stops a run."""
+"""Records that cannot be used: why, how many, and where their number stops a run."""
+
+
+class BadRecord(Exception):
+    """A record that cannot be used: `reason` says why in general, `detail` what exactly, and the message both."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
 class BadRecords:

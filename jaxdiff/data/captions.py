@@ -1,9 +1,17 @@
-"""Captions of drawings: "{label}, {style} style, on a {colour} background", with parts dropped at random."""
+"""Captions: from what a file holds to texts, and the drawings' grammar.
+
+Those of drawings are "{label}, {style} style, on a {colour} background", with parts dropped at random.
+"""
 
 import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from jaxdiff.data.bad import BadRecord
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
@@ -31,6 +39,34 @@ class Caption:
     keywords: tuple[str, ...] = ()
     colour: str = ""
     """The background's name, one of `COLOURS`; empty where the image has none of its own."""
+    others: tuple[str, ...] = ()
+    """More captions of the same image; a draw takes one of these and the label."""
+    drawing: bool = False
+    """Whether what is transparent gets one of `COLOURS`, which captions may name, in place of white."""
+
+    @classmethod
+    def of(cls, value: Any, style: bytes | str = "", keywords: Iterable[bytes | str] = ()) -> "Caption":
+        """The caption that a file's bytes, a string, or a list of these hold.
+
+        Raises:
+            BadRecord: as `caption_text` does, for any of the list, or where the value is something else.
+
+        """
+        values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+        label, *others = [caption_text(one) for one in values] or [caption_text(None)]
+        style = caption_text(style) if style else ""
+        return cls(label, style, tuple(map(caption_text, keywords)), others=tuple(others))
+
+    @classmethod
+    def unpack(cls, values: dict[str, Any]) -> "Caption":
+        """The caption of which JSON holds the `vars`."""
+        lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values | lists)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every caption of the image, without the parts of drawings."""
+        return (self.label, *self.others)
 
     def full(self) -> str:
         """Every part: "red apple, noto style, on a blue background"."""
@@ -38,8 +74,8 @@ class Caption:
 
     def draw(self, rng: np.random.Generator) -> str:
         """A caption of some of the parts, so that short and partial prompts are understood too."""
-        dice = rng.random(7)  # drawn at once: which parts there are changes no later draw
-        label, style = self.label, self.style and f"{self.style} style"
+        dice = rng.random(8)  # drawn at once: which parts there are changes no later draw
+        label, style = self.texts[int(dice[7] * len(self.texts))], self.style and f"{self.style} style"
         colour = self.colour and background(self.colour)
         if style and dice[0] < 0.25:
             style = ""
@@ -57,6 +93,36 @@ class Caption:
         if colour and not style and label and dice[6] < 0.5:
             return f"{label} {colour}"
         return _join(label, style, colour)
+
+
+def caption_text(value: Any) -> str:
+    """The one way from what a file holds, bytes or a string, to a caption: UTF-8, and all white space one space.
+
+    Byte-order marks are dropped. Text of other encodings is refused rather than guessed, be it known by bytes that are
+    no UTF-8, by control characters (of which UTF-16 is full) or by the mark that another program has put in their
+    place.
+
+    Raises:
+        BadRecord: where there is no caption, or it is no such text.
+
+    """
+    value = "" if value is None else value
+    if not isinstance(value, bytes | str):
+        raise BadRecord("its caption is no text", type(value).__name__)
+    try:
+        # Strings, too: JSON and Python's file names can hold halves of characters.
+        text = (value if isinstance(value, bytes) else value.encode()).decode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise BadRecord("its caption is not UTF-8", f"{error.reason} at {error.start}") from error
+    if odd := _ODD.search(text):
+        raise BadRecord("its caption is not plain UTF-8 text", f"it holds U+{ord(odd[0]):04X}")
+    text = " ".join(text.replace("\ufeff", "").split())
+    if all(unicodedata.category(char)[0] in "ZC" for char in text):  # spaces, and what cannot be seen
+        raise BadRecord("it has no caption")
+    return text
+
+
+_ODD = re.compile(r"[\0-\x08\x0e-\x1f\x7f-\x9f\ufffd]")  # control characters, and what replaced others
 
 
 def background(colour: str) -> str:

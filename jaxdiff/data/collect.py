@@ -29,11 +29,11 @@ from jaxdiff.config import load_json
 from jaxdiff.data.duplicates import bands, first_alike, look, pixel_digest
 from jaxdiff.data.files import new_records, open_records
 from jaxdiff.data.images import decode
-from jaxdiff.data.prepared import INDEX, SIZES, VERSION, Picture
-from jaxdiff.data.readers import Bad, Collection, Unit
+from jaxdiff.data.prepared import INDEX, REPORT, SIZES, VERSION, Picture
+from jaxdiff.data.readers import Bad, Collection, LeftOut, Unit
 from jaxdiff.data.record import BadRecord
 
-WORK, REPORT = "work", "report.json"
+WORK = "work"
 EXAMPLES = 5  # of each reason, in the report
 
 
@@ -61,6 +61,8 @@ class Report:
     """Of those dropped, what could not be used at all: broken files, and such as are made to do harm."""
     dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Reason -> how many (`count`), and the first of them (`examples`: unit, place in it, name)."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Kind -> how many files of it there are, such as are neither images nor captions."""
 
     def drop(self, reason: str, unit: int, place: int, name: str, bad: bool = False) -> None:
         """Counts a record that is left out."""
@@ -76,6 +78,8 @@ class Report:
         out = cls()
         for report in reports:
             out.read, out.kept, out.bad = out.read + report.read, out.kept + report.kept, out.bad + report.bad
+            for kind, count in report.left_out.items():
+                out.left_out[kind] = out.left_out.get(kind, 0) + count
             for reason, entry in report.dropped.items():
                 mine = out.dropped.setdefault(reason, {"count": 0, "examples": []})
                 mine["count"] += entry["count"]
@@ -90,6 +94,7 @@ class Report:
             lines.append(
                 f"{entry['count']:>9} dropped: {reason} ({names if len(names) < 120 else names[:120] + '...'})"
             )
+        lines += [f"{count:>9} left out: {kind}" for kind, count in sorted(self.left_out.items())]
         return "\n".join(lines)
 
 
@@ -297,6 +302,9 @@ def _write_part(unit: int, plan: Plan) -> None:
     report, rows = Report(), []
     with new_records(plan.part(unit)) as writer:
         for place, picture in enumerate(plan.collection.read(plan.units[unit])):
+            if isinstance(picture, LeftOut):
+                report.left_out = dict(picture.kinds)
+                continue
             report.read += 1
             checked = check(picture, plan.filters)
             if isinstance(checked, Bad):
@@ -319,21 +327,17 @@ def check(picture: Picture | Bad, filters: Filters) -> tuple[Picture, Image.Imag
         return replace(picture, reason=f"bad: {picture.reason}")
     picture = replace(picture, name=_printable(picture.name))
     try:
-        json.dumps(vars(picture.caption), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        return Bad(picture.name, "bad: its caption is no Unicode text", str(error))
-    try:
         image = decode(picture.data)
     except BadRecord as error:
         return Bad(picture.name, "bad: its image is broken, or too large", str(error))
     width, height = image.size
-    words = picture.caption.label
+    lengths = [len(text) for text in picture.caption.texts]
     for wrong, reason, detail in (
         (min(width, height) < filters.min_side, "it is too small", f"{width}x{height}"),
         (max(width, height) > filters.max_aspect * min(width, height), "it is too oblong", f"{width}x{height}"),
-        (not words, "it has no caption", ""),
-        (len(words) < filters.min_caption, "its caption is too short", words),
-        (len(words) > filters.max_caption, "its caption is too long", f"{len(words)} characters"),
+        (not all(lengths), "it has no caption", ""),
+        (min(lengths) < filters.min_caption, "its caption is too short", f"{min(lengths)} characters"),
+        (max(lengths) > filters.max_caption, "its caption is too long", f"{max(lengths)} characters"),
     ):
         if wrong:
             return Bad(picture.name, reason, detail)
@@ -419,7 +423,7 @@ def _finish(plan: Plan, settings: dict[str, Any], read: Report) -> Report:
     """Writes what belongs to all shards, the index last, and removes what was needed on the way."""
     folder, units = Path(plan.folder), range(len(plan.units))
     reports = [_report(plan.account(unit, "shard")) for unit in units]
-    report = Report.sum([read, *reports])
+    report = Report.sum([read, *reports, Report(left_out=dict(plan.collection.left_out()))])
     report.kept = sum(one.kept for one in reports)
     np.save(folder / WORK / SIZES, np.concatenate([np.load(plan.sizes(unit)) for unit in units]))
     os.replace(folder / WORK / SIZES, folder / SIZES)

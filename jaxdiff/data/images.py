@@ -6,21 +6,22 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-import jaxdiff.io.images.decode
 from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import COLOURS, Caption
 from jaxdiff.data.record import BadRecord, Record
+from jaxdiff.io.images.decode import decode as decode_image
+from jaxdiff.io.images.decode import on_white
 
 
 def decode(data: bytes) -> Image.Image:
-    """`jaxdiff.io.images.decode.decode`, for a record.
+    """`jaxdiff.io.images.decode.decode`, of a record.
 
     Raises:
         BadRecord: where the bytes are no image that can be decoded.
 
     """
     try:
-        return jaxdiff.io.images.decode.decode(data)
+        return decode_image(data)
     except ValueError as error:
         raise BadRecord(str(error)) from error
 
@@ -58,7 +59,9 @@ def augment(
 def prepare(
     record: Record, rng: np.random.Generator, config: DataConfig, shape: tuple[int, int]
 ) -> tuple[UInt8[np.ndarray, "h w 3"], Caption]:
-    """The record's image in `shape` (height, width), augmented by `rng`, and its caption with the ground's colour.
+    """The record's image in `shape` (height, width), augmented by `rng`, and its caption.
+
+    What is transparent becomes white; in drawings one of `COLOURS`, which the caption has then.
 
     Raises:
         BadRecord: where the image cannot be decoded.
@@ -66,9 +69,9 @@ def prepare(
     """
     image, caption = decode(record.image), record.caption
     colour = tuple(COLOURS)[rng.integers(len(COLOURS))]
-    if image.mode == "RGBA":
+    if image.mode == "RGBA" and caption.drawing:
         image, caption = on_background(image, colour), dataclasses.replace(caption, colour=colour)
-    image = augment(image, rng, shape=shape, crop=config.crop, flip=config.flip)
+    image = augment(on_white(image), rng, shape=shape, crop=config.crop, flip=config.flip)
     return np.asarray(image), caption
 
 

@@ -77,6 +77,10 @@ class LatentSource:
         part = int(np.searchsorted(self._ends, index, side="right"))
         return f"{self._parts[part]} record {index - (int(self._ends[part - 1]) if part else 0)}"
 
+    def summary(self) -> str:
+        """How many latents there are."""
+        return f"{self._root}: {len(self)} latents with captions"
+
     def sizes(self) -> Int[np.ndarray, "n 2"]:
         """(width, height) of every record's latents."""
         return self._sizes
@@ -239,7 +243,7 @@ def _unpack(data: bytes) -> Record:
     shape, dtype, texts = values.pop("shape"), values.pop("dtype"), values.pop("contexts", None)
     flat = np.frombuffer(arrays, dtype)
     moments, rest = flat[: math.prod(shape)].reshape(shape), flat[math.prod(shape) :]
-    caption = Caption(**values | {"keywords": tuple(values["keywords"])})
+    caption = Caption.unpack(values)
     if not texts:
         return Record(caption, moments=moments)
     contexts = rest.reshape(-1, *texts["shape"])

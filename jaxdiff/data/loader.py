@@ -22,6 +22,7 @@ from jaxdiff.data.buckets import Schedule, nearest_shapes
 from jaxdiff.data.images import prepare, to_float
 from jaxdiff.data.record import BadRecord, Source
 from jaxdiff.data.sources import open_source
+from jaxdiff.data.tokens import Tokenizer
 
 __all__ = ["Batches", "batches", "open_source"]
 
@@ -77,6 +78,10 @@ class Batches(Iterator[Batch]):
         rows: Sequence[int],
     ) -> None:
         self._bad = BadRecords(len(source), config.max_bad_share)
+        self.n_cut = 0
+        """How many samples' captions so far were longer than the tokenizer's tokens; their ends were cut."""
+        self.first_cut = ""
+        """The first of these captions."""
         steps = grain.MapDataset.range(start_step, sys.maxsize).map(_MakeBatch(config, source, tokenize, seed, rows))
         if config.workers:
             from absl import flags
@@ -104,8 +109,10 @@ class Batches(Iterator[Batch]):
         self._batches.close()
 
     def __next__(self) -> Batch:
-        batch, bad = next(self._batches)
+        batch, bad, cut = next(self._batches)
         self._bad.add(*bad)
+        self.n_cut += len(cut)
+        self.first_cut = self.first_cut or next(iter(cut), "")
         if not batch:
             raise ValueError(
                 f"{_MAX_TRIES} records in a row cannot be used: {self._bad.listed()}; mend or remove them."
@@ -114,7 +121,10 @@ class Batches(Iterator[Batch]):
 
 
 class _MakeBatch:
-    """A step's number -> its batch, {} where none can be made, and what was skipped. Pickled into the workers."""
+    """A step's number -> its batch, {} where none can be made; what was skipped; and the captions that were cut.
+
+    Pickled into the workers.
+    """
 
     def __init__(
         self, config: DataConfig, source: Source, tokenize: TokenizeFn | None, seed: int, rows: Sequence[int]
@@ -126,7 +136,7 @@ class _MakeBatch:
         # Each epoch is a permutation of its own; grain computes any place of it directly.
         self._orders = [grain.MapDataset.range(max(n, 1)).seed(seed).shuffle().repeat() for n in counts]
 
-    def __call__(self, step: int) -> tuple[Batch, list[tuple[str, str]]]:
+    def __call__(self, step: int) -> tuple[Batch, list[tuple[str, str]], list[str]]:
         if self._config.workers and multiprocessing.parent_process():
             _die_with_parent()
         bad: list[tuple[str, str]] = []
@@ -135,7 +145,7 @@ class _MakeBatch:
         try:
             samples = [self._sample(step * size + row, bucket, number * size + row, bad) for row in self._rows]
         except BadRecord:  # the reader tells; grain adds words of its own to what is raised here
-            return {}, bad
+            return {}, bad, []
         arrays, texts = zip(*samples, strict=True)
         batch: Batch = {"index": np.asarray([step * size + row for row in self._rows], np.int64)}
         stacked = np.stack(arrays)
@@ -143,11 +153,14 @@ class _MakeBatch:
             batch["image"] = to_float(stacked)
         else:
             batch["moments"] = stacked.astype(np.float32)
+        cut: list[str] = []
         if isinstance(texts[0], np.ndarray):
             batch["context"] = np.stack(texts)
         elif self._tokenize is not None:
             batch["tokens"] = self._tokenize(list(texts))
-        return batch, bad
+            if isinstance(self._tokenize, Tokenizer):
+                cut = [text for text in texts if self._tokenize.cut(text)]
+        return batch, bad, cut
 
     def _sample(
         self, index: int, bucket: int, place: int, bad: list[tuple[str, str]]
@@ -174,7 +187,7 @@ class _MakeBatch:
             except BadRecord as error:
                 bad.append((self._source.name(position), str(error)))
                 position = members[rng.integers(len(members))]
-        raise BadRecord
+        raise BadRecord("no record can be used")
 
 
 def _members(config: DataConfig, source: Source) -> list[np.ndarray] | list[range]:

@@ -17,7 +17,7 @@ from jaxdiff.data.captions import Caption
 from jaxdiff.data.files import open_records
 from jaxdiff.data.record import BadRecord, Record
 
-INDEX, SIZES = "index.json", "sizes.npy"
+INDEX, SIZES, REPORT = "index.json", "sizes.npy", "report.json"
 VERSION = 1
 
 
@@ -42,7 +42,7 @@ class Picture:
         head, _, data = record.partition(b"\n")
         values = json.loads(head)
         name, width, height = (values.pop(key) for key in ("name", "width", "height"))
-        return cls(name, Caption(**values | {"keywords": tuple(values["keywords"])}), data, width, height)
+        return cls(name, Caption.unpack(values), data, width, height)
 
 
 class PreparedSource:
@@ -54,7 +54,7 @@ class PreparedSource:
     """
 
     def __init__(self, root: str | Path) -> None:
-        root = Path(root)
+        self._root = root = Path(root)
         if not (root / INDEX).is_file():
             raise ValueError(f"{root} holds no prepared collection: DataConfig.root must name a folder that `python -m "
                              "jaxdiff.tools.prepare collect` has finished.")  # fmt: skip
@@ -82,13 +82,17 @@ class PreparedSource:
         try:
             picture = Picture.unpack(self._rows[index])
         except Exception as error:  # a damaged file; ArrayRecord raises several kinds
-            raise BadRecord(f"{type(error).__name__}: {error}") from error
+            raise BadRecord("its file is damaged", f"{type(error).__name__}: {error}") from error
         return Record(picture.caption, picture.data)
 
     def name(self, index: int) -> str:
         """The record's name in messages."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return f"{self._shards[shard]} record {index - (int(self._ends[shard - 1]) if shard else 0)}"
+
+    def summary(self) -> str:
+        """How many images there are; `report.json` beside them says what was left out."""
+        return f"{self._root}: {len(self)} images with captions ({self._root / REPORT} says what was left out)"
 
     def sizes(self) -> Int[np.ndarray, "n 2"]:
         """(width, height) of every image."""

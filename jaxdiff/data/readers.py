@@ -12,6 +12,7 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,16 +22,27 @@ from typing import Any, Literal
 
 from jaxdiff.config import DataConfig, nearest
 from jaxdiff.data.captions import Caption
+from jaxdiff.data.folders import (
+    METADATA,
+    TEXT_FIELDS,
+    Listing,
+    caption_field,
+    drawing_parts,
+    kind_of,
+    list_files,
+    list_images,
+    read_file,
+)
 from jaxdiff.data.prepared import Picture
 from jaxdiff.data.record import BadRecord
-from jaxdiff.data.sources import PICTURES, TFDSSource
+from jaxdiff.data.sources import TFDSSource
+from jaxdiff.io.images.decode import SUFFIXES
 
 MAX_BYTES = 64 * 2**20
 """Larger files in a collection are no images or captions to train on."""
 MAX_RATIO = 100
 """A compressed archive that unpacks to more than so many times its size, and to `MAX_BYTES`, is a trap."""
 TARS, PARQUETS = (".tar", ".tar.gz", ".tgz"), (".parquet",)
-TEXT_FIELDS = ("caption", "text", "txt", "prompt", "title")
 IMAGE_FIELDS = ("image", "jpg", "png", "webp", "img", "bytes", "image_bytes", "data")
 
 
@@ -41,6 +53,13 @@ class Bad:
     name: str
     reason: str
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files that no record has a use for: how many of each kind."""
+
+    kinds: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -76,18 +95,21 @@ class Collection:
         if self.source.startswith("tfds:"):
             return self._ranges("tfds", self.source, len(self._tfds()), "")
         path = Path(self.source)
-        files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else _glob(path)
+        files = _files(path)
         if not files:
             raise ValueError(f"{self.source} does not exist, or is empty: name a folder, a .tar or .parquet file, "
                              "a pattern such as 'shards/*.tar', or tfds:NAME.")  # fmt: skip
         tars = [file for file in files if file.name.lower().endswith(TARS)]
         parquets = [file for file in files if file.suffix.lower() in PARQUETS]
-        if (path / "metadata.jsonl").is_file() or (path.is_dir() and not tars and not parquets):
-            rows = _folder(path, self.text_field)
-            if not rows:
-                raise ValueError(f"{path} holds no images ({', '.join(sorted(PICTURES))}), tars or parquet files.")
-            check = hashlib.sha256(repr(rows).encode("utf-8", "backslashreplace")).hexdigest()[:16]
-            return self._ranges("folder", str(path), len(rows), check)
+        if any((path / name).is_file() for name in METADATA) or (path.is_dir() and not tars and not parquets):
+            listing = _folder(path, self.text_field)
+            if not listing.items:
+                others = f", but {listing.others()}" if listing.left_out else ""
+                raise ValueError(
+                    f"{path} holds no images ({', '.join(sorted(SUFFIXES))}), tars or parquet files{others}."
+                )
+            check = hashlib.sha256(repr(listing.items).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+            return self._ranges("folder", str(path), len(listing.items), check)
         if bool(tars) == bool(parquets):
             what = "both tars and parquet files; name those of one kind by a pattern" if tars else "none of these kinds"
             raise ValueError(f"{self.source} is {what}, such as 'shards/*.tar'.")
@@ -95,10 +117,20 @@ class Collection:
             return [Unit("tar", str(file), check=str(file.stat().st_size)) for file in tars]
         return [unit for file in parquets for unit in self._row_groups(file)]
 
-    def read(self, unit: Unit) -> Iterator[Picture | Bad]:
-        """The records of a unit."""
+    def left_out(self) -> Counter[str]:
+        """The files of a folder that are neither images, captions nor archives to be read, by kind."""
+        path = Path(self.source)
+        if not path.is_dir():
+            return Counter()
+        if self.units()[0].kind == "folder":
+            return _folder(path, self.text_field).left_out
+        files, passed = list_files(path)
+        return passed + Counter(kind_of(file) for file in files if not file.lower().endswith((*TARS, *PARQUETS)))
+
+    def read(self, unit: Unit) -> Iterator[Picture | Bad | LeftOut]:
+        """The records of a unit; at a tar's end, what it has beside them."""
         if unit.kind == "tar":
-            return _read_tar(Path(unit.path), self.text_field)
+            return _read_tar(Path(unit.path), (self.image_field, self.text_field))
         return {"folder": self._read_folder, "parquet": self._read_parquet, "tfds": self._read_tfds}[unit.kind](unit)
 
     def _ranges(self, kind: Any, path: str, n: int, check: str) -> list[Unit]:
@@ -108,24 +140,19 @@ class Collection:
     def _read_folder(self, unit: Unit) -> Iterator[Picture | Bad]:
         root = Path(unit.path)
         within = root.resolve()
-        for name, caption in _folder(root, self.text_field)[unit.first : unit.last]:
-            if isinstance(caption, Bad):
-                yield caption
+        for item in _folder(root, self.text_field).items[unit.first : unit.last]:
+            if item.malformed:
+                yield Bad(item.name, "its line of metadata makes no sense", item.malformed)
                 continue
-            path = root / name
             try:
-                if not path.resolve().is_relative_to(within):
-                    yield Bad(name, "its name leads out of the collection")
+                if not all((root / name).resolve().is_relative_to(within) for name in (item.name, item.sidecar)):
+                    yield Bad(item.name, "its name leads out of the collection")
                     continue
-                data = _read_file(path)
-                if caption is None:
-                    text = path.with_suffix(".txt")
-                    caption = Caption(" ".join(_read_file(text).decode().split()) if text.is_file() else "")
-                yield Picture(name, caption, data)
-            except UnicodeDecodeError:
-                yield Bad(name, "its caption is not UTF-8")
+                yield Picture(item.name, item.read_caption(root), read_file(root / item.name, MAX_BYTES))
+            except BadRecord as error:
+                yield Bad(item.name, error.reason, error.detail)
             except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or a file that is too large
-                yield Bad(name, "its file cannot be read", str(error))
+                yield Bad(item.name, "its file cannot be read", str(error))
 
     # Parquet
 
@@ -163,11 +190,8 @@ class Collection:
                     pictures, captions = batch.column(image), batch.column(text)
                     if pa.types.is_struct(pictures.type):  # Hugging Face's Image: bytes and path
                         pictures = pictures.field("bytes")
-                    # As bytes: text that is not UTF-8 concerns its own row alone.
-                    captions = captions.cast(pa.large_binary() if pa.types.is_large_string(captions.type)
-                                             else pa.binary())  # fmt: skip
-                    for data, words in zip(pictures, captions, strict=True):
-                        yield _picture(f"{name}/{row}", data.as_py(), words.as_py() or b"")
+                    for data, words in zip(pictures, _as_bytes(captions), strict=True):
+                        yield _picture(f"{name}/{row}", data.as_py(), words.as_py())
                         row += 1
             except Exception as error:  # pyarrow raises several kinds
                 yield Bad(f"{name}/{row}", "its parquet file is broken", f"this row group from here on: {error}")
@@ -186,12 +210,15 @@ class Collection:
                 record = source.record(i)
                 yield Picture(source.name(i), record.caption, record.image)
             except BadRecord as error:
-                yield Bad(source.name(i), "its file is damaged", str(error))
-            except UnicodeDecodeError:
-                yield Bad(source.name(i), "its caption is not UTF-8")
+                yield Bad(source.name(i), error.reason, error.detail)
 
 
-def _glob(pattern: Path) -> list[Path]:
+def _files(pattern: Path) -> list[Path]:
+    """The files in a folder, the file itself, or those that the pattern fits."""
+    if pattern.is_dir():
+        return [pattern / name for name in list_files(pattern)[0]]
+    if pattern.exists():
+        return [pattern]
     anchor = Path(pattern.anchor)
     return sorted(anchor.glob(str(pattern.relative_to(anchor))))
 
@@ -204,62 +231,21 @@ def _field(wanted: str, names: list[str], usual: tuple[str, ...], option: str) -
                      else f"{option} is not given, and the fields are {', '.join(names)}.")  # fmt: skip
 
 
-def _picture(name: str, data: Any, text: bytes, style: str = "", keywords: tuple[str, ...] = ()) -> Picture | Bad:
+def _picture(name: str, data: Any, text: Any, style: str = "", keywords: tuple[str, ...] = ()) -> Picture | Bad:
     """An image, if its parts are what they should be."""
     if not isinstance(data, bytes):
         return Bad(name, "it has no image")
-    if max(len(data), len(text)) > MAX_BYTES:
-        return Bad(name, "its file is too large", f"{max(len(data), len(text))} bytes")
+    if len(data) > MAX_BYTES:
+        return Bad(name, "its file is too large", f"{len(data)} bytes")
     try:
-        return Picture(name, Caption(" ".join(text.decode().split()), style, keywords), data)
-    except UnicodeDecodeError:
-        return Bad(name, "its caption is not UTF-8")
-
-
-def _read_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"it has {size} bytes, more than {MAX_BYTES}")
-        return file.read(MAX_BYTES)
-
-
-# Folders
+        return Picture(name, Caption.of(text, style, keywords), data)
+    except BadRecord as error:
+        return Bad(name, error.reason, error.detail)
 
 
 @cache  # a worker reads several units of a folder
-def _folder(root: Path, text_field: str) -> list[tuple[str, Caption | Bad | None]]:
-    """The names of a folder's images with their captions; None where a .txt beside the image may hold it."""
-    metadata = root / "metadata.jsonl"
-    if not metadata.is_file():
-        files = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURES)
-        return [(path.relative_to(root).as_posix(), None) for path in files]
-    lines = metadata.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return [_row(line, number, text_field) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _row(line: bytes, number: int, text_field: str) -> tuple[str, Caption | Bad | None]:
-    name = f"metadata.jsonl line {number}"
-    try:
-        row = json.loads(line.decode())
-        name = row["file_name"]
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            return name, Bad(name, "its name leads out of the collection")
-        text = row.get(text_field or next((field for field in TEXT_FIELDS if field in row), "")) or ""
-        return name, Caption(" ".join(text.split()), *_style(row))
-    except UnicodeDecodeError:
-        return name, Bad(name, "its caption is not UTF-8")
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        return str(name), Bad(str(name), "its line of metadata makes no sense", f"{type(error).__name__}: {error}")
-
-
-def _style(row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The caption's parts that drawings have; TypeError where they are of another kind."""
-    style, keywords = row.get("style") or "", row.get("keywords") or []
-    if not isinstance(style, str) or not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords):
-        raise TypeError('"style" is a string, "keywords" is a list of strings')
-    return style.strip(), tuple(keywords)
+def _folder(root: Path, text_field: str) -> Listing:
+    return list_images(root, text_field)
 
 
 # WebDataset
@@ -299,9 +285,12 @@ class _Member(tarfile.TarInfo):
             raise ReadError("it is cut off, or damaged") from error
 
 
-def _read_tar(path: Path, text_field: str) -> Iterator[Picture | Bad]:
-    """Members that share their name up to its first dot are one record: an image, and .txt, .caption or .json."""
-    key, files, n, broken = "", {}, 0, None
+def _read_tar(path: Path, fields: tuple[str, str]) -> Iterator[Picture | Bad | LeftOut]:
+    """Members that share their name up to its first dot are one record: an image, and .txt, .caption or .json.
+
+    `fields` name the suffixes of the image and of the caption, or the caption's field in .json; empty, what is usual.
+    """
+    key, files, n, broken, unused = "", {}, 0, None, Counter[str]()
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
@@ -319,17 +308,19 @@ def _read_tar(path: Path, text_field: str) -> Iterator[Picture | Bad]:
                         continue
                     stem, _, kind = name.name.partition(".")
                     if (this := str(name.parent / stem)) != key and files:
-                        yield _sample(f"{path.name}/{key}", files, text_field)
+                        yield _sample(f"{path.name}/{key}", files, fields, unused)
                         n, files = n + 1, {}
                     key, kind = this, kind.lower()
-                    files.setdefault(kind, _member(archive, member, name))
+                    files[kind] = "it is there twice" if kind in files else _member(archive, member, name)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError) as error:
         broken = error
     if files:
-        yield _sample(f"{path.name}/{key}", files, text_field)
+        yield _sample(f"{path.name}/{key}", files, fields, unused)
         n += 1
     if broken:
         yield Bad(path.name, "its archive is broken", f"after {n} records: {broken}")
+    if unused:
+        yield LeftOut(unused)
 
 
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, name: PurePosixPath) -> bytes | str:
@@ -345,24 +336,56 @@ def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, name: PurePosixPa
     return file.read()
 
 
-def _sample(name: str, files: dict[str, bytes | str], text_field: str) -> Picture | Bad:
-    for value in files.values():
-        if isinstance(value, str):
-            return Bad(name, value)
-    image = next((data for kind, data in files.items() if f".{kind.rpartition('.')[2]}" in PICTURES), None)
-    if text := files.get("txt") or files.get("caption"):
-        assert isinstance(text, bytes)
-        return _picture(name, image, text)
-    if (row := files.get("json")) is None:
-        return _picture(name, image, b"")
+def _sample(name: str, files: dict[str, bytes | str], fields: tuple[str, str], unused: Counter[str]) -> Picture | Bad:
+    """The record of the members of one name: their suffixes, and their bytes or why they are not read.
+
+    Adds the members that it has no use for to `unused`.
+    """
+    data = {kind: value for kind, value in files.items() if isinstance(value, bytes)}
+    if wrong := [(value, f".{kind}") for kind, value in files.items() if isinstance(value, str)]:
+        return Bad(name, *wrong[0])
+    image_field, text_field = fields
     try:
-        values = json.loads(row)
-        field = text_field or next((field for field in TEXT_FIELDS if field in values), "")
-        return _picture(name, image, (values.get(field) or "").encode(), *_style(values))
-    except UnicodeDecodeError:
-        return Bad(name, "its caption is not UTF-8")
+        image = image_field.lower() or _image(data)
+        if image not in data:
+            return Bad(name, "it has no image", ", ".join(f".{kind}" for kind in data))
+        usual = (text_field.lower(), "json") if text_field else ("txt", "caption", "json")
+        text = next((kind for kind in usual if kind in data), "")
+        unused.update(f".{kind}" for kind in data if kind not in (image, text))
+        if text != "json":
+            return _picture(name, data[image], data.get(text))
+        row = json.loads(data[text].decode("utf-8-sig", "surrogateescape"))  # these, `caption_text` refuses
+        return _picture(name, data[image], row.get(caption_field(text_field, row)), *drawing_parts(row))
+    except BadRecord as error:
+        return Bad(name, error.reason, error.detail)
     except (ValueError, RecursionError, TypeError, AttributeError) as error:
         return Bad(name, "its line of metadata makes no sense", f"{type(error).__name__}: {error}")
+
+
+def _image(data: dict[str, bytes]) -> str:
+    """The suffix of the only plain image, or where none is plain, of the only one; "" where there is none.
+
+    "1.jpg" is plain, "1.depth.png" is not.
+    """
+    kinds = [kind for kind in data if f".{kind.rpartition('.')[2]}" in SUFFIXES]
+    kinds = [kind for kind in kinds if "." not in kind] or kinds
+    if len(kinds) > 1:
+        raise BadRecord("it has several images: name one by --image-field", ", ".join(kinds))
+    return kinds[0] if kinds else ""
+
+
+def _as_bytes(texts: Any) -> Any:
+    """An Arrow array whose strings, or lists of strings, are bytes: one that is not UTF-8 concerns its row alone."""
+    import pyarrow as pa
+
+    kind = texts.type
+    if pa.types.is_dictionary(kind):
+        texts, kind = texts.dictionary_decode(), kind.value_type
+    data = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    for is_list, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_list(kind):
+            return texts.cast(make(data.get(kind.value_type, kind.value_type)))
+    return texts.cast(data.get(kind, kind))
 
 
 def _parquet(path: Path) -> Any:

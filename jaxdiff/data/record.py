@@ -6,11 +6,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from jaxdiff.data.bad import BadRecord
 from jaxdiff.data.captions import Caption
 
-
-class BadRecord(Exception):
-    """A record that cannot be used; the message says why."""
+__all__ = ["BadRecord", "Record", "Source"]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Where records come from: the emoji set, a prepared collection, a folder, any TFDS data set, or cached latents."""
 
 import difflib
-import json
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ from tqdm import tqdm
 
 from jaxdiff.config import DataConfig, nearest
 from jaxdiff.data.captions import Caption
+from jaxdiff.data.folders import Item, list_images, printable
 from jaxdiff.data.latents import LatentSource
 from jaxdiff.data.prepared import PreparedSource
 from jaxdiff.data.record import BadRecord, Record, Source
-from jaxdiff.io.images.decode import header_size
-
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+from jaxdiff.io.images.decode import SUFFIXES, header_size
 
 
 def open_source(config: DataConfig) -> Source:
@@ -29,12 +29,19 @@ def open_source(config: DataConfig) -> Source:
 
     """
     if config.source == "folder":
-        return FolderSource(config.root)
+        # The field that is asked for by default is that of TFDS sets.
+        return FolderSource(config.root, "" if config.text_field == DataConfig.text_field else config.text_field)
     if config.source == "latents":
         return LatentSource(config.root)
     if config.source == "prepared":
         return PreparedSource(config.root)
     return TFDSSource(config)
+
+
+def summary(source: Source) -> str:
+    """How many images and captions a source holds, and what was left out, by kind; reads nothing."""
+    own: Any = getattr(source, "summary", None)  # which sources of one's own need not have
+    return own() if own else f"{len(source)} records"
 
 
 class TFDSSource:
@@ -71,10 +78,10 @@ class TFDSSource:
         self._image, self._text = ("image", "label") if self._is_emoji else (config.image_field, config.text_field)
         for option, field, kinds in (
             ("image_field", self._image, (tfds.features.Image,)),
-            ("text_field", self._text, (tfds.features.Text, tfds.features.ClassLabel)),
+            ("text_field", self._text, (tfds.features.Text, tfds.features.ClassLabel, tfds.features.Sequence)),
         ):
-            if not isinstance(features.get(field), kinds):
-                able = [key for key, feature in features.items() if isinstance(feature, kinds)]
+            if not _is(features.get(field), kinds):
+                able = [key for key, feature in features.items() if _is(feature, kinds)]
                 raise ValueError(f"{name} has no field {field!r} fit for DataConfig.{option}{nearest(field, able)}")
         feature = features[self._text]
         self._class_names = feature.names if isinstance(feature, tfds.features.ClassLabel) else None
@@ -94,17 +101,25 @@ class TFDSSource:
         try:
             row = self._rows[index]
         except Exception as error:  # a damaged file; ArrayRecord raises several kinds
-            raise BadRecord(f"{type(error).__name__}: {error}") from error
+            raise BadRecord("its file is damaged", f"{type(error).__name__}: {error}") from error
         text = row[self._text]
-        label = self._class_names[text] if self._class_names else text.decode()
+        if self._class_names:
+            if not 0 <= text < len(self._class_names):  # -1 stands for "not known" in splits without labels
+                raise BadRecord("its label is none of the classes", f"{text} of {len(self._class_names)}")
+            text = self._class_names[text]
         if not self._is_emoji:
-            return Record(Caption(label), row[self._image])
-        keywords = tuple(word for word in row["keywords"].decode().split(", ") if word)
-        return Record(Caption(label, row["style"].decode(), keywords), row[self._image])
+            return Record(Caption.of(text), row[self._image])
+        keywords = [word for word in row["keywords"].split(b", ") if word]
+        return Record(replace(Caption.of(text, row["style"], keywords), drawing=True), row[self._image])
 
     def name(self, index: int) -> str:
         """The record's name in messages."""
         return f"{self._name} record {index}"
+
+    def summary(self) -> str:
+        """How many images there are, and what their captions are."""
+        kind = f"the names of {len(self._class_names)} classes" if self._class_names else f"{self._text!r}"
+        return f"{self._name}: {len(self)} images, captioned by {kind}"
 
     def sizes(self) -> Int[np.ndarray, "n 2"]:
         """(width, height) of every image; reads every record."""
@@ -123,73 +138,83 @@ class TFDSSource:
 class FolderSource:
     """Images of a user's own.
 
-    Either `metadata.jsonl` holds an object with `file_name` and `text` on each line (and, for drawings on transparent
-    ground, a `style` and `keywords` that captions may leave out), or each image has a `.txt` of its name beside it.
+    Either `metadata.jsonl` or `metadata.csv` names them in `file_name`, and their captions in `text_field` (where that
+    is empty, in the first of `TEXT_FIELDS`), or each image has a `.txt` or `.caption` of its name beside it. On a line
+    of JSON the caption may be a list, and a `style` and `keywords` may complete it, which drawn captions leave out at
+    times. Without metadata, all images are found, those in linked folders, too.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, text_field: str = "") -> None:
         self._root = Path(root)
         if not self._root.is_dir():
             raise ValueError(f"{root} is not a folder: DataConfig.root must name one that holds images.")
-        metadata = self._root / "metadata.jsonl"
-        self._rows = self._from_metadata(metadata) if metadata.is_file() else self._from_sidecars()
-        if not self._rows:
-            raise ValueError(f"{root} holds no images ({', '.join(sorted(PICTURES))}).")
-        if not any(caption.label for _, caption in self._rows):
-            raise ValueError(f"{root} holds {len(self._rows)} images and no captions: name them in metadata.jsonl "
-                             '({"file_name": ..., "text": ...} on each line), or put a .txt beside each.')  # fmt: skip
+        listing = list_images(self._root, text_field)
+        if not listing.items:
+            others = f", but {listing.others()}" if listing.left_out else ""
+            raise ValueError(f"{root} holds no images ({', '.join(sorted(SUFFIXES))}){others}.")
+        if malformed := next((item for item in listing.items if item.malformed), None):
+            raise ValueError(f"{self._root / malformed.name} {malformed.malformed}.")
+        self._listing = listing
+        self._captions = [self._caption(item) for item in listing.items]
+        if not any(isinstance(caption, Caption) for caption in self._captions):
+            raise ValueError(f"{root} holds {len(self)} images and no captions that can be used ({self._wrong()}): "
+                             'name them in metadata.jsonl, as {"file_name": ..., "text": ...} on each line, or put '
+                             "a .txt beside each.")  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._captions)
 
     def record(self, index: int) -> Record:
         """The record at a position."""
-        path, caption = self._rows[index]
-        if not caption.label:
-            raise BadRecord("it has no caption")
+        caption = self._captions[index]
+        if isinstance(caption, BadRecord):
+            raise BadRecord(caption.reason, caption.detail)
         try:
-            return Record(caption, path.read_bytes())
+            return Record(caption, self._path(index).read_bytes())
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise BadRecord(f"it cannot be read: {error}") from error
+            raise BadRecord("it cannot be read", str(error)) from error
 
     def name(self, index: int) -> str:
         """The record's name in messages."""
-        return self._rows[index][0].relative_to(self._root).as_posix()
+        return printable(self._listing.items[index].name)
+
+    def summary(self) -> str:
+        """How many images and captions there are, what is wrong with others, and what was left out, by kind."""
+        n = sum(isinstance(caption, Caption) for caption in self._captions)
+        text = f"{self._root}: {len(self)} images, {n} with captions"
+        if n < len(self):
+            text += f" ({self._wrong()})"
+        return text + (f"; left out: {self._listing.others()}" if self._listing.left_out else "")
 
     def sizes(self) -> Int[np.ndarray, "n 2"]:
         """(width, height) of every image; reads the heads of all files."""
-        return _sizes(lambda index: header_size(self._rows[index][0]), len(self))
+        return _sizes(lambda index: header_size(self._path(index)), len(self))
 
-    def _from_metadata(self, metadata: Path) -> list[tuple[Path, Caption]]:
-        rows = []
-        for number, line in enumerate(metadata.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-            if not line.strip():
-                continue
-            where = f"{metadata}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} is not JSON: {error}.") from error
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise ValueError(f'{where} needs a "file_name" and a "text".')
-            name = Path(row["file_name"])
-            if name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"{where} names {row['file_name']!r}; a name must lie within {self._root}.")
-            texts = [row.get(key) or "" for key in ("text", "style")]
-            keywords = row.get("keywords") or []
-            if not isinstance(keywords, list) or not all(isinstance(text, str) for text in (*texts, *keywords)):
-                raise ValueError(f'{where}: "text" and "style" are strings, "keywords" is a list of strings.')
-            rows.append((self._root / name, Caption(texts[0].strip(), texts[1].strip(), tuple(keywords))))
-        return rows
+    def _path(self, index: int) -> Path:
+        return self._root / self._listing.items[index].name
 
-    def _from_sidecars(self) -> list[tuple[Path, Caption]]:
-        rows = []
-        for path in sorted(self._root.rglob("*")):
-            if path.suffix.lower() in PICTURES:
-                text = path.with_suffix(".txt")
-                caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
-                rows.append((path, Caption(" ".join(caption.split()))))
-        return rows
+    def _caption(self, item: Item) -> Caption | BadRecord:
+        try:
+            return item.read_caption(self._root)
+        except BadRecord as error:
+            return BadRecord(error.reason, error.detail)  # without a traceback, which would hold memory
+
+    def _wrong(self) -> str:
+        """How many captions cannot be used for which reason, and the first of each."""
+        bad = [(caption.reason, i) for i, caption in enumerate(self._captions) if isinstance(caption, BadRecord)]
+        first = {reason: self.name(i) for reason, i in reversed(bad)}
+        return "; ".join(
+            f"{count} times {reason}, as of {first[reason]}" for reason, count in Counter(r for r, _ in bad).items()
+        )
+
+
+def _is(feature: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a TFDS feature is of one of the kinds; of sequences, those of texts alone are."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Sequence) and not isinstance(feature.feature, tfds.features.Text):
+        return False
+    return isinstance(feature, kinds)
 
 
 def _sizes(size_fn: Callable[[int], tuple[int, int]], n: int) -> Int[np.ndarray, "n 2"]:

@@ -39,8 +39,8 @@ class CollectArgs:
     """
 
     source: Annotated[str, tyro.conf.Positional]
-    """A folder (metadata.jsonl with file_name and a caption, or a .txt beside each image), WebDataset tars (.tar,
-    .tar.gz) or parquet files: a file, a folder of them, or a pattern in quotes; or tfds:NAME."""
+    """A folder (metadata.jsonl or metadata.csv with file_name and a caption, or a .txt or .caption beside each image),
+    WebDataset tars (.tar, .tar.gz) or parquet files: a file, a folder of them, or a pattern in quotes; or tfds:NAME."""
     name: str
     """DATA_DIR/NAME is written; train with --data.source prepared --data.root DATA_DIR/NAME."""
     data_dir: Path = Path("data")
@@ -48,9 +48,11 @@ class CollectArgs:
     split: str = "train"
     """TFDS only."""
     image_field: str = ""
-    """Parquet and TFDS: the field of the images' bytes; empty takes `image`, or what else is usual."""
+    """Parquet and TFDS: the field of the images' bytes; empty takes `image`, or what else is usual. Tars: what follows
+    the first dot in the images' names, such as depth.png; empty takes the only one without another dot."""
     text_field: str = ""
-    """The field of the captions; empty takes `caption`, `text`, or what else is usual."""
+    """The field of the captions (in tars also what follows the first dot in their names); empty takes `caption`,
+    `text`, or what else is usual."""
     min_side: int = 1
     """Smaller images are left out: pixels along the shorter side."""
     max_aspect: float = 16.0

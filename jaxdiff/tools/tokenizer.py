@@ -38,7 +38,7 @@ def texts(source: Source) -> Iterator[str]:
             caption = source.record(index).caption
         except BadRecord:
             continue
-        yield from (caption.full(), *caption.keywords)
+        yield from (caption.full(), *caption.others, *caption.keywords)
 
 
 def main(args: Args) -> None:

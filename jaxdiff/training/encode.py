@@ -1,10 +1,12 @@
 """What is encoded once, before training: images to latents, and captions to contexts, if the task caches them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, to_dict
@@ -51,12 +53,19 @@ def encode_once(
     made = {name: value for name, value in to_dict(data).items() if not FREE.fullmatch(f"data.{name}")}
     made |= {"variants": task.latent_variants, "seed": config.seed, "records": identity(source)}
     makers = {name: weights["vae"][name] for name in ENCODER}
-    text_fn, empty = None, {}
+    text_fn: Callable[[list[str]], np.ndarray] | None = None
+    empty, cut = {}, set[str]()
     if task.text_variants:
         makers["text_encoder"] = weights["text_encoder"]
         made |= {"text_variants": task.text_variants, "text_encoder": to_dict(task.text_encoder)}
-        text_fn = text_encoder(task.text_encoder, weights["text_encoder"], tokenizer, dtype)
-        empty = {"empty_context": text_fn([""])[0]}
+        encode_texts = text_encoder(task.text_encoder, weights["text_encoder"], tokenizer, dtype)
+        empty = {"empty_context": encode_texts([""])[0]}
+
+        def counting(texts: list[str]) -> np.ndarray:
+            cut.update(text for text in texts if tokenizer.cut(text))
+            return encode_texts(texts)
+
+        text_fn = counting
     path = (place_of(config.cache) if config.cache else workdir) / f"latents-{digest(makers, made)}"
     if is_remote(path):
         raise ValueError(f"Latents cannot be read from a bucket ({path}): name a folder by --cache.")
@@ -72,5 +81,8 @@ def encode_once(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    if cut:
+        print(f"{len(cut)} captions are longer than the text encoder's {tokenizer.max_length} tokens; their ends were "
+              f"cut, as of {min(cut)!r}.")  # fmt: skip
     wait_for_all("latents")
     return replace(data, source="latents", root=str(path)), empty

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image
 
-from jaxdiff.io.images.decode import decode
+from jaxdiff.io.images.decode import decode, on_white
 from jaxdiff.io.images.write import JSON_CHUNK, JSON_MARK
 
 MAX_BYTES = 256_000_000
@@ -16,7 +16,7 @@ MAX_BYTES = 256_000_000
 
 
 def read_image(file: Path | str | bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """An image in PNG, JPEG, WebP, BMP, GIF (its first frame) or TIFF; what is transparent becomes white.
+    """An image in PNG, JPEG, WebP, AVIF, BMP, GIF (its first frame) or TIFF; what is transparent becomes white.
 
     Args:
         file: its path, or its bytes.
@@ -24,11 +24,7 @@ def read_image(file: Path | str | bytes) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
         ValueError: where it cannot be read, is none of these, damaged, or too large.
     """
-    image = _read(file)
-    if image.mode == "RGBA":
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image).convert("RGB")
-    return np.asarray(image)
+    return np.asarray(on_white(_read(file)))
 
 
 def read_mask(file: Path | str | bytes, size: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
