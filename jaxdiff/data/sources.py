@@ -21,26 +21,30 @@ from jaxdiff.io.images.decode import header_size
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, captions: bool = True) -> Source:
     """Opens what `config.source`, `root` and `split` name.
+
+    Args:
+        config: says what to open.
+        captions: whether records need one; without, images that have none are no bad records.
 
     Raises:
         ValueError: where it is not there, is empty, or lacks the fields asked for.
 
     """
     if config.source == "folder":
-        return FolderSource(config.root)
+        return FolderSource(config.root, captions)
     if config.source == "latents":
         return LatentSource(config.root)
     if config.source == "prepared":
         return PreparedSource(config.root)
-    return TFDSSource(config)
+    return TFDSSource(config, captions)
 
 
 class TFDSSource:
     """A split of a prepared TFDS data set (ArrayRecord files; no TensorFlow needed)."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, captions: bool = True) -> None:
         import tensorflow_datasets as tfds  # takes half a second, which the other sources need not pay
 
         name = config.source
@@ -69,14 +73,15 @@ class TFDSSource:
         features: dict[str, Any] = dict(builder.info.features.items())
         self._is_emoji = name.startswith("emoji/")
         self._image, self._text = ("image", "label") if self._is_emoji else (config.image_field, config.text_field)
-        for option, field, kinds in (
-            ("image_field", self._image, (tfds.features.Image,)),
-            ("text_field", self._text, (tfds.features.Text, tfds.features.ClassLabel)),
-        ):
+        self._captions = captions
+        wanted: list[tuple[str, str, tuple[Any, ...]]] = [("image_field", self._image, (tfds.features.Image,))]
+        if captions:
+            wanted.append(("text_field", self._text, (tfds.features.Text, tfds.features.ClassLabel)))
+        for option, field, kinds in wanted:
             if not isinstance(features.get(field), kinds):
                 able = [key for key, feature in features.items() if isinstance(feature, kinds)]
                 raise ValueError(f"{name} has no field {field!r} fit for DataConfig.{option}{nearest(field, able)}")
-        feature = features[self._text]
+        feature = features.get(self._text)
         self._class_names = feature.names if isinstance(feature, tfds.features.ClassLabel) else None
         try:
             self._rows: Any = builder.as_data_source(config.split, decoders={self._image: tfds.decode.SkipDecoding()})
@@ -95,6 +100,8 @@ class TFDSSource:
             row = self._rows[index]
         except Exception as error:  # a damaged file; ArrayRecord raises several kinds
             raise BadRecord(f"{type(error).__name__}: {error}") from error
+        if not self._captions:
+            return Record(Caption(""), row[self._image])
         text = row[self._text]
         label = self._class_names[text] if self._class_names else text.decode()
         if not self._is_emoji:
@@ -127,15 +134,15 @@ class FolderSource:
     ground, a `style` and `keywords` that captions may leave out), or each image has a `.txt` of its name beside it.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self._root = Path(root)
+    def __init__(self, root: str | Path, captions: bool = True) -> None:
+        self._root, self._captions = Path(root), captions
         if not self._root.is_dir():
             raise ValueError(f"{root} is not a folder: DataConfig.root must name one that holds images.")
         metadata = self._root / "metadata.jsonl"
         self._rows = self._from_metadata(metadata) if metadata.is_file() else self._from_sidecars()
         if not self._rows:
             raise ValueError(f"{root} holds no images ({', '.join(sorted(PICTURES))}).")
-        if not any(caption.label for _, caption in self._rows):
+        if captions and not any(caption.label for _, caption in self._rows):
             raise ValueError(f"{root} holds {len(self._rows)} images and no captions: name them in metadata.jsonl "
                              '({"file_name": ..., "text": ...} on each line), or put a .txt beside each.')  # fmt: skip
 
@@ -145,7 +152,7 @@ class FolderSource:
     def record(self, index: int) -> Record:
         """The record at a position."""
         path, caption = self._rows[index]
-        if not caption.label:
+        if self._captions and not caption.label:
             raise BadRecord("it has no caption")
         try:
             return Record(caption, path.read_bytes())

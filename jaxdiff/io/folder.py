@@ -144,15 +144,15 @@ def read_network(path: Path | str, name: str, variant: str | None = None) -> tup
     The shapes are not checked here: `jaxdiff.io.weights.check_params` compares them with what the network wants.
 
     Args:
-        path: the folder that holds `model_index.json`.
-        name: the network's folder.
+        path: as in `find_part`.
+        name: the network.
         variant: "fp16" and the like, for folders with several sets of weights.
 
     Raises:
         ValueError: in one sentence, naming the file and, for a setting that is not supported, the field and its value.
     """
     config = read_config(path, name)
-    folder = _subfolder(Path(path), name)
+    folder = find_part(path, name)
     tensors = open_weights(folder, NETWORKS[name].stem, variant)
     try:
         return config, from_torch(tensors.items())
@@ -167,7 +167,7 @@ def read_config(path: Path | str, name: str) -> Any:
         ValueError: as `read_network`.
     """
     network = NETWORKS[name]
-    file = _subfolder(Path(path), name) / "config.json"
+    file = find_part(path, name) / "config.json"
     return read_values(file, one_spelling(load_json(file)), network.config, network.only, network.ignored)
 
 
@@ -249,10 +249,37 @@ def write_network(
         _write_network(new, network, config, params, dtype)
 
 
-def _subfolder(path: Path, name: str) -> Path:
-    if not (path / name).is_dir():
-        raise ValueError(f"{path} has no folder {name!r}; it is not a diffusers model folder, or only half of one.")
-    return path / name
+# A file that a part's folder holds, whatever the folder is called.
+_OWN_FILES = {name: ("config.json",) for name in NETWORKS}
+_OWN_FILES |= {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "vocab.json")}
+
+
+def find_part(path: Path | str, name: str) -> Path:
+    """The folder of one part: "unet", "vae", "text_encoder", "scheduler" or "tokenizer".
+
+    Args:
+        path: a model's folder, a run directory that has exported a model, or the part's own folder.
+        name: the part.
+
+    Raises:
+        ValueError: where it is none of these, or the folder of another part.
+    """
+    path = Path(path)
+    for folder in (path / name, path / "export" / name):
+        if folder.is_dir():
+            return folder
+    if not any((path / file).is_file() for file in _OWN_FILES[name]):
+        raise ValueError(f"{path} has no folder {name!r}; it is not a diffusers model folder, or only half of one, nor "
+                         "the folder of such a part.")  # fmt: skip
+    if name in NETWORKS:
+        values = load_json(path / "config.json")
+        if "task" in values:
+            raise ValueError(f"{path} is a run that has exported no {name}; train on to its first evaluation.")
+        if (cls := values.get("_class_name", NETWORKS[name].cls)) != NETWORKS[name].cls:
+            raise ValueError(
+                f"{path} is the folder of {cls!r}, and a {name} is a {NETWORKS[name].cls}; name its folder."
+            )
+    return path
 
 
 def tokenizer_folder(path: Path | str) -> Path:
@@ -261,7 +288,7 @@ def tokenizer_folder(path: Path | str) -> Path:
     Raises:
         ValueError: where it is not there, or lacks a file.
     """
-    return _check_tokenizer(_subfolder(Path(path), "tokenizer"))
+    return _check_tokenizer(find_part(path, "tokenizer"))
 
 
 def _check_tokenizer(folder: Path) -> Path:

@@ -105,18 +105,23 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
+def gather(value: Any) -> list[Any]:
+    """What each process gives, JSON values all, in their order; every one must call this."""
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
+    lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(mine))))
+    texts = multihost_utils.process_allgather(np.pad(mine, (0, int(lengths.max()) - len(mine))))
+    return [json.loads(text[:n].tobytes()) for text, n in zip(np.asarray(texts), lengths, strict=True)]
+
+
 def check_equal(values: dict[str, Any], what: str) -> None:
     """That all processes were given the same; every one must call this.
 
     Raises:
         ValueError: in every process, naming the values that differ from those of process 0.
     """
-    if jax.process_count() == 1:
-        return
-    mine = np.frombuffer(json.dumps(values, sort_keys=True).encode(), np.uint8)
-    lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(mine))))
-    texts = multihost_utils.process_allgather(np.pad(mine, (0, int(lengths.max()) - len(mine))))
-    everyone = [json.loads(text[:n].tobytes()) for text, n in zip(np.asarray(texts), lengths, strict=True)]
+    everyone = gather(values)
     for index, theirs in enumerate(everyone):
         for name in sorted(everyone[0].keys() | theirs.keys()):
             if everyone[0].get(name) != theirs.get(name):

@@ -36,7 +36,6 @@ from jaxdiff.tools import hlo
 from jaxdiff.tools.chips import TPUS, Chip
 from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.options import read_config, resolve
-from jaxdiff.training.parts import model_folder
 from jaxdiff.training.state import Task, create_state, freeze, make_step
 from jaxdiff.training.tasks.diffusion import diffusion_inputs, diffusion_task
 from jaxdiff.training.tasks.vae import vae_inputs, vae_task
@@ -112,8 +111,7 @@ def abstract_task(config: TrainConfig) -> tuple[Task, dict[str, jax.ShapeDtypeSt
 
 
 def _vae_config(task: DiffusionTask) -> VAEConfig:
-    folder = model_folder(task.vae)
-    return read_network_config(folder, "vae") if task.vae and folder.is_dir() else VAEConfig()
+    return read_network_config(task.vae, "vae") if task.vae and Path(task.vae).is_dir() else VAEConfig()
 
 
 def placed(tree: Any, shardings: Any) -> Any:
@@ -387,7 +385,7 @@ def main(argv: list[str]) -> int:
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     config = read_config(options.config, overrides)
-    if not config.model or model_folder(config.model).is_dir():
+    if not config.model or Path(config.model).is_dir():
         config = resolve(config)
     else:
         print(f"{config.model} is not here: sizes are those of {options.config}.", file=sys.stderr)
