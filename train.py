@@ -198,8 +198,9 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
         raise ValueError("An autoencoder is trained on images, and DataConfig.source is 'latents'.")
     check_size(data, task.vae)
     source = open_source(data, captions=False)
-    unchanged = {"crop": 1.0, "flip": False, "workers": 0}
-    heldout = replace(data.of_one_shape(), split=data.heldout or data.split, **unchanged)
+    # A few bad images among the held-out ones, which may be few, are no reason to stop: others take their places.
+    measured = {"crop": 1.0, "flip": False, "workers": 0, "max_bad_share": 0.99}
+    heldout = replace(data.of_one_shape(), split=data.heldout or data.split, **measured)
     try:
         heldout_source = open_source(heldout, captions=False)
     except ValueError as error:
@@ -300,7 +301,8 @@ def sample_requests(config: TrainConfig, vae: VAEConfig, tokenizer: Tokenizer, c
     task = config.task
     assert isinstance(task, DiffusionTask)
     height, width = config.data.of_one_shape().shapes[0]
-    steps = min(EVAL_STEPS, task.scheduler.num_train_timesteps)
+    # So far apart, even the first step with its offset is one of the schedule's.
+    steps = min(EVAL_STEPS, max(1, task.scheduler.num_train_timesteps // (task.scheduler.steps_offset + 1)))
     fields = {"steps": steps, "size": (width, height), "literal": not task.prompts}
     prompts = list(task.prompts) or sample_captions(captions, 16)
     pipe = Pipeline(model_of(task, vae, tokenizer, {"unet": {}, "vae": {}, "text_encoder": {}}), config.dtype)
