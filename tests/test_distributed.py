@@ -102,14 +102,18 @@ def test_processes_that_are_all_there_begin() -> None:
     ids=["one index twice", "other counts", "two zeros", "one absent", "process 0 absent"],
 )
 def test_processes_that_do_not_meet_are_told_in_one_sentence(
-    processes: list[tuple[int, int]], sentence: str, capsys: pytest.CaptureFixture[str]
+    processes: list[tuple[int, int]],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(distributed, "_PATIENCE", 0.2)
     began = time.monotonic()
-    told = meetings(*processes, wait=3)
+    told = meetings(*processes, wait=1)
     assert time.monotonic() - began < 20
     assert any(text.startswith(sentence) or sentence in text for text in told)
     assert all("\n" not in text for text in told)
-    assert ("Waiting at most 3 s" in capsys.readouterr().err) == (time.monotonic() - began > 3)
+    assert ("Waiting at most 1 s" in capsys.readouterr().err) == (time.monotonic() - began > 1)
 
 
 def test_one_that_comes_to_a_run_which_has_begun_is_told() -> None:
