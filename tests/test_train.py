@@ -17,14 +17,15 @@ from etils import epath
 from PIL import Image
 from shell import ROOT, Shell, ended, lines, wait_for
 
-from jaxdiff.config import DataConfig, DiffusionTask, SchedulerConfig, TrainConfig
+from jaxdiff.config import DataConfig, DiffusionTask, SchedulerConfig, TrainConfig, VAETask
 from jaxdiff.data.captions import COLOURS, Caption, background
 from jaxdiff.data.record import BadRecord, Record
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.generation.request import Request
-from jaxdiff.io.folder import read_network
+from jaxdiff.io.folder import read_network, write_network
 from jaxdiff.model import read_model
 from jaxdiff.training.log import Log
+from jaxdiff.training.options import read_config
 from jaxdiff.training.stop import Stop, leave_threads
 
 STEPS = 60  # of tiny_vae.py
@@ -151,6 +152,43 @@ def test_sigterm_during_an_evaluation_saves_its_step(shell: Shell, tmp_path: Pat
     assert "Stopped by SIGTERM after step 3" in out
     assert checkpoint(workdir, 3)["['step']"] == 3
     assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_a_start_that_moved_and_tells_that_its_images_changed(shell: Shell, tmp_path: Path) -> None:
+    """Images without captions, of which the only wide one is bad."""
+    images, start, moved = tmp_path / "images", tmp_path / "start", tmp_path / "moved"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        image = Image.fromarray(rng.integers(0, 256, (16, 32 if i == 9 else 16, 3), np.uint8))
+        image.save(images / f"{i}.png")
+    (images / "9.png").write_bytes((images / "9.png").read_bytes()[:200])
+    config = read_config(str(ROOT / "tests" / "configs" / "tiny_vae.py"), [])
+    assert isinstance(config.task, VAETask)
+    params = tiny.random_params("vae", config.task.vae, rng)
+    write_network(start, "vae", config.task.vae, params)
+
+    data = ["--data.source", "folder", "--data.root", images, "--data.aspects", "1:1", "2:1", "--data.side_multiple", 8]
+    data += ["--data.max_bad_share", 0.2, "--data.heldout", "", "--data.batch_size", 2]
+    code, out = shell.run("tiny_vae", tmp_path / "run", *data, "--task.init", start, "--steps", 12)
+    assert code == 0, out
+    assert "Skipped: 9.png" in out
+
+    (start / "vae").rename(moved)
+    code, out = shell.run("tiny_vae", tmp_path / "run", *data, "--task.init", moved, "--steps", 14)
+    assert code == 0, out
+    assert "from step 12 to 14" in out
+    assert "data changed" not in out
+    Image.new("RGB", (16, 16)).save(images / "3.png")
+    write_network(tmp_path / "other", "vae", config.task.vae, tiny.random_params("vae", config.task.vae, rng))
+    other = ["--task.init", tmp_path / "other", "--steps", 16]
+    code, out = shell.run("tiny_vae", tmp_path / "run", *data, *other)
+    assert (code, "other contents of task.init" in out) == (2, True), out
+    write_network(tmp_path / "again", "vae", config.task.vae, params)
+    code, out = shell.run("tiny_vae", tmp_path / "run", *data, "--task.init", tmp_path / "again", "--steps", 16)
+    assert code == 0, out
+    assert "the data changed since this run stopped" in out
 
 
 # Evaluations ----------------------------------------------------------------------------------------------------------
