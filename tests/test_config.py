@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,9 +28,11 @@ from jaxdiff.config import (
     load_json,
     to_dict,
 )
-from jaxdiff.io.folder import read_scheduler
+from jaxdiff.io.folder import read_config as read_network_config
+from jaxdiff.io.scheduler import read_scheduler
 from jaxdiff.training.log import Log
 from jaxdiff.training.options import check_contents, claim_workdir, read_config, resolve, write_config
+from jaxdiff.training.parts import read_vae
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "tests/configs").glob("*.py")])
@@ -330,6 +333,16 @@ def test_a_model_gives_sizes_schedule_and_what_the_task_does_not_name() -> None:
     assert from_dict(TrainConfig, to_dict(config)) == config
     bare = resolve(replace(config, task=DiffusionTask(train_text_encoder=False)))
     assert (bare.task.vae, bare.task.scheduler) == (model, config.task.scheduler)
+
+
+def test_a_run_gives_what_it_has_exported(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED, tmp_path / "run" / "export")
+    (tmp_path / "run" / "config.json").write_text('{"task": {}}')
+    config = diffusion_config("--model", str(tmp_path / "run"), "--task.tokenizer", "", "--task.vae", "")
+    assert config.task.scheduler == read_scheduler(EMBEDDED)
+    assert config.task.tokenizer == str(tmp_path / "run" / "export" / "tokenizer")
+    assert config.task.vae == config.task.init == str(tmp_path / "run")
+    assert read_vae(config.task, config.data)[0].scaling_factor == read_network_config(EMBEDDED, "vae").scaling_factor
 
 
 def test_a_schedule_is_the_models_but_for_what_is_said_and_the_tasks_for_a_unet_from_scratch() -> None:
