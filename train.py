@@ -27,9 +27,9 @@ from jaxdiff.generation.drawing import make_drawing
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import Request
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.folder import write_network
+from jaxdiff.io.folder import check_target, write_network
 from jaxdiff.io.images import contact_sheet, write_png
-from jaxdiff.io.storage import staged
+from jaxdiff.io.storage import is_remote, staged
 from jaxdiff.model import Model, Network
 from jaxdiff.runtime import distributed
 from jaxdiff.runtime.cli import exit_code
@@ -87,7 +87,6 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
         raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of OptimConfig.accumulate "
                          f"{config.optim.accumulate} times the {spread} devices that it is spread over.")  # fmt: skip
     run = (vae_run if isinstance(config.task, VAETask) else diffusion_run)(config, workdir)
-    check_contents(run.contents, workdir)
     frozen = place(run.task.frozen, tree_shardings(mesh, run.task.frozen))
     schedule = learning_rate(config.optim, config.steps)
     tx = optimiser(config.optim, schedule)
@@ -104,8 +103,13 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
         began = time.perf_counter()
         step, average = int(state.step), whole(state.average)
         figures: dict[str, float] | None = {}
-        if leads():
-            figures = stop.unless_stopped(lambda: run.evaluate(step, merge(run.task.frozen, average)))
+        try:
+            if leads():
+                figures = stop.unless_stopped(lambda: run.evaluate(step, merge(run.task.frozen, average)))
+        except Exception:
+            if jax.process_count() == 1:  # else the others, which did not fail, would not save with it
+                checkpoints.save(step, state)
+            raise
         if figures:
             log.write({"step": step} | figures)
         wait_for_all(f"evaluation at step {step}")
@@ -212,9 +216,12 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
     started, weights = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, {})
     start, frozen, _ = vae_inputs(task, data).split(weights)
     trained = freeze(vae_task(task, frozen, start, dtype, config.remat), config.optim.factors)
+    if not is_remote(workdir):
+        check_target(str(workdir / "export"), "vae")
     contents = {DATA: records_of(source, every=False)}
     if task.init:
         contents["task.init"] = digest(weights)
+    check_contents(contents, workdir)
 
     def evaluate(step: int, params: Params) -> dict[str, float]:
         images = [b["image"] for b in itertools.islice(batches(heldout, heldout_source, seed=0), n)]
@@ -258,6 +265,8 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
     contents[DATA] = records_of(captions, every=task.latent_variants > 0)
     check_contents(contents, workdir)  # before anything is encoded
     requests = sample_requests(config, vae, tokenizer, captions)
+    if not is_remote(workdir):
+        check_target(str(workdir / "export"))
     if task.latent_variants:
         data, empty = encode_once(config, vae, weights, tokenizer, captions, contents[DATA], workdir)
         weights, source = weights | empty, open_source(data)

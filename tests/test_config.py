@@ -296,6 +296,16 @@ def test_data_that_an_autoencoder_cannot_use_is_told(
     assert not (tmp_path / "config.json").exists()
 
 
+def test_an_export_that_could_not_be_written_is_told_before_the_run(
+    main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "export" / "vae").mkdir(parents=True)
+    (tmp_path / "export" / "vae" / "notes.txt").write_text("mine")
+    assert main([VAE, "--workdir", str(tmp_path), "--data.root", str(ROOT / "tests/data")]) == 2
+    assert "not ours to replace" in capsys.readouterr().err
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_a_size_that_the_autoencoder_does_not_divide_is_told(
     main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from jaxdiff.generation.drawing import settled
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import Request
 from jaxdiff.io.folder import (
+    check_target,
     find_part,
     read_config,
     read_index,
@@ -71,6 +72,19 @@ def written(bundle, tmp_path_factory) -> Path:
 def folder(written, tmp_path) -> Path:
     """A written folder, to be changed; nothing else is in `tmp_path`."""
     return Path(shutil.copytree(written, tmp_path / "model"))
+
+
+def test_what_will_not_be_replaced_is_refused_before_the_work(folder, tmp_path):
+    for name in (None, *NETWORKS):
+        check_target(folder, name)
+        check_target(tmp_path / "new", name)
+    (folder / "notes.txt").write_text("")
+    (folder / "vae" / "notes.txt").write_text("")
+    for name in (None, "vae"):
+        with pytest.raises(ValueError, match="not ours to replace"):
+            check_target(folder, name)
+    with pytest.raises(ValueError, match="is a file"):
+        check_target(folder / "notes.txt")
 
 
 def read(path: Path) -> None:

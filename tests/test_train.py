@@ -191,6 +191,20 @@ def test_a_run_goes_on_with_a_start_that_moved_and_tells_that_its_images_changed
     assert "the data changed since this run stopped" in out
 
 
+@pytest.mark.slow
+def test_an_evaluation_that_fails_loses_no_step(shell: Shell, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    process = shell.start("tiny_vae", workdir, "--checkpoint_every", 1000, "--eval_every", 10)
+    wait_for(lambda: (workdir / "export" / "vae").exists(), process)
+    (workdir / "export" / "vae" / "notes.txt").write_text("mine")
+    code, out = ended(process)
+    assert code == 2, out
+    assert "not ours to replace" in out
+    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert step % 10 == 0
+    assert checkpoint(workdir, step)["['step']"] == step
+
+
 # Evaluations ----------------------------------------------------------------------------------------------------------
 
 

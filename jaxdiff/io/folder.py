@@ -206,7 +206,7 @@ def write_folder(
             scheduler.steps_offset,
             scheduler.clip_sample,
         )
-    with replaced(Path(path), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}) as new:
+    with replaced(*_target(Path(path))) as new:
         for name, (config, params) in networks.items():
             (new / name).mkdir()
             _write_network(new / name, NETWORKS[name], config, params, dtype)
@@ -245,7 +245,7 @@ def write_network(
         ValueError: as `write_folder`.
     """
     network = NETWORKS[name]
-    with replaced(Path(path) / name, "config.json", {f"{network.stem}.safetensors"}) as new:
+    with replaced(*_target(Path(path), name)) as new:
         _write_network(new, network, config, params, dtype)
 
 
@@ -328,6 +328,31 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def check_target(path: Path | str, name: str | None = None) -> None:
+    """Refuses, before the work, what `write_folder` or, of one network, `write_network` would refuse after it.
+
+    Raises:
+        ValueError: where there is a file, or a folder with what is not ours to replace.
+    """
+    _check_replaceable(*_target(Path(path), name))
+
+
+def _target(path: Path, name: str | None = None) -> tuple[Path, str, set[str]]:
+    """Where a model, or one network of it, is written, and what may be there; the arguments of `replaced`."""
+    if name is None:
+        return path.absolute(), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}
+    return path.absolute() / name, "config.json", {f"{NETWORKS[name].stem}.safetensors"}
+
+
+def _check_replaceable(path: Path, marked: str, others: set[str]) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; choose a folder that is new or empty.")
+    if path.exists() and (there := {p.name for p in path.iterdir()}):
+        ours = marked in there and MARK.items() <= load_json(path / marked).items()
+        if not ours or there - others - {marked}:
+            raise ValueError(f"{path} holds files that are not ours to replace; choose a folder that is new or empty.")
+
+
 @contextmanager
 def replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
     """A fresh folder to fill, which takes the place of `path` at the end, or vanishes when the filling fails.
@@ -341,12 +366,7 @@ def replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
         ValueError: where the folder holds anything else, or cannot be written.
     """
     path = path.absolute()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; choose a folder that is new or empty.")
-    if path.exists() and (there := {p.name for p in path.iterdir()}):
-        ours = marked in there and MARK.items() <= load_json(path / marked).items()
-        if not ours or there - others - {marked}:
-            raise ValueError(f"{path} holds files that are not ours to replace; choose a folder that is new or empty.")
+    _check_replaceable(path, marked, others)
     new, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))
     try:
         for left in path.parent.glob(".*") if path.exists() else ():  # by writers that were killed

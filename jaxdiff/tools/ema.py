@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from jaxdiff.config import TrainConfig, VAETask, from_dict, load_json
 from jaxdiff.io.checkpoint import read_part
-from jaxdiff.io.folder import read_network, write_network
+from jaxdiff.io.folder import check_target, read_network, write_network
 from jaxdiff.model import read_model
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.training.ema import Snapshot, combine, posthoc
@@ -45,6 +45,7 @@ def main(args: Args) -> None:
     if args.out.resolve() == export.resolve() or export.resolve() in args.out.resolve().parents:
         raise ValueError(f"--out {args.out} is what the run exports, and replaces at its next evaluation: name another "
                          "folder.")  # fmt: skip
+    check_target(args.out, "vae" if isinstance(config.task, VAETask) else None)
     folder = args.run / "checkpoints"
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
     if not steps:
