@@ -165,9 +165,11 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
                     flush(log, step, source)
                 if log.in_a_row >= config.max_skipped:
                     raise ValueError(in_vain(step, log.in_a_row, checkpoints.steps()))
-                if last or step % config.checkpoint_every == 0:
+                evaluates = not last and step % config.eval_every == 0
+                # One process can leave an evaluation; several cannot, so that what they have is saved before it.
+                if last or step % config.checkpoint_every == 0 or (evaluates and jax.process_count() > 1):
                     save(log, step)
-                if not last and step % config.eval_every == 0 and evaluate(log, stop) is None:
+                if evaluates and evaluate(log, stop) is None:
                     stopped = stop.received
                     if step % config.log_every:
                         flush(log, step, source)

@@ -410,10 +410,11 @@ def test_a_size_beside_a_model_is_told() -> None:
         diffusion_config("--model", str(EMBEDDED), "--task.unet.layers_per_block", "1")
 
 
-def test_a_model_gives_the_autoencoder_that_is_trained_on() -> None:
-    config = resolve(read_config(VAE, ["--model", str(EMBEDDED)]))
+@pytest.mark.parametrize("model", [EMBEDDED, EMBEDDED / "vae"])
+def test_a_model_gives_the_autoencoder_that_is_trained_on(model: Path) -> None:
+    config = resolve(read_config(VAE, ["--model", str(model)]))
     assert config.task.vae.block_out_channels == (32, 48, 96)
-    assert config.task.init == str(EMBEDDED)
+    assert config.task.init == str(model)
 
 
 def test_a_model_that_is_no_folder_is_told() -> None:

@@ -31,6 +31,9 @@ def initialize(config: DistributedConfig) -> None:
     Flags come first. Without them JAX finds the others by itself on TPU pods, GKE, Slurm and Open MPI; it is asked only
     where the environment says that there are any, since asking may mean waiting for a network.
 
+    Where the others do not come in time to a meeting that JAX arranges, the process ends here, with a sentence and exit
+    code 2: nothing can interrupt JAX's waiting, at whose end is an abort.
+
     Raises:
         ValueError: in one sentence, where the others cannot be found.
     """

@@ -56,6 +56,8 @@ class Stop:
         """
         if self._several:
             return work()
+        if self._received:
+            return None
         done: list[T] = []
         failed: list[BaseException] = []
 
