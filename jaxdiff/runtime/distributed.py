@@ -118,10 +118,10 @@ def meet(config: DistributedConfig) -> None:
 
 
 def _call_roll(config: DistributedConfig) -> None:
-    """Process 0: takes down who comes, and tells all of them whether the run begins."""
+    """Process 0: takes down who comes, and says to all of them whether the run begins."""
     count, port = config.count or 1, int(config.coordinator.rpartition(":")[2])
     here: dict[int, socket.socket] = {}
-    end, told = time.monotonic() + config.wait, False
+    end, announced = time.monotonic() + config.wait, False
     began = time.monotonic()
 
     def missing() -> str:
@@ -144,9 +144,9 @@ def _call_roll(config: DistributedConfig) -> None:
                     problem = (
                         f"Process {missing()} did not come to {config.coordinator} within {config.wait} s: start it."
                     )
-                if not told and time.monotonic() > began + _PATIENCE:
+                if not announced and time.monotonic() > began + _PATIENCE:
                     _say(f"Waiting at most {config.wait} s for process {missing()} at {config.coordinator}.")
-                    told = True
+                    announced = True
                 try:
                     guest, _ = server.accept()
                 except TimeoutError:
@@ -185,7 +185,7 @@ def _admit(guest: socket.socket, here: dict[int, socket.socket], count: int) -> 
 def _answer(config: DistributedConfig) -> None:
     """Another process: says who it is, and waits for word from process 0."""
     began = time.monotonic()
-    end, told = began + config.wait, False
+    end, announced = began + config.wait, False
     host, port = config.coordinator.rsplit(":", 1)
     reason = "it stopped"
     while True:
@@ -206,9 +206,9 @@ def _answer(config: DistributedConfig) -> None:
                                 f"Process 0 at {config.coordinator} had not found all {config.count} processes after "
                                 f"{config.wait} s: start those that are missing."
                             ) from None
-                        if not told and time.monotonic() > began + _PATIENCE:
+                        if not announced and time.monotonic() > began + _PATIENCE:
                             _say(f"Waiting at most {config.wait} s for the others of {config.count} processes.")
-                            told = True
+                            announced = True
             if word:
                 return _heed(word, config)
         except (OSError, OverflowError) as error:
@@ -218,9 +218,9 @@ def _answer(config: DistributedConfig) -> None:
                 f"Nothing answers at {config.coordinator} after {config.wait} s ({reason}): is process 0 running, and "
                 "can it be reached?"
             )
-        if not told and time.monotonic() > began + _PATIENCE:
+        if not announced and time.monotonic() > began + _PATIENCE:
             _say(f"Waiting at most {config.wait} s for process 0 at {config.coordinator}.")
-            told = True
+            announced = True
         time.sleep(0.2)
 
 
@@ -245,7 +245,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _reply(guest: socket.socket, problem: str) -> None:
-    """Tells one that came, and lets it hang up first, so that the port is free at once."""
+    """Answers one that came, and lets it hang up first, so that the port is free at once."""
     with guest, suppress(OSError):
         guest.sendall(json.dumps({"problem": problem}).encode() + b"\n")
         guest.settimeout(2)

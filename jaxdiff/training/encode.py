@@ -25,7 +25,7 @@ SAMPLED = 4096
 
 
 def records_of(source: Source, every: bool) -> str:
-    """How many records a source has, and letters that tell them apart from others; all processes share the reading.
+    """How many records a source has, and letters by which others differ; all processes share the reading.
 
     Args:
         source: the records.
@@ -56,7 +56,7 @@ def encode_once(
         weights: those of "vae" and, where captions are encoded, too, of "text_encoder".
         tokenizer: of the captions.
         source: the records with the images.
-        records: tells them apart from others, as `records_of` gives it.
+        records: what `records_of` gives.
         workdir: the run directory, which holds the cache unless `config.cache` names another place.
 
     Returns:

@@ -176,8 +176,8 @@ def _schedule_beside(folder: Path, task: DiffusionTask) -> SchedulerConfig:
 def _differences(theirs: Any, ours: Any) -> str:
     """The fields in which two configs differ, in words."""
     names = [f.name for f in fields(ours) if getattr(theirs, f.name) != getattr(ours, f.name)]
-    told = (f"{name} is {getattr(theirs, name)!r} there and {getattr(ours, name)!r} here" for name in names)
-    return f"{type(ours).__name__}.{', '.join(told)}."
+    words = (f"{name} is {getattr(theirs, name)!r} there and {getattr(ours, name)!r} here" for name in names)
+    return f"{type(ours).__name__}.{', '.join(words)}."
 
 
 @contextmanager
@@ -252,7 +252,7 @@ DATA = "data.root"
 def check_contents(contents: Contents, workdir: epath.Path) -> None:
     """Compares what a run is made of with what it was made of when it was started; places do not matter.
 
-    Data may change, which is told; what else is other than it was would make another run of the checkpoints.
+    Data may change, which is printed; what else is other than it was would make another run of the checkpoints.
 
     Raises:
         ValueError: where a folder of weights or a tokenizer holds another one than before.

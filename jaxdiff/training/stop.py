@@ -51,8 +51,8 @@ class Stop:
     def unless_stopped(self, work: Callable[[], T]) -> T | None:
         """What `work` returns, or None as soon as there is a signal: then `work` is left to itself, on its thread.
 
-        A program that compiles or computes cannot be interrupted, but it can be left. Of several processes, where no
-        other could be told, `work` is done to its end.
+        A program that compiles or computes cannot be interrupted, but it can be left. Of several processes, where the
+        others would not know, `work` is done to its end.
         """
         if self._several:
             return work()
