@@ -18,28 +18,42 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdiff.config import DiffusionTask, TrainConfig, VAETask
-from jaxdiff.data.loader import Batches, batches, open_source
+from jaxdiff.config import DiffusionTask, TrainConfig, VAEConfig, VAETask, to_dict
+from jaxdiff.data.loader import Batches, batches, open_source, sample_captions
+from jaxdiff.data.record import Source
 from jaxdiff.data.sources import summary
+from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.generation.conditioning import encoded
+from jaxdiff.generation.drawing import make_drawing
 from jaxdiff.generation.pipeline import Pipeline
+from jaxdiff.generation.request import Request
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.folder import write_network
+from jaxdiff.io.folder import check_target, write_network
 from jaxdiff.io.images import contact_sheet, write_png
-from jaxdiff.io.storage import staged
+from jaxdiff.io.storage import is_remote, staged
 from jaxdiff.model import Model, Network
 from jaxdiff.runtime import distributed
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.runtime.distributed import leads, wait_for_all, whole
 from jaxdiff.runtime.mesh import make_mesh, tree_shardings
 from jaxdiff.runtime.programs import enable_compilation_cache, give_back_memory
-from jaxdiff.training.encode import encode_once
+from jaxdiff.training.encode import encode_once, records_of
 from jaxdiff.training.feed import Feed, local_rows, place
 from jaxdiff.training.log import Log, Profile
 from jaxdiff.training.optim import learning_rate, optimiser
-from jaxdiff.training.options import claim_workdir, flat, read_config, resolve, write_config
-from jaxdiff.training.parts import check_size, read_part, read_tokenizer, read_vae
+from jaxdiff.training.options import (
+    DATA,
+    Contents,
+    check_contents,
+    claim_workdir,
+    flat,
+    read_config,
+    resolve,
+    write_config,
+)
+from jaxdiff.training.parts import check_size, digest, read_part, read_tokenizer, read_vae
 from jaxdiff.training.state import Task, create_state, freeze, make_step, merge
-from jaxdiff.training.stop import Stop
+from jaxdiff.training.stop import Stop, leave_threads
 from jaxdiff.training.tasks.diffusion import diffusion_inputs, diffusion_task
 from jaxdiff.training.tasks.vae import latent_scale, psnr, reconstruct, vae_inputs, vae_task
 from jaxdiff.types import Params
@@ -61,6 +75,8 @@ class Run:
     """(step, the averaged params and the frozen ones, whole and on the host), called in process 0 alone."""
     data: str
     """What is read, and what of it is left out."""
+    contents: Contents
+    """What the run is made of, wherever that lies."""
 
 
 def train(config: TrainConfig, workdir: epath.Path) -> int:
@@ -85,10 +101,18 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
     step_fn = make_step(run.task, tx, state, config.ema, config.optim.accumulate, jnp.dtype(config.dtype))
     count = sum(p.size for p in jax.tree.leaves(state.params))
 
-    def evaluate(log: Log) -> dict[str, float]:
+    def evaluate(log: Log, stop: Stop) -> dict[str, float] | None:
+        """None where a signal came first."""
         began = time.perf_counter()
         step, average = int(state.step), whole(state.average)
-        figures = run.evaluate(step, merge(run.task.frozen, average)) if leads() else {}
+        figures: dict[str, float] | None = {}
+        try:
+            if leads():
+                figures = stop.unless_stopped(lambda: run.evaluate(step, merge(run.task.frozen, average)))
+        except Exception:
+            if jax.process_count() == 1:  # else the others, which did not fail, would not save with it
+                checkpoints.save(step, state)
+            raise
         if figures:
             log.write({"step": step} | figures)
         wait_for_all(f"evaluation at step {step}")
@@ -105,13 +129,24 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
         if start > config.steps:
             raise ValueError(f"{workdir} is at step {start} already, past --steps {config.steps}: give more steps, or "
                              "choose another --workdir.")  # fmt: skip
+
+        def flush(log: Log, step: int, source: Batches) -> None:
+            log.settle()  # an update that is skipped does not count for the rate
+            rate = float(np.asarray(schedule(max(0, step - 1 - log.skipped))))
+            log.flush(step, lr=rate, bad_records=source.n_bad)
+
+        def save(log: Log, step: int) -> None:
+            paused = time.perf_counter()
+            checkpoints.save(step, state)
+            log.pause(time.perf_counter() - paused)
+
         with (
             closing(run.batches(start, local_rows(mesh, config.data.batch_size))) as source,
             Log(workdir, start, config.steps, config.data.batch_size, config.tensorboard, state.skipped) as log,
             Profile(workdir / "profile", start, config.profile) as profile,
             Feed(source, mesh) as feed,
         ):
-            write_config(config, workdir)  # now that all it names is known to be there
+            write_config(config, workdir, run.contents)  # now that all it names is known to be there
             log.say(f"{run.data}.")
             log.say(f"{workdir}: {count / 1e6:.2f} M parameters, from step {start} to {config.steps}.")
             cut = 0
@@ -132,23 +167,30 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
                 stopped = stop.at(step)
                 last = step == config.steps or stopped is not None
                 if last or step % config.log_every == 0:
-                    log.flush(step, lr=float(np.asarray(schedule(step - 1))), bad_records=source.n_bad)
+                    flush(log, step, source)
                     if source.n_cut and not cut:
                         log.say(f"Captions longer than the text encoder's are cut at their ends: {source.n_cut} so "
                                 f"far, the first {source.first_cut!r}.")  # fmt: skip
                     cut = source.n_cut
                 if log.in_a_row >= config.max_skipped:
                     raise ValueError(in_vain(step, log.in_a_row, checkpoints.steps()))
-                if last or step % config.checkpoint_every == 0:
-                    paused = time.perf_counter()
-                    checkpoints.save(step, state)
-                    log.pause(time.perf_counter() - paused)
+                evaluates = not last and step % config.eval_every == 0
+                # One process can leave an evaluation; several cannot, so that what they have is saved before it.
+                if last or step % config.checkpoint_every == 0 or (evaluates and jax.process_count() > 1):
+                    save(log, step)
+                if evaluates and evaluate(log, stop) is None:
+                    stopped = stop.received
+                    if step % config.log_every:
+                        flush(log, step, source)
+                    save(log, step)
                 if stopped:
                     log.say(f"Stopped by {stopped.name} after step {step}; the same command goes on from there.")
                     return 128 + stopped
-                if step % config.eval_every == 0 and step < config.steps:
-                    evaluate(log)
-            told = "".join(f", {name} {value:.4g}" for name, value in evaluate(log).items())
+            figures = evaluate(log, stop)
+            if figures is None and (stopped := stop.received):
+                log.say(f"Stopped by {stopped.name} after the last step; the same command evaluates it.")
+                return 128 + stopped
+            told = "".join(f", {name} {value:.4g}" for name, value in (figures or {}).items())
             skipped = f"; {log.skipped} updates were skipped" if log.skipped else ""
             log.say(f"Done{told}{skipped}. {workdir / 'export'} holds the averaged weights.")
             if cut:
@@ -172,10 +214,12 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
     if data.source == "latents":
         raise ValueError("An autoencoder is trained on images, and DataConfig.source is 'latents'.")
     check_size(data, task.vae)
-    source = open_source(data)
-    heldout = replace(data, aspects=(), crop=1.0, flip=False, split=data.heldout or data.split, workers=0)
+    source = open_source(data, captions=False)
+    # A few bad images among the held-out ones, which may be few, are no reason to stop: others take their places.
+    measured = {"crop": 1.0, "flip": False, "workers": 0, "max_bad_share": 0.99}
+    heldout = replace(data.of_one_shape(), split=data.heldout or data.split, **measured)
     try:
-        heldout_source = open_source(heldout)
+        heldout_source = open_source(heldout, captions=False)
     except ValueError as error:
         raise ValueError(
             f"{error} Name a split to measure on by --data.heldout; '' takes that of --data.split."
@@ -185,6 +229,12 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
     started, weights = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, {})
     start, frozen, _ = vae_inputs(task, data).split(weights)
     trained = freeze(vae_task(task, frozen, start, dtype, config.remat), config.optim.factors)
+    if not is_remote(workdir):
+        check_target(str(workdir / "export"), "vae")
+    contents = {DATA: records_of(source, every=False)}
+    if task.init:
+        contents["task.init"] = digest(weights)
+    check_contents(contents, workdir)
 
     def evaluate(step: int, params: Params) -> dict[str, float]:
         images = [b["image"] for b in itertools.islice(batches(heldout, heldout_source, seed=0), n)]
@@ -207,6 +257,7 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
         lambda step, rows: batches(data, source, seed=config.seed, start_step=step, rows=rows),
         evaluate,
         summary(source),
+        contents,
     )
 
 
@@ -222,30 +273,27 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
             weights[name] = read_part(task.init, name, getattr(task, name), "DiffusionTask.init")[1]
     data = config.data
     captions = source = open_source(data)
+    contents = {"task.vae": digest(vae_params, to_dict(vae)), "task.tokenizer": digest({}, tokenizer.identity)}
+    if task.init:
+        contents["task.init"] = digest({name: weights[name] for name in ("unet", "text_encoder") if name in weights})
+    contents[DATA] = records_of(captions, every=task.latent_variants > 0)
+    check_contents(contents, workdir)  # before anything is encoded
+    requests = sample_requests(config, vae, tokenizer, captions)
+    if not is_remote(workdir):
+        check_target(str(workdir / "export"))
     if task.latent_variants:
-        data, empty = encode_once(config, vae, weights, tokenizer, captions, workdir)
+        data, empty = encode_once(config, vae, weights, tokenizer, captions, contents[DATA], workdir)
         weights, source = weights | empty, open_source(data)
     start, frozen, kept = diffusion_inputs(task, config.data, vae).split(weights)
     trained = freeze(diffusion_task(task, vae, frozen, start, dtype, config.remat), config.optim.factors)
 
-    picked = np.linspace(0, len(captions) - 1, 16).astype(int)
-    prompts = list(task.prompts) or [captions.record(int(i)).caption.full() for i in picked]
-    size = config.data.size
-
     def evaluate(step: int, params: Params) -> dict[str, float]:
-        trees = kept | params
-        networks = {
-            "denoiser": Network(task.unet, trees["unet"]),
-            "vae": Network(vae, trees["vae"]),
-            "text_encoder": Network(task.text_encoder, trees["text_encoder"]),
-        }
-        defaults = {} if task.guidance is None else {"guidance": task.guidance}
-        model = Model(networks, task.scheduler, tokenizer, defaults=defaults)
+        model = model_of(task, vae, tokenizer, kept | params)
         with staged(workdir / "export") as folder:
             model.save(folder)
-        images = Pipeline(model, config.dtype)(prompts, seed=0, steps=EVAL_STEPS, size=(size, size))
+        images = Pipeline(model, config.dtype).draw(requests)
         with staged(workdir / "samples") as folder:
-            write_png(folder, f"{step:07}", contact_sheet(list(images), prompts))
+            write_png(folder, f"{step:07}", contact_sheet(list(images), [request.prompt for request in requests]))
         return {}
 
     return Run(
@@ -253,7 +301,42 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
         lambda step, rows: batches(data, source, tokenizer, seed=config.seed, start_step=step, rows=rows),
         evaluate,
         summary(captions),
+        contents,
     )
+
+
+def model_of(task: DiffusionTask, vae: VAEConfig, tokenizer: Tokenizer, params: Params) -> Model:
+    """The model that a run exports, with params by the names of the networks' folders."""
+    networks = {
+        "denoiser": Network(task.unet, params["unet"]),
+        "vae": Network(vae, params["vae"]),
+        "text_encoder": Network(task.text_encoder, params["text_encoder"]),
+    }
+    defaults = {} if task.guidance is None else {"guidance": task.guidance}
+    return Model(networks, task.scheduler, tokenizer, defaults=defaults)
+
+
+def sample_requests(config: TrainConfig, vae: VAEConfig, tokenizer: Tokenizer, captions: Source) -> list[Request]:
+    """What every evaluation draws: the task's prompts, or captions, which are taken as they are written.
+
+    Raises:
+        ValueError: where the model could not draw one of them.
+    """
+    task = config.task
+    assert isinstance(task, DiffusionTask)
+    height, width = config.data.of_one_shape().shapes[0]
+    # So far apart, even the first step with its offset is one of the schedule's.
+    steps = min(EVAL_STEPS, max(1, task.scheduler.num_train_timesteps // (task.scheduler.steps_offset + 1)))
+    fields = {"steps": steps, "size": (width, height), "literal": not task.prompts}
+    prompts = list(task.prompts) or sample_captions(captions, 16)
+    pipe = Pipeline(model_of(task, vae, tokenizer, {"unet": {}, "vae": {}, "text_encoder": {}}), config.dtype)
+    requests = pipe.requests(prompts, seed=0, **fields)
+    try:
+        drawing = make_drawing(requests, pipe.info)
+        encoded(requests, tokenizer, drawing.steps)
+    except ValueError as error:
+        raise ValueError(f"The samples of an evaluation could not be drawn: {error}") from error
+    return requests
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -279,7 +362,7 @@ def main(argv: list[str]) -> int:
             return train(config, workdir)
 
     code = exit_code(run, "a smaller --data.batch_size, or --remat blocks")
-    return distributed.leave(code)
+    return distributed.leave(leave_threads(code))
 
 
 if __name__ == "__main__":

@@ -16,28 +16,19 @@ from jaxdiff.config import (
     EMAConfig,
     MeshConfig,
     OptimConfig,
-    SchedulerConfig,
     TrainConfig,
     UNetConfig,
 )
 
 
 def config() -> TrainConfig:
-    """The run `runs/sd15_finetune`; sizes and noise schedule are SD1.5's, unless `--model` has others."""
+    """The run `runs/sd15_finetune`; sizes are SD1.5's, unless `--model` has others; it gives the noise schedule."""
     return TrainConfig(
         workdir="runs/sd15_finetune",
         model="models/stable-diffusion-v1-5",
         task=DiffusionTask(
             unet=UNetConfig(cross_attention_dim=768),
             text_encoder=CLIPTextConfig(),
-            scheduler=SchedulerConfig(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                steps_offset=1,
-                set_alpha_to_one=False,
-                clip_sample=False,
-            ),
             weighting="min_snr",
             latent_variants=4,
         ),

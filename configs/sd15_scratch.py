@@ -23,7 +23,7 @@ from jaxdiff.config import (
 
 
 def config() -> TrainConfig:
-    """The run `runs/sd15_scratch`; sizes and noise schedule are SD1.5's, unless `--model` has others."""
+    """The run `runs/sd15_scratch`; sizes are SD1.5's, unless `--model` has others; the noise schedule is SD1.5's."""
     return TrainConfig(
         workdir="runs/sd15_scratch",
         model="models/stable-diffusion-v1-5",

@@ -14,14 +14,13 @@ from jaxdiff.config import (
     EMAConfig,
     MeshConfig,
     OptimConfig,
-    SchedulerConfig,
     TrainConfig,
     UNetConfig,
 )
 
 
 def config() -> TrainConfig:
-    """The run `runs/sd21_v`; sizes and noise schedule are SD2.1's, unless `--model` has others."""
+    """The run `runs/sd21_v`; sizes are SD2.1's, unless `--model` has others; it gives the noise schedule."""
     return TrainConfig(
         workdir="runs/sd21_v",
         model="models/stable-diffusion-2-1",
@@ -39,15 +38,6 @@ def config() -> TrainConfig:
                 num_attention_heads=16,
                 hidden_act="gelu",
                 projection_dim=512,
-            ),
-            scheduler=SchedulerConfig(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                prediction_type="v_prediction",
-                steps_offset=1,
-                set_alpha_to_one=False,
-                clip_sample=False,
             ),
             train_text_encoder=False,
             weighting="min_snr",

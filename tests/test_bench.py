@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+import jaxdiff
 from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
 from jaxdiff.generation.pipeline import Pipeline
@@ -145,6 +147,16 @@ def test_quartiles_are_those_of_the_runs():
 def test_chips_are_known_by_what_jax_calls_them(kind, name):
     assert chip_name(kind) == name
     assert name is None or name in CHIPS
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch):
+    def version(name):
+        if name == "jaxdiff":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(measure, "version", version)
+    assert measure.machine()["jaxdiff"] == jaxdiff.__version__
 
 
 def test_the_peak_of_memory_is_counted_from_when_it_is_forgotten():

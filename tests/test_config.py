@@ -1,8 +1,10 @@
 """Settings: nonsense is refused in a sentence, and what is written to JSON comes back."""
 
+import dataclasses
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,8 +28,11 @@ from jaxdiff.config import (
     load_json,
     to_dict,
 )
+from jaxdiff.io.folder import read_config as read_network_config
+from jaxdiff.io.scheduler import read_scheduler
 from jaxdiff.training.log import Log
-from jaxdiff.training.options import claim_workdir, read_config, resolve, write_config
+from jaxdiff.training.options import check_contents, claim_workdir, read_config, resolve, write_config
+from jaxdiff.training.parts import read_vae
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "tests/configs").glob("*.py")])
@@ -208,6 +213,44 @@ def test_a_run_with_checkpoints_goes_on_with_its_own_config_alone(
         pass
 
 
+def stopped_run(workdir: Path, contents: dict[str, str] | None, *overrides: str) -> None:
+    with claim_workdir(vae_config(workdir, *overrides)) as claimed:
+        write_config(vae_config(workdir, *overrides), claimed, contents)
+    (workdir / "checkpoints" / "2").mkdir(parents=True)
+
+
+def test_a_start_folder_may_move_and_what_it_holds_may_not_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir, moved = tmp_path / "run", vae_config(tmp_path / "run", "--task.init", "models/../models/sd15")
+    stopped_run(workdir, {"task.init": "a", "data.root": "5 records (b)"}, "--task.init", "models/sd15")
+    with claim_workdir(moved) as claimed:
+        check_contents({"task.init": "a", "data.root": "5 records (b)"}, claimed)
+        assert "data" not in capsys.readouterr().out
+        check_contents({"task.init": "a", "data.root": "4 records (c)"}, claimed)
+        assert "5 records (b) then, 4 records (c) now" in capsys.readouterr().out
+        for other in ({"data.root": "5 records (b)"}, {"task.init": "c", "data.root": "5 records (b)"}):
+            with pytest.raises(ValueError, match=r"other contents of task\.init"):
+                check_contents(other, claimed)
+
+
+def test_a_run_that_has_no_contents_to_compare_keeps_its_folders(tmp_path: Path) -> None:
+    stopped_run(tmp_path / "run", None, "--task.init", "models/sd15")
+    with pytest.raises(ValueError, match=r"task\.init was"), claim_workdir(vae_config(tmp_path / "run")):
+        pass
+
+
+def test_the_mean_of_schedule_free_keeps_its_b1(tmp_path: Path) -> None:
+    free = ["--optim.name", "schedule_free", "--optim.schedule", "constant"]
+    stopped_run(tmp_path / "run", {}, *free)
+    other = vae_config(tmp_path / "run", *free, "--optim.b1", "0.8")
+    with pytest.raises(ValueError, match=r"optim\.b1 was 0\.9"), claim_workdir(other):
+        pass
+    stopped_run(tmp_path / "other", {})
+    with claim_workdir(vae_config(tmp_path / "other", "--optim.b1", "0.8")):
+        pass
+
+
 def test_a_run_without_checkpoints_takes_any_config(tmp_path: Path) -> None:
     config = vae_config(tmp_path / "run")
     with claim_workdir(config) as workdir:
@@ -253,6 +296,16 @@ def test_data_that_an_autoencoder_cannot_use_is_told(
     assert not (tmp_path / "config.json").exists()
 
 
+def test_an_export_that_could_not_be_written_is_told_before_the_run(
+    main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "export" / "vae").mkdir(parents=True)
+    (tmp_path / "export" / "vae" / "notes.txt").write_text("mine")
+    assert main([VAE, "--workdir", str(tmp_path), "--data.root", str(ROOT / "tests/data")]) == 2
+    assert "not ours to replace" in capsys.readouterr().err
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_a_size_that_the_autoencoder_does_not_divide_is_told(
     main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,6 +345,16 @@ def test_a_model_gives_sizes_schedule_and_what_the_task_does_not_name() -> None:
     assert (bare.task.vae, bare.task.scheduler) == (model, config.task.scheduler)
 
 
+def test_a_run_gives_what_it_has_exported(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED, tmp_path / "run" / "export")
+    (tmp_path / "run" / "config.json").write_text('{"task": {}}')
+    config = diffusion_config("--model", str(tmp_path / "run"), "--task.tokenizer", "", "--task.vae", "")
+    assert config.task.scheduler == read_scheduler(EMBEDDED)
+    assert config.task.tokenizer == str(tmp_path / "run" / "export" / "tokenizer")
+    assert config.task.vae == config.task.init == str(tmp_path / "run")
+    assert read_vae(config.task, config.data)[0].scaling_factor == read_network_config(EMBEDDED, "vae").scaling_factor
+
+
 def test_a_schedule_is_the_models_but_for_what_is_said_and_the_tasks_for_a_unet_from_scratch() -> None:
     said = diffusion_config("--model", str(EMBEDDED), "--task.scheduler.prediction-type=sample").task.scheduler
     assert (said.prediction_type, said.rescale_betas_zero_snr) == ("sample", True)
@@ -299,15 +362,59 @@ def test_a_schedule_is_the_models_but_for_what_is_said_and_the_tasks_for_a_unet_
     assert not own.rescale_betas_zero_snr
 
 
+def written(folder: Path, scheduler: str) -> str:
+    """A config file with this noise schedule beside a model."""
+    file = folder / "config.py"
+    file.write_text(
+        "from jaxdiff.config import *\n"
+        "def config():\n"
+        f"    return TrainConfig('runs/x', DiffusionTask({scheduler}), model={str(EMBEDDED)!r})\n"
+    )
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "overrides", "expected"),
+    [
+        ("", [], {}),
+        ("scheduler=SchedulerConfig(prediction_type='epsilon')", [], {"prediction_type": "epsilon"}),  # a default
+        ("scheduler=SchedulerConfig(2000)", [], {"num_train_timesteps": 2000}),
+        (
+            "scheduler=SchedulerConfig(beta_end=0.013)",
+            ["--task.scheduler.prediction_type", "sample", "--steps", "3"],
+            {"beta_end": 0.013, "prediction_type": "sample"},
+        ),
+        (
+            "scheduler=SchedulerConfig(beta_end=0.013), scratch=('unet',)",
+            [],
+            dataclasses.asdict(SchedulerConfig(beta_end=0.013)),
+        ),
+        ("scratch=('unet',)", [], {}),
+    ],
+)
+def test_fields_of_a_schedule_in_the_file_count_and_the_model_gives_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, scheduler: str, overrides: list[str], expected: dict
+) -> None:
+    config = resolve(read_config(written(tmp_path, scheduler), overrides), overrides)
+    assert config.task.scheduler == replace(read_scheduler(EMBEDDED), **expected)
+    assert all(name in caplog.text for name in expected) or "scratch" in scheduler
+
+
+def test_sizes_of_the_file_that_are_not_the_models_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    resolve(read_config(written(tmp_path, "unet=UNetConfig(layers_per_block=7, cross_attention_dim=768)"), []))
+    assert "layers_per_block is 1 there and 7 here" in caplog.text
+
+
 def test_a_size_beside_a_model_is_told() -> None:
     with pytest.raises(ValueError, match=r"--task\.unet\.layers_per_block cannot be given beside --model"):
         diffusion_config("--model", str(EMBEDDED), "--task.unet.layers_per_block", "1")
 
 
-def test_a_model_gives_the_autoencoder_that_is_trained_on() -> None:
-    config = resolve(read_config(VAE, ["--model", str(EMBEDDED)]))
+@pytest.mark.parametrize("model", [EMBEDDED, EMBEDDED / "vae"])
+def test_a_model_gives_the_autoencoder_that_is_trained_on(model: Path) -> None:
+    config = resolve(read_config(VAE, ["--model", str(model)]))
     assert config.task.vae.block_out_channels == (32, 48, 96)
-    assert config.task.init == str(EMBEDDED)
+    assert config.task.init == str(model)
 
 
 def test_a_model_that_is_no_folder_is_told() -> None:

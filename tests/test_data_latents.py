@@ -12,15 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from etils import epath
 from PIL import Image
 
 from jaxdiff import build
 from jaxdiff.config import DataConfig, VAEConfig
 from jaxdiff.data import latents
 from jaxdiff.data.captions import COLOURS
-from jaxdiff.data.latents import LatentSource, cache_latents
+from jaxdiff.data.latents import LatentSource, cache_latents, identity
 from jaxdiff.data.loader import batches, open_source
 from jaxdiff.data.record import BadRecord
+from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.training import encode as encode_module
 from jaxdiff.training.tasks.diffusion import diffusion_task, drop_captions
 
 CONFIG = DataConfig(root=str(Path(__file__).parent / "data"), size=16, batch_size=10)
@@ -284,3 +288,77 @@ def test_a_step_on_encoded_captions_has_the_loss_of_one_on_their_tokens():
         value, *_ = jax.jit(task.loss)(params, frozen, batch | caption, jax.random.key(2), task.memory)
         losses.append(float(value))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# What a cache is named after ------------------------------------------------------------------------------------------
+
+
+def folder_of(root: Path, n: int = 200) -> DataConfig:
+    """`n` small images of their own colours, each with a caption."""
+    root.mkdir(parents=True)
+    for i in range(n):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(root / f"{i:03}.png")
+        (root / f"{i:03}.txt").write_text(f"image {i}")
+    return DataConfig(source="folder", root=str(root), size=16, batch_size=4)
+
+
+def test_every_caption_and_every_image_counts_for_the_identity_of_data_and_their_place_does_not(tmp_path):
+    config = folder_of(tmp_path / "a")
+    first = identity(open_source(config))
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "b")
+    moved = dataclasses.replace(config, root=str(tmp_path / "elsewhere" / "b"))
+    assert identity(open_source(moved)) == first
+    seen = {first}
+    for i in range(0, 200, 7):
+        caption, image = (tmp_path / "a" / f"{i:03}.{kind}" for kind in ("txt", "png"))
+        before = caption.read_text(), image.read_bytes()
+        caption.write_text("mended")
+        seen.add(identity(open_source(config)))
+        caption.write_text(before[0])
+        Image.new("RGB", (4, 4), (i, 0, 1)).save(image)
+        seen.add(identity(open_source(config)))
+        image.write_bytes(before[1])
+    assert len(seen) == 1 + 2 * len(range(0, 200, 7))
+    assert identity(open_source(config)) == first
+
+
+def test_processes_share_the_reading_of_an_identity(cached):
+    for source in (open_source(CONFIG), LatentSource(cached)):
+        whole = identity(source)
+        parts = [identity(source, process_index=i, process_count=3) for i in range(3)]
+        assert sum(parts) % 2**256 == whole
+        assert identity(source, at_most=20) != whole == identity(source, at_most=10**6)
+
+
+def cache_name(monkeypatch, tokenizer=None, settings=None, vae=None, **fields) -> str:
+    """The folder that a run would cache in."""
+    monkeypatch.setattr(encode_module, "cache_latents", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(encode_module, "text_encoder", lambda *args: encode_texts)
+    config = runpy.run_path(str(Path(__file__).parent / "configs" / "tiny.py"))["config"]()
+    task = dataclasses.replace(
+        config.task, train_text_encoder=False, init="x", text_variants=1, text_encoder=tiny.TEXT_ENCODER
+    )
+    config = dataclasses.replace(config, task=dataclasses.replace(task, **settings or {}), **fields)
+    rng = np.random.default_rng(0)
+    weights = {name: tiny.random_params(name, sizes, rng) for name, sizes in
+               (("vae", tiny.VAE), ("text_encoder", tiny.TEXT_ENCODER))}  # fmt: skip
+    tokenizer = tokenizer or tiny.tokenizer()
+    data, _ = encode_module.encode_once(
+        config, vae or tiny.VAE, weights, tokenizer, open_source(CONFIG), "131 records", epath.Path("run")
+    )
+    return Path(data.root).name
+
+
+def test_a_cache_is_named_after_all_that_its_content_depends_on(monkeypatch):
+    name = cache_name(monkeypatch)
+    others = {
+        "dtype": cache_name(monkeypatch, dtype="bfloat16"),
+        "tokenizer": cache_name(monkeypatch, tokenizer=Tokenizer.train(["other words"] * 9, 520, 24)),
+        "its length": cache_name(monkeypatch, tokenizer=Tokenizer(tiny.tokenizer()._backend, 12)),
+        "vae": cache_name(monkeypatch, vae=dataclasses.replace(tiny.VAE, norm_num_groups=2)),
+        "seed": cache_name(monkeypatch, seed=1),
+        "variants": cache_name(monkeypatch, settings={"latent_variants": 2}),
+    }
+    assert len({name, *others.values()}) == 1 + len(others)
+    assert cache_name(monkeypatch, vae=dataclasses.replace(tiny.VAE, scaling_factor=0.25)) == name
+    assert cache_name(monkeypatch, steps=9) == name

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff.config import DataConfig
-from jaxdiff.data.loader import batches, open_source
+from jaxdiff.data.loader import batches, open_source, sample_captions
 from jaxdiff.data.tokens import Tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -147,6 +147,68 @@ def test_bad_records_without_end_are_named_though_their_share_is_allowed(tmp_pat
         ValueError, match=r"^100 records in a row cannot be used: .*No such file.* more; mend or remove them\.$"
     ):
         take(1, config, open_source(config), seed=0)
+
+
+def bucketed(root: Path, bad: set[int], max_bad_share: float = 0.2, **fields) -> DataConfig:
+    """Nine square images, and the tenth twice as wide, of greys that are their numbers; some are no images."""
+    for i in range(10):
+        Image.new("RGB", (32 if i == 9 else 16, 16), (i, i, i)).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(f"(image {i}:1.5)")
+        if i in bad:
+            (root / f"{i}.png").write_bytes((root / f"{i}.png").read_bytes()[:45])
+    shapes = {"size": 16, "side_multiple": 8, "aspects": ("1:1", "2:1")} | fields
+    return DataConfig(source="folder", root=str(root), batch_size=2, max_bad_share=max_bad_share, **shapes)
+
+
+def test_a_bad_record_alone_in_its_bucket_gives_its_steps_to_others(tmp_path):
+    config = bucketed(tmp_path, {9})
+    whole = take(25, config, open_source(config), seed=0)
+    assert {batch["image"].shape for batch in whole} == {(2, 16, 16, 3)}
+    parts = [take(25, config, open_source(config), seed=0, process_index=i, process_count=2) for i in range(2)]
+    for step, batch in enumerate(whole):
+        assert_equal(batch, {name: np.concatenate([part[step][name] for part in parts]) for name in batch})
+    every = bucketed(tmp_path, set(range(10)), 0.99)
+    with pytest.raises(ValueError, match=r"10 of 10 records cannot be used"):
+        take(1, every, open_source(every), seed=0)
+
+
+def test_a_grid_shows_captions_of_records_that_can_be_used(tmp_path):
+    config = bucketed(tmp_path, set())
+    for i in (0, 1, 9):
+        (tmp_path / f"{i}.png").unlink()
+        (tmp_path / f"{i}.png").mkdir()
+    found = sample_captions(open_source(config), 4)
+    assert found == [f"(image {i}:1.5)" for i in (2, 3, 6, 2)]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "none.png", "text": "x"}')
+    with pytest.raises(ValueError, match=r"none\.png.*name prompts in DiffusionTask\.prompts"):
+        sample_captions(open_source(config), 4)
+
+
+@pytest.mark.parametrize(
+    ("aspects", "size", "shape"),
+    [
+        ((), 48, (48, 48)),
+        (("2:1", "1:1"), 100, (128, 128)),
+        (("2:1", "1:4", "3:4"), 128, (128, 128)),
+        (("3:1",), 64, (64, 128)),
+    ],
+)
+def test_evaluations_have_a_shape_that_training_has(aspects, size, shape):
+    config = DataConfig(size=size, aspects=aspects)
+    assert config.of_one_shape().shapes == (shape,)
+    assert shape in config.shapes
+
+
+def test_images_without_captions_train_what_needs_none(tmp_path):
+    config = bucketed(tmp_path, set(), aspects=())
+    for file in tmp_path.glob("*.txt"):
+        file.unlink()
+    source = open_source(config, captions=False)
+    assert len(source) == 10
+    (batch,) = take(1, config, source, seed=0)
+    assert batch["image"].shape == (2, 16, 16, 3)
+    with pytest.raises(ValueError, match="10 images and no captions"):
+        open_source(config)
 
 
 WORKERS = """

@@ -128,6 +128,12 @@ def test_the_tool_makes_a_width_out_of_a_runs_checkpoints(tmp_path):
             checkpoints.save(step, {"step": jnp.int32(step), "params": like(0.0), "ema": ema})
     write_network(tmp_path / "export", "vae", task.vae, jax.device_get(like(9.0)))
 
+    for out in (tmp_path / "export", tmp_path / "made" / ".." / "export" / "vae"):
+        with pytest.raises(ValueError, match="is what the run exports"):
+            main(Args(tmp_path, width=0.07, out=out))
+    for step in (-1, STEPS + 1):
+        with pytest.raises(ValueError, match=rf"--step {step}: it must be from 1 to {STEPS}"):
+            main(Args(tmp_path, width=0.07, out=tmp_path / "made", step=step))
     main(Args(tmp_path, width=0.07, out=tmp_path / "made"))
     _, params = read_network(tmp_path / "made", "vae")
     snapshots = [Snapshot(step, width) for step in steps for width in widths]

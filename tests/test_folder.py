@@ -22,6 +22,8 @@ from jaxdiff.generation.drawing import settled
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import Request
 from jaxdiff.io.folder import (
+    check_target,
+    find_part,
     read_config,
     read_index,
     read_network,
@@ -72,6 +74,19 @@ def folder(written, tmp_path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "model"))
 
 
+def test_what_will_not_be_replaced_is_refused_before_the_work(folder, tmp_path):
+    for name in (None, *NETWORKS):
+        check_target(folder, name)
+        check_target(tmp_path / "new", name)
+    (folder / "notes.txt").write_text("")
+    (folder / "vae" / "notes.txt").write_text("")
+    for name in (None, "vae"):
+        with pytest.raises(ValueError, match="not ours to replace"):
+            check_target(folder, name)
+    with pytest.raises(ValueError, match="is a file"):
+        check_target(folder / "notes.txt")
+
+
 def read(path: Path) -> None:
     """All that is in a folder, without a look at the networks' shapes."""
     read_index(path)
@@ -103,6 +118,41 @@ def test_a_model_comes_back_as_it_was_saved(bundle, tmp_path):
 def test_what_is_read_and_saved_again_is_the_same_bytes(folder, tmp_path):
     read_model(folder).save(tmp_path / "again")
     assert files(tmp_path / "again") == files(folder)
+
+
+@pytest.mark.parametrize("layout", ["model", "its own folder", "a bare folder", "a run", "fp16", "another variant"])
+@pytest.mark.parametrize("name", [*NETWORKS, "tokenizer"])
+def test_a_part_is_found_wherever_it_lies(folder, tmp_path, name, layout):
+    path = folder
+    if layout == "its own folder":
+        path = folder / name
+    elif layout == "a bare folder":
+        path = folder.rename(tmp_path / "whole") / name
+        path = path.rename(tmp_path / "sd-part")
+    elif layout == "a run":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text('{"task": {}}')
+        folder.rename(tmp_path / "run" / "export")
+        path = tmp_path / "run"
+    elif layout != "model":
+        for file in folder.rglob("*.safetensors"):
+            file.rename(file.with_name(f"{file.stem}.{'fp16' if layout == 'fp16' else 'ema'}.safetensors"))
+    if name == "tokenizer":
+        assert (tokenizer_folder(path) / "vocab.json").is_file()
+    else:
+        config, params = read_network(path, name)
+        assert (config, set(params)) == (read_config(path, name), set(params))
+        assert params
+
+
+def test_a_part_that_is_not_there_is_told(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel.*a vae is a AutoencoderKL"):
+        find_part(folder / "unet", "vae")
+    (tmp_path / "config.json").write_text('{"task": {}}')
+    with pytest.raises(ValueError, match="is a run that has exported no vae"):
+        find_part(tmp_path, "vae")
+    with pytest.raises(ValueError, match="has no folder 'tokenizer'"):
+        find_part(tmp_path, "tokenizer")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

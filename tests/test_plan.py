@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxdiff import build
+from jaxdiff.config import DataConfig
 from jaxdiff.runtime.mesh import AXES, make_mesh
 from jaxdiff.tools import hlo
-from jaxdiff.tools.plan import abstract_task, chip_of, largest, main, plan
+from jaxdiff.tools import plan as plan_module
+from jaxdiff.tools.plan import Plan, abstract_task, chip_of, largest, main, of_largest_shape, plan
 from jaxdiff.training.options import read_config
 
 # One level: half the time to compile.
@@ -90,6 +94,37 @@ def test_the_largest_batch_is_found_in_few_trials() -> None:
         assert len(tried) <= 7
 
 
+@pytest.mark.parametrize(("accumulate", "mesh"), [(1, "8,1,1"), (6, "8,1,1"), (6, "2,1,4"), (4, "1,2,4")])
+def test_batches_that_are_tried_are_those_that_micro_batches_divide(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accumulate: int, mesh: str
+) -> None:
+    data, fsdp, tensor = mesh.split(",")
+    axes = ["--mesh.data", data, "--mesh.fsdp", fsdp, "--mesh.tensor", tensor]
+    config = read_config(TINY, ["--optim.accumulate", str(accumulate), "--data.batch_size", "96", *axes])
+    tried = []
+
+    def planned(sized, mesh, *_):
+        tried.append(sized.data.batch_size)
+        assert sized.data.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"] * accumulate) == 0
+        values = {f.name: 0.0 if f.type in (float, float | None) else 0 for f in fields(Plan)}
+        values |= {"mesh": {}, "bounds": {}, "collectives": {}}
+        return Plan(**values | {"batch": sized.data.batch_size // 8, "fits": sized.data.batch_size <= 500})
+
+    monkeypatch.setattr(plan_module, "plan", planned)
+    options = Namespace(batch=None, fit=True, forward=False, dump=None, run=0, topology="v5e:2x4", json=True)
+    plan_module._plan_on(options, config, jax.devices(), None)
+    found = 8 * json.loads(capsys.readouterr().out)["batch"]
+    assert found <= 500 < 1.5 * found
+    assert found in tried
+
+
+def test_of_several_shapes_the_largest_is_planned() -> None:
+    data = DataConfig(size=64, side_multiple=16, aspects=("1:1", "3:1", "1:2"))
+    assert data.shapes == ((64, 64), (32, 112), (96, 48))
+    assert of_largest_shape(data).shapes == ((96, 48),)
+    assert of_largest_shape(DataConfig(size=32)).shapes == ((32, 32),)
+
+
 @pytest.mark.slow
 def test_a_plan_has_the_bytes_of_the_state_that_each_device_holds() -> None:
     config = read_config(TINY, [*SMALL, "--mesh.fsdp", "4"])
@@ -133,6 +168,9 @@ def test_the_command_refuses_in_a_sentence(capsys: pytest.CaptureFixture[str]) -
     assert "not a multiple of the 3" in capsys.readouterr().err
     assert main([TINY, "--topology", "v9:2x2"]) == 2
     assert "begins with one of v4, v5e" in capsys.readouterr().err
+    for batch in ("0", "-1"):
+        assert main([TINY, "--devices", "1", "--batch", batch]) == 2
+        assert f"--batch {batch}: it must be above 0" in capsys.readouterr().err
     assert main([TINY, "--devices", "1", "--fit"]) == 2
     assert "--fit needs --topology" in capsys.readouterr().err
     assert main([TINY, "--topology", "v5e:4x4", "--run", "1"]) == 2

@@ -178,6 +178,15 @@ def test_sigterm_to_one_process_saves_the_same_step_on_all_and_the_run_goes_on(t
 
 
 @pytest.mark.slow
+def test_several_processes_save_before_they_evaluate(tmp_path: Path) -> None:
+    flags = ["--checkpoint_every", 1000, "--eval_every", 5, "--steps", 8]
+    results = [ended(process) for process in Shell().start_all("tiny_vae", tmp_path / "run", *flags, devices=1)]
+    assert [code for code, _ in results] == [0, 0], results
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()}
+    assert saved == {"5", "8"}
+
+
+@pytest.mark.slow
 def test_a_mistake_that_all_processes_find_ends_all_of_them_with_a_sentence(tmp_path: Path) -> None:
     results = [ended(p) for p in Shell().start_all("tiny_vae", tmp_path / "run", "--data.root", tmp_path / "nowhere")]
     assert [code for code, _ in results] == [2, 2]

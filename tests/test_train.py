@@ -1,22 +1,32 @@
 """`train.py` from the shell: what a run leaves behind, and what it survives."""
 
+import os
+import runpy
 import signal
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tiny
 from etils import epath
 from PIL import Image
-from shell import Shell, ended, lines, wait_for
+from shell import ROOT, Shell, ended, lines, wait_for
 
-from jaxdiff.data.captions import COLOURS, background
+from jaxdiff.config import DataConfig, DiffusionTask, SchedulerConfig, TrainConfig, VAETask
+from jaxdiff.data.captions import COLOURS, Caption, background
+from jaxdiff.data.record import BadRecord, Record
 from jaxdiff.data.tokens import Tokenizer
-from jaxdiff.io.folder import read_network
+from jaxdiff.generation.request import Request
+from jaxdiff.io.folder import read_network, write_network
 from jaxdiff.model import read_model
 from jaxdiff.training.log import Log
+from jaxdiff.training.options import read_config
+from jaxdiff.training.stop import Stop, leave_threads
 
 STEPS = 60  # of tiny_vae.py
 
@@ -134,6 +144,139 @@ def test_sigterm_saves_and_the_same_command_goes_on(shell: Shell, tmp_path: Path
     assert checkpoint(workdir, last)["['step']"] == last
 
 
+def test_work_is_left_as_soon_as_there_is_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    never, exits = threading.Event(), []
+    monkeypatch.setattr(os, "_exit", exits.append)
+
+    def fail() -> None:
+        raise ValueError("what the work raises")
+
+    with Stop() as stop:
+        assert stop.unless_stopped(lambda: 3) == 3
+        with pytest.raises(ValueError, match="what the work raises"):
+            stop.unless_stopped(fail)
+        assert leave_threads(0) == 0
+        assert not exits
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert stop.unless_stopped(never.wait) is None
+        assert stop.received == stop.at(5) == signal.SIGTERM
+        leave_threads(143)
+    assert exits == [143]
+    never.set()
+
+
+@pytest.mark.slow
+def test_sigterm_during_an_evaluation_saves_its_step(shell: Shell, tmp_path: Path) -> None:
+    workdir, vae = tmp_path / "run", "jaxdiff/assets/emoji"
+    flags = ["--task.vae", vae, "--eval_every", 3, "--checkpoint_every", 1000, "--steps", 60]
+    process = shell.start("topology", workdir, *flags)
+    wait_for(lambda: (workdir / "export").exists(), process)
+    process.terminate()
+    code, out = ended(process, 60)
+    assert code == 128 + signal.SIGTERM, out
+    assert "Stopped by SIGTERM after step 3" in out
+    assert checkpoint(workdir, 3)["['step']"] == 3
+    assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_a_start_that_moved_and_tells_that_its_images_changed(shell: Shell, tmp_path: Path) -> None:
+    """Images without captions, of which the only wide one is bad."""
+    images, start, moved = tmp_path / "images", tmp_path / "start", tmp_path / "moved"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        image = Image.fromarray(rng.integers(0, 256, (16, 32 if i == 9 else 16, 3), np.uint8))
+        image.save(images / f"{i}.png")
+    (images / "9.png").write_bytes((images / "9.png").read_bytes()[:200])
+    config = read_config(str(ROOT / "tests" / "configs" / "tiny_vae.py"), [])
+    assert isinstance(config.task, VAETask)
+    params = tiny.random_params("vae", config.task.vae, rng)
+    write_network(start, "vae", config.task.vae, params)
+
+    data = ["--data.source", "folder", "--data.root", images, "--data.aspects", "1:1", "2:1", "--data.side_multiple", 8]
+    data += ["--data.max_bad_share", 0.2, "--data.heldout", "", "--data.batch_size", 2]
+    code, out = shell.run("tiny_vae", tmp_path / "run", *data, "--task.init", start, "--steps", 12)
+    assert code == 0, out
+    assert "Skipped: 9.png" in out
+
+    (start / "vae").rename(moved)
+    code, out = shell.run("tiny_vae", tmp_path / "run", *data, "--task.init", moved, "--steps", 14)
+    assert code == 0, out
+    assert "from step 12 to 14" in out
+    assert "data changed" not in out
+    Image.new("RGB", (16, 16)).save(images / "3.png")
+    write_network(tmp_path / "other", "vae", config.task.vae, tiny.random_params("vae", config.task.vae, rng))
+    other = ["--task.init", tmp_path / "other", "--steps", 16]
+    code, out = shell.run("tiny_vae", tmp_path / "run", *data, *other)
+    assert (code, "other contents of task.init" in out) == (2, True), out
+    write_network(tmp_path / "again", "vae", config.task.vae, params)
+    code, out = shell.run("tiny_vae", tmp_path / "run", *data, "--task.init", tmp_path / "again", "--steps", 16)
+    assert code == 0, out
+    assert "the data changed since this run stopped" in out
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_loses_no_step(shell: Shell, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    process = shell.start("tiny_vae", workdir, "--checkpoint_every", 1000, "--eval_every", 10)
+    wait_for(lambda: (workdir / "export" / "vae").exists(), process)
+    (workdir / "export" / "vae" / "notes.txt").write_text("mine")
+    code, out = ended(process)
+    assert code == 2, out
+    assert "not ours to replace" in out
+    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert step % 10 == 0
+    assert checkpoint(workdir, step)["['step']"] == step
+
+
+# Evaluations ----------------------------------------------------------------------------------------------------------
+
+
+class Captions:
+    """Records of captions alone."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def sizes(self) -> np.ndarray:
+        return np.ones((3, 2), int)
+
+    def record(self, index: int) -> Record:
+        if index == 0:
+            raise BadRecord("declared bad")
+        return Record(Caption(f"a (dog:1.{index})"))
+
+
+def requests_of(data: dict | None = None, scheduler: SchedulerConfig = tiny.SCHEDULER, **settings) -> list[Request]:
+    """What the evaluations of a run draw."""
+    module = runpy.run_path(str(ROOT / "train.py"))
+    task = DiffusionTask(unet=tiny.UNET, text_encoder=tiny.TEXT_ENCODER, scheduler=scheduler, **settings)
+    config = TrainConfig("x", task, data=DataConfig(**{"size": 16} | (data or {})))
+    return module["sample_requests"](config, tiny.VAE, tiny.tokenizer(), Captions())
+
+
+def test_captions_are_drawn_as_they_are_written_and_prompts_as_they_are_meant() -> None:
+    captions = requests_of()
+    assert {one.literal for one in captions} == {True}
+    assert [one.prompt for one in captions[:2]] == ["a (dog:1.1)"] * 2
+    assert [one.seed for one in captions] == list(range(16))
+    (prompt,) = requests_of(prompts=("a (dog:1.2)",))
+    assert (prompt.prompt, prompt.literal) == ("a (dog:1.2)", False)
+
+
+def test_evaluations_draw_what_the_model_can_and_what_it_cannot_is_told_before_the_run() -> None:
+    wide = {"size": 15, "side_multiple": 8, "aspects": ("2:1", "4:1")}
+    assert requests_of(wide)[0].size == (24, 8)
+    assert requests_of(scheduler=replace(tiny.SCHEDULER, num_train_timesteps=10))[0].steps == 5
+    assert requests_of()[0].steps == 25
+    with pytest.raises(ValueError, match="samples of an evaluation could not be drawn: size is 15x15"):
+        requests_of({"size": 15})
+
+
 @pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_and_too_many_stop_the_run(shell: Shell, tmp_path: Path) -> None:
     workdir = tmp_path / "nan"
@@ -144,6 +287,7 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_stop_the_run(shell
     assert told in out
     assert "Traceback" not in out
     assert last["skipped"] == 4
+    assert last["lr"] == pytest.approx(1e30 * (last["step"] - 4) / 6)  # of the last update that was made
     steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert all(np.isfinite(leaf).all() for leaf in checkpoint(workdir, max(steps)).values())
 
@@ -157,6 +301,8 @@ def test_means_are_those_of_the_updates_that_were_made(tmp_path: Path) -> None:
         assert (line["loss"], line["skipped"], log.in_a_row) == (2.0, 10, 2)
         log.step({"loss": np.float32(np.nan), "skipped": np.int32(1)}, 0.0)
         log.flush(6)
+    assert (log.skipped, log.in_a_row) == (11, 3)
+    log.settle()  # which counts each update once
     assert (log.skipped, log.in_a_row) == (11, 3)
     assert lines(tmp_path)[1]["loss"] is None
 

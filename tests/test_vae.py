@@ -3,13 +3,33 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxdiff import build
-from jaxdiff.config import VAEConfig
+from jaxdiff.config import VAEConfig, VAETask
 from jaxdiff.nn.slices import in_slices
 from jaxdiff.tools.bench.models import random_params
+from jaxdiff.training.tasks.vae import vae_task
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+
+
+def test_psnr_is_a_mean_over_images_and_the_same_in_micro_batches() -> None:
+    task = VAETask(
+        VAEConfig(block_out_channels=(4,), norm_num_groups=2, layers_per_block=1, latent_channels=1, **BLOCKS)
+    )
+    params = jax.tree.map(jnp.asarray, random_params(build.param_shapes(build.vae(task.vae), task.vae)))
+    rng = np.random.default_rng(0)
+    images = np.linspace(0.1, 0.9, 4, dtype=np.float32)[:, None, None, None] * rng.uniform(-1, 1, (4, 8, 8, 3))
+    metrics = jax.jit(lambda batch: vae_task(task, {}).loss(params, {}, batch, jax.random.key(0), {})[1])
+
+    def of(rows: slice) -> float:
+        batch = {"image": jnp.asarray(images[rows], jnp.float32), "index": jnp.arange(4)[rows]}
+        return float(metrics(batch)["psnr"])
+
+    halves = of(slice(0, 2)), of(slice(2, 4))
+    assert abs(halves[0] - halves[1]) > 0.1
+    assert of(slice(0, 4)) == pytest.approx(np.mean(halves), rel=1e-5)
 
 
 def test_slices_are_the_images_of_the_whole_batch_and_take_less_memory() -> None:

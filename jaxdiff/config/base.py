@@ -6,8 +6,9 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -35,6 +36,15 @@ def positive(config: Any, *names: str) -> None:
 class Checked:
     """Takes each value as its field's type wants it, lists as tuples, or refuses it; then asks `_check`."""
 
+    written: ClassVar[frozenset[str]]
+    """The fields that were given when it was made, if only their defaults; no part of its value."""
+
+    def __new__(cls, *args: Any, **values: Any):
+        """Remembers which fields are given."""
+        made = super().__new__(cls)
+        names = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]: every subclass is a dataclass
+        return as_written(made, frozenset(names[: len(args)]) | values.keys())
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
@@ -44,6 +54,12 @@ class Checked:
 
     def _check(self) -> None:
         """What no single field's type can say; raises ValueError."""
+
+
+def as_written(config: T, names: AbstractSet[str]) -> T:
+    """`config` itself, of which `names` count as the fields that were given."""
+    object.__setattr__(config, "written", frozenset(names))
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxdiff.config.base import Checked, positive, require
 
@@ -49,6 +49,13 @@ class DataConfig(Checked):
             return ((self.size, self.size),)
         roots = [math.sqrt(_aspect(text)) for text in self.aspects]
         return tuple((self._side(self.size / root), self._side(self.size * root)) for root in roots)
+
+    def of_one_shape(self) -> "DataConfig":
+        """The same with that one of its shapes which is nearest to a square, for evaluations."""
+        if not self.aspects:
+            return self
+        ratios = [abs(math.log(width / height)) for height, width in self.shapes]
+        return replace(self, aspects=(self.aspects[ratios.index(min(ratios))],))
 
     def _side(self, pixels: float) -> int:
         return max(1, round(pixels / self.side_multiple)) * self.side_multiple

@@ -16,7 +16,7 @@ class VAETask(Checked):
     l1_weight: float = 1.0
     """Share of the absolute error beside the squared one; 0 is best for PSNR, more for sharp edges."""
     init: str = ""
-    """Folder or run directory whose VAE is the start; empty starts from random weights."""
+    """A model's folder, a run directory or a VAE's own folder, whose VAE is the start; empty: random weights."""
     train_encoder: bool = True
     """False trains the decoder alone: latents, and all that was trained on them, stay as they are."""
 
@@ -38,9 +38,9 @@ class DiffusionTask(Checked):
     text_encoder: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     vae: str = ""
-    """Folder or run directory that holds the trained VAE (and, for a folder, the weights to start from: see `init`)."""
+    """The trained VAE: a model's folder, a run directory, or the VAE's own folder."""
     tokenizer: str = ""
-    """Folder with `vocab.json` and `merges.txt` or `tokenizer.json`."""
+    """A folder with `vocab.json` and `merges.txt` or `tokenizer.json`, or a model's that has one."""
     init: str = ""
     """Folder or run directory whose UNet and text encoder are the start; empty starts from random weights."""
     scratch: tuple[str, ...] = ()

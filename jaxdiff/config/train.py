@@ -37,8 +37,11 @@ class DistributedConfig(Checked):
     """How many processes the run has."""
     index: int | None = None
     """This process's number, from 0."""
+    wait: int = 300
+    """Seconds that processes which are there wait for those that are not."""
 
     def _check(self) -> None:
+        positive(self, "wait")
         given = {"coordinator": self.coordinator or None, "count": self.count, "index": self.index}
         missing = [name for name, value in given.items() if value is None]
         if len(missing) == len(given):

@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +183,47 @@ def cache_latents(
     return len(bad)
 
 
-def identity(source: Source) -> str:
-    """Tells sources apart wherever they lie: by the number of records, and 64 of them."""
-    digest = hashlib.sha256(str(len(source)).encode())
-    for index in np.linspace(0, len(source) - 1, 64).astype(int).tolist():
+def identity(source: Source, at_most: int | None = None, process_index: int = 0, process_count: int = 1) -> int:
+    """A number of 256 bits that differs where a caption or an image does, wherever the data lie.
+
+    It is a sum over the records, so that processes share the reading: the sum over all of them, modulo 2^256, is the
+    identity, and the same for any number of them.
+
+    Args:
+        source: any records, cached latents included.
+        at_most: so many records are read, evenly spread; None reads all of them.
+        process_index: reads records i, i + n, i + 2 n, ... of these.
+        process_count: n.
+    """
+    n = len(source)
+    chosen = range(n) if at_most is None or n <= at_most else np.linspace(0, n - 1, at_most).astype(int).tolist()
+    mine = chosen[process_index::process_count]
+
+    def digest(index: int) -> int:
+        found = hashlib.sha256(f"{index} of {n}".encode())
         try:
             record = source.record(index)
-            digest.update(repr(record.caption).encode("utf-8", "backslashreplace") + record.image)
+            arrays = [array for array in (record.moments, *record.contexts) if array is not None]
+            caption = repr(record.caption).encode("utf-8", "backslashreplace")
+            parts = [caption, record.image, *(array.tobytes() for array in arrays)]
         except BadRecord:
-            digest.update(b"bad")
-    return digest.hexdigest()
+            parts = [b"bad"]
+        for part in parts:
+            found.update(len(part).to_bytes(8))
+            found.update(part)
+        return int.from_bytes(found.digest())
+
+    def digests(some: Sequence[int]) -> int:
+        total = sum(map(digest, some))
+        progress.update(len(some))
+        return total
+
+    chunks = [mine[start : start + 64] for start in range(0, len(mine), 64)]
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(mine), desc="Comparing data", unit=" records", delay=2, disable=process_index > 0) as progress,
+    ):
+        return sum(pool.map(digests, chunks)) % 2**256
 
 
 def _part(folder: Path, part: int, n_parts: int) -> Path:

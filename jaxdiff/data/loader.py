@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
 
 import grain
 import numpy as np
@@ -24,7 +23,7 @@ from jaxdiff.data.record import BadRecord, Source
 from jaxdiff.data.sources import open_source
 from jaxdiff.data.tokens import Tokenizer
 
-__all__ = ["Batches", "batches", "open_source"]
+__all__ = ["Batches", "batches", "open_source", "sample_captions"]
 
 Batch = dict[str, np.ndarray]
 TokenizeFn = Callable[[list[str]], np.ndarray]
@@ -63,6 +62,26 @@ def batches(
     share = config.batch_size // process_count
     mine = range(share * process_index, share * (process_index + 1)) if rows is None else rows
     return Batches(config, source, tokenize, seed, start_step, mine)
+
+
+def sample_captions(source: Source, n: int) -> list[str]:
+    """The captions of `n` records, evenly spread; the next record that can be used takes the place of a bad one.
+
+    Raises:
+        ValueError: where many records in a row cannot be used.
+
+    """
+
+    def caption(first: int) -> str:
+        for index in range(first, first + _MAX_TRIES):
+            try:
+                return source.record(index % len(source)).caption.full()
+            except BadRecord as error:
+                reason = f"{source.name(index % len(source))} ({error})"
+        raise ValueError(f"{_MAX_TRIES} records in a row cannot be used, the last of them {reason}; mend or remove "
+                         "them, or name prompts in DiffusionTask.prompts.")  # fmt: skip
+
+    return [caption(int(first)) for first in np.linspace(0, len(source) - 1, n)]
 
 
 class Batches(Iterator[Batch]):
@@ -115,7 +134,8 @@ class Batches(Iterator[Batch]):
         self.first_cut = self.first_cut or next(iter(cut), "")
         if not batch:
             raise ValueError(
-                f"{_MAX_TRIES} records in a row cannot be used: {self._bad.listed()}; mend or remove them."
+                f"{min(_MAX_TRIES, len(self._bad))} records in a row cannot be used: {self._bad.listed()}; mend or "
+                "remove them."
             )
         return batch
 
@@ -142,9 +162,19 @@ class _MakeBatch:
         bad: list[tuple[str, str]] = []
         bucket, number = self._schedule(step)
         size = self._config.batch_size
-        try:
-            samples = [self._sample(step * size + row, bucket, number * size + row, bad) for row in self._rows]
-        except BadRecord:  # the reader tells; grain adds words of its own to what is raised here
+        samples = None
+        # A bucket of bad records alone gives its steps to the next one. All processes see the same: to find out that a
+        # bucket has no good record each of them tries all that there are.
+        for other in range(len(self._members)):
+            use = (bucket + other) % len(self._members)
+            try:
+                samples = [self._sample(step * size + row, use, number * size + row, bad) for row in self._rows]
+                break
+            except _AllBadError:
+                continue
+            except BadRecord:  # the reader tells; grain adds words of its own to what is raised here
+                break
+        if samples is None:
             return {}, bad, []
         arrays, texts = zip(*samples, strict=True)
         batch: Batch = {"index": np.asarray([step * size + row for row in self._rows], np.int64)}
@@ -168,26 +198,45 @@ class _MakeBatch:
         """Sample `index`, at `place` of its bucket's stream: a uint8 image or moments, and a caption or its context.
 
         Another record of the bucket takes the place of a bad one.
+
+        Raises:
+            _AllBadError: where the bucket has no other.
+            BadRecord: where many others are bad, too.
+
         """
         rng = np.random.default_rng([self._seed, index])
-        members, number = self._members[bucket], self._orders[bucket][place]
+        members = self._members[bucket]
+        if not len(members):
+            raise _AllBadError("the bucket is empty")
+        number = self._orders[bucket][place]
         assert number is not None  # nothing was filtered out
-        position: Any = members[number]
-        for _ in range(_MAX_TRIES):
-            position = int(position)
-            try:
-                record = self._source.record(position)
-                if record.contexts:
-                    assert record.moments is not None
-                    return record.moments, record.contexts[rng.integers(len(record.contexts))]
-                if record.moments is not None:
-                    return record.moments, record.caption.draw(rng)
-                image, caption = prepare(record, rng, self._config, self._config.shapes[bucket])
-                return image, caption.draw(rng)
-            except BadRecord as error:
-                bad.append((self._source.name(position), str(error)))
-                position = members[rng.integers(len(members))]
-        raise BadRecord("no record can be used")
+        if (found := self._drawn(int(members[number]), bucket, rng, bad)) is not None:
+            return found
+        for other in rng.choice(len(members), min(len(members), _MAX_TRIES), replace=False):
+            if (found := self._drawn(int(members[other]), bucket, rng, bad)) is not None:
+                return found
+        raise (_AllBadError if len(members) <= _MAX_TRIES else BadRecord)("no record can be used")
+
+    def _drawn(
+        self, position: int, bucket: int, rng: np.random.Generator, bad: list[tuple[str, str]]
+    ) -> tuple[np.ndarray, str | np.ndarray] | None:
+        """A record's image or moments, and its caption or context; None for a bad one, which is added to `bad`."""
+        try:
+            record = self._source.record(position)
+            if record.contexts:
+                assert record.moments is not None
+                return record.moments, record.contexts[rng.integers(len(record.contexts))]
+            array, caption = record.moments, record.caption
+            if array is None:
+                array, caption = prepare(record, rng, self._config, self._config.shapes[bucket])
+            return array, "" if self._tokenize is None else caption.draw(rng)
+        except BadRecord as error:
+            bad.append((self._source.name(position), str(error)))
+            return None
+
+
+class _AllBadError(BadRecord):
+    """No record of a bucket can be used."""
 
 
 def _members(config: DataConfig, source: Source) -> list[np.ndarray] | list[range]:

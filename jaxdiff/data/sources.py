@@ -21,8 +21,12 @@ from jaxdiff.data.record import BadRecord, Record, Source
 from jaxdiff.io.images.decode import SUFFIXES, header_size
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, captions: bool = True) -> Source:
     """Opens what `config.source`, `root` and `split` name.
+
+    Args:
+        config: says what to open.
+        captions: whether records need one; without, images that have none are no bad records.
 
     Raises:
         ValueError: where it is not there, is empty, or lacks the fields asked for.
@@ -30,12 +34,13 @@ def open_source(config: DataConfig) -> Source:
     """
     if config.source == "folder":
         # The field that is asked for by default is that of TFDS sets.
-        return FolderSource(config.root, "" if config.text_field == DataConfig.text_field else config.text_field)
+        field = "" if config.text_field == DataConfig.text_field else config.text_field
+        return FolderSource(config.root, field, captions)
     if config.source == "latents":
         return LatentSource(config.root)
     if config.source == "prepared":
         return PreparedSource(config.root)
-    return TFDSSource(config)
+    return TFDSSource(config, captions)
 
 
 def summary(source: Source) -> str:
@@ -47,7 +52,7 @@ def summary(source: Source) -> str:
 class TFDSSource:
     """A split of a prepared TFDS data set (ArrayRecord files; no TensorFlow needed)."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, captions: bool = True) -> None:
         import tensorflow_datasets as tfds  # takes half a second, which the other sources need not pay
 
         name = config.source
@@ -76,14 +81,16 @@ class TFDSSource:
         features: dict[str, Any] = dict(builder.info.features.items())
         self._is_emoji = name.startswith("emoji/")
         self._image, self._text = ("image", "label") if self._is_emoji else (config.image_field, config.text_field)
-        for option, field, kinds in (
-            ("image_field", self._image, (tfds.features.Image,)),
-            ("text_field", self._text, (tfds.features.Text, tfds.features.ClassLabel, tfds.features.Sequence)),
-        ):
+        self._captions = captions
+        wanted: list[tuple[str, str, tuple[Any, ...]]] = [("image_field", self._image, (tfds.features.Image,))]
+        if captions:
+            kinds = tfds.features.Text, tfds.features.ClassLabel, tfds.features.Sequence
+            wanted.append(("text_field", self._text, kinds))
+        for option, field, kinds in wanted:
             if not _is(features.get(field), kinds):
                 able = [key for key, feature in features.items() if _is(feature, kinds)]
                 raise ValueError(f"{name} has no field {field!r} fit for DataConfig.{option}{nearest(field, able)}")
-        feature = features[self._text]
+        feature = features.get(self._text)
         self._class_names = feature.names if isinstance(feature, tfds.features.ClassLabel) else None
         try:
             self._rows: Any = builder.as_data_source(config.split, decoders={self._image: tfds.decode.SkipDecoding()})
@@ -102,6 +109,8 @@ class TFDSSource:
             row = self._rows[index]
         except Exception as error:  # a damaged file; ArrayRecord raises several kinds
             raise BadRecord("its file is damaged", f"{type(error).__name__}: {error}") from error
+        if not self._captions:
+            return Record(Caption(""), row[self._image])
         text = row[self._text]
         if self._class_names:
             if not 0 <= text < len(self._class_names):  # -1 stands for "not known" in splits without labels
@@ -144,7 +153,7 @@ class FolderSource:
     times. Without metadata, all images are found, those in linked folders, too.
     """
 
-    def __init__(self, root: str | Path, text_field: str = "") -> None:
+    def __init__(self, root: str | Path, text_field: str = "", captions: bool = True) -> None:
         self._root = Path(root)
         if not self._root.is_dir():
             raise ValueError(f"{root} is not a folder: DataConfig.root must name one that holds images.")
@@ -155,7 +164,7 @@ class FolderSource:
         if malformed := next((item for item in listing.items if item.malformed), None):
             raise ValueError(f"{self._root / malformed.name} {malformed.malformed}.")
         self._listing = listing
-        self._captions = [self._caption(item) for item in listing.items]
+        self._captions = [self._caption(item) if captions else Caption("") for item in listing.items]
         if not any(isinstance(caption, Caption) for caption in self._captions):
             raise ValueError(f"{root} holds {len(self)} images and no captions that can be used ({self._wrong()}): "
                              'name them in metadata.jsonl, as {"file_name": ..., "text": ...} on each line, or put '

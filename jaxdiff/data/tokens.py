@@ -170,6 +170,11 @@ class Tokenizer:
         return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
 
     @property
+    def identity(self) -> str:
+        """A text that differs where the tokens of any text would."""
+        return json.dumps([self._backend.to_str(), self.max_length, self.pad_id])
+
+    @property
     def comma_id(self) -> int | None:
         """The token of a comma that stands alone, if there is one."""
         return self._backend.token_to_id(",</w>")

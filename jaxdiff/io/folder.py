@@ -144,15 +144,15 @@ def read_network(path: Path | str, name: str, variant: str | None = None) -> tup
     The shapes are not checked here: `jaxdiff.io.weights.check_params` compares them with what the network wants.
 
     Args:
-        path: the folder that holds `model_index.json`.
-        name: the network's folder.
+        path: as in `find_part`.
+        name: the network.
         variant: "fp16" and the like, for folders with several sets of weights.
 
     Raises:
         ValueError: in one sentence, naming the file and, for a setting that is not supported, the field and its value.
     """
     config = read_config(path, name)
-    folder = _subfolder(Path(path), name)
+    folder = find_part(path, name)
     tensors = open_weights(folder, NETWORKS[name].stem, variant)
     try:
         return config, from_torch(tensors.items())
@@ -167,7 +167,7 @@ def read_config(path: Path | str, name: str) -> Any:
         ValueError: as `read_network`.
     """
     network = NETWORKS[name]
-    file = _subfolder(Path(path), name) / "config.json"
+    file = find_part(path, name) / "config.json"
     return read_values(file, one_spelling(load_json(file)), network.config, network.only, network.ignored)
 
 
@@ -206,7 +206,7 @@ def write_folder(
             scheduler.steps_offset,
             scheduler.clip_sample,
         )
-    with replaced(Path(path), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}) as new:
+    with replaced(*_target(Path(path))) as new:
         for name, (config, params) in networks.items():
             (new / name).mkdir()
             _write_network(new / name, NETWORKS[name], config, params, dtype)
@@ -245,14 +245,41 @@ def write_network(
         ValueError: as `write_folder`.
     """
     network = NETWORKS[name]
-    with replaced(Path(path) / name, "config.json", {f"{network.stem}.safetensors"}) as new:
+    with replaced(*_target(Path(path), name)) as new:
         _write_network(new, network, config, params, dtype)
 
 
-def _subfolder(path: Path, name: str) -> Path:
-    if not (path / name).is_dir():
-        raise ValueError(f"{path} has no folder {name!r}; it is not a diffusers model folder, or only half of one.")
-    return path / name
+# A file that a part's folder holds, whatever the folder is called.
+_OWN_FILES = {name: ("config.json",) for name in NETWORKS}
+_OWN_FILES |= {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "vocab.json")}
+
+
+def find_part(path: Path | str, name: str) -> Path:
+    """The folder of one part: "unet", "vae", "text_encoder", "scheduler" or "tokenizer".
+
+    Args:
+        path: a model's folder, a run directory that has exported a model, or the part's own folder.
+        name: the part.
+
+    Raises:
+        ValueError: where it is none of these, or the folder of another part.
+    """
+    path = Path(path)
+    for folder in (path / name, path / "export" / name):
+        if folder.is_dir():
+            return folder
+    if not any((path / file).is_file() for file in _OWN_FILES[name]):
+        raise ValueError(f"{path} has no folder {name!r}; it is not a diffusers model folder, or only half of one, nor "
+                         "the folder of such a part.")  # fmt: skip
+    if name in NETWORKS:
+        values = load_json(path / "config.json")
+        if "task" in values:
+            raise ValueError(f"{path} is a run that has exported no {name}; train on to its first evaluation.")
+        if (cls := values.get("_class_name", NETWORKS[name].cls)) != NETWORKS[name].cls:
+            raise ValueError(
+                f"{path} is the folder of {cls!r}, and a {name} is a {NETWORKS[name].cls}; name its folder."
+            )
+    return path
 
 
 def tokenizer_folder(path: Path | str) -> Path:
@@ -261,7 +288,7 @@ def tokenizer_folder(path: Path | str) -> Path:
     Raises:
         ValueError: where it is not there, or lacks a file.
     """
-    return _check_tokenizer(_subfolder(Path(path), "tokenizer"))
+    return _check_tokenizer(find_part(path, "tokenizer"))
 
 
 def _check_tokenizer(folder: Path) -> Path:
@@ -301,6 +328,31 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def check_target(path: Path | str, name: str | None = None) -> None:
+    """Refuses, before the work, what `write_folder` or, of one network, `write_network` would refuse after it.
+
+    Raises:
+        ValueError: where there is a file, or a folder with what is not ours to replace.
+    """
+    _check_replaceable(*_target(Path(path), name))
+
+
+def _target(path: Path, name: str | None = None) -> tuple[Path, str, set[str]]:
+    """Where a model, or one network of it, is written, and what may be there; the arguments of `replaced`."""
+    if name is None:
+        return path.absolute(), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}
+    return path.absolute() / name, "config.json", {f"{NETWORKS[name].stem}.safetensors"}
+
+
+def _check_replaceable(path: Path, marked: str, others: set[str]) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; choose a folder that is new or empty.")
+    if path.exists() and (there := {p.name for p in path.iterdir()}):
+        ours = marked in there and MARK.items() <= load_json(path / marked).items()
+        if not ours or there - others - {marked}:
+            raise ValueError(f"{path} holds files that are not ours to replace; choose a folder that is new or empty.")
+
+
 @contextmanager
 def replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
     """A fresh folder to fill, which takes the place of `path` at the end, or vanishes when the filling fails.
@@ -314,12 +366,7 @@ def replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
         ValueError: where the folder holds anything else, or cannot be written.
     """
     path = path.absolute()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; choose a folder that is new or empty.")
-    if path.exists() and (there := {p.name for p in path.iterdir()}):
-        ours = marked in there and MARK.items() <= load_json(path / marked).items()
-        if not ours or there - others - {marked}:
-            raise ValueError(f"{path} holds files that are not ours to replace; choose a folder that is new or empty.")
+    _check_replaceable(path, marked, others)
     new, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))
     try:
         for left in path.parent.glob(".*") if path.exists() else ():  # by writers that were killed

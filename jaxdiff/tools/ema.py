@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from jaxdiff.config import TrainConfig, VAETask, from_dict, load_json
 from jaxdiff.io.checkpoint import read_part
-from jaxdiff.io.folder import read_network, write_network
+from jaxdiff.io.folder import check_target, read_network, write_network
 from jaxdiff.model import read_model
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.training.ema import Snapshot, combine, posthoc
@@ -41,10 +41,17 @@ def main(args: Args) -> None:
     config = from_dict(TrainConfig, load_json(args.run / "config.json"), str(args.run / "config.json"))
     if config.ema.profile != "power":
         raise ValueError(f"{args.run} tracked no power profiles; train with --ema.profile power.")
+    export = args.run / "export"
+    if args.out.resolve() == export.resolve() or export.resolve() in args.out.resolve().parents:
+        raise ValueError(f"--out {args.out} is what the run exports, and replaces at its next evaluation: name another "
+                         "folder.")  # fmt: skip
+    check_target(args.out, "vae" if isinstance(config.task, VAETask) else None)
     folder = args.run / "checkpoints"
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
     if not steps:
         raise ValueError(f"{folder} holds no checkpoints.")
+    if not 0 <= args.step <= steps[-1]:
+        raise ValueError(f"--step {args.step}: it must be from 1 to {steps[-1]}, the last that is stored, or 0 for it.")
     widths = config.ema.widths
     snapshots = [Snapshot(step, width) for step in steps for width in widths]
     shares = posthoc(snapshots, args.width, args.step or steps[-1])
@@ -55,7 +62,6 @@ def main(args: Args) -> None:
             yield from (stored[f"{width:.3f}"] for width in widths)
 
     made = combine(averages(), shares)
-    export = args.run / "export"
     if isinstance(config.task, VAETask):
         vae, params = read_network(export, "vae")
         write_network(args.out, "vae", vae, merge(params, made))

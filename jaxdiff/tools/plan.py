@@ -8,6 +8,7 @@ one call of the UNet in place of a step, as sampling makes it: parameters whole 
 import argparse
 import fcntl
 import json
+import math
 import os
 import re
 import resource
@@ -27,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdiff import build
-from jaxdiff.config import DiffusionTask, TrainConfig, VAEConfig, VAETask
+from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask
 from jaxdiff.io.folder import read_config as read_network_config
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.runtime.mesh import batch_sharding, make_mesh, tree_shardings
@@ -36,7 +37,6 @@ from jaxdiff.tools import hlo
 from jaxdiff.tools.chips import TPUS, Chip
 from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.options import read_config, resolve
-from jaxdiff.training.parts import model_folder
 from jaxdiff.training.state import Task, create_state, freeze, make_step
 from jaxdiff.training.tasks.diffusion import diffusion_inputs, diffusion_task
 from jaxdiff.training.tasks.vae import vae_inputs, vae_task
@@ -112,8 +112,7 @@ def abstract_task(config: TrainConfig) -> tuple[Task, dict[str, jax.ShapeDtypeSt
 
 
 def _vae_config(task: DiffusionTask) -> VAEConfig:
-    folder = model_folder(task.vae)
-    return read_network_config(folder, "vae") if task.vae and folder.is_dir() else VAEConfig()
+    return read_network_config(task.vae, "vae") if task.vae and Path(task.vae).is_dir() else VAEConfig()
 
 
 def placed(tree: Any, shardings: Any) -> Any:
@@ -184,6 +183,8 @@ def plan(
 ) -> Plan:
     """Compiles the step of `config` for `mesh`; its global batch is `config.data.batch_size`.
 
+    Of several shapes of images the largest is planned, which needs the most memory.
+
     Args:
         config: the run.
         mesh: of devices that may be described only.
@@ -195,10 +196,11 @@ def plan(
     Raises:
         ValueError: where the batch does not divide among the devices.
     """
-    spread = mesh.shape["data"] * mesh.shape["fsdp"] * (1 if forward else config.optim.accumulate)
+    spread = parts_of_batch(config, mesh, forward)
     if config.data.batch_size % spread:
         raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} parts that "
                          "the mesh's data and fsdp axes and OptimConfig.accumulate split it into.")  # fmt: skip
+    config = replace(config, data=of_largest_shape(config.data))
     program, arguments, parts = (forward_program if forward else step_program)(config, mesh)
 
     began = time.perf_counter()
@@ -261,6 +263,19 @@ def plan(
     )
 
 
+def parts_of_batch(config: TrainConfig, mesh: Mesh, forward: bool = False) -> int:
+    """How many equal parts a global batch is split into, over devices and micro-batches."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] * (1 if forward else config.optim.accumulate)
+
+
+def of_largest_shape(data: DataConfig) -> DataConfig:
+    """The same with that one of its shapes which has the most pixels."""
+    if not data.aspects:
+        return data
+    areas = [height * width for height, width in data.shapes]
+    return replace(data, aspects=(data.aspects[areas.index(max(areas))],))
+
+
 def run(compiled: Any, shapes: tuple[Any, ...], times: int, forward: bool = False) -> list[float]:
     """The seconds of so many calls; one that is not counted goes before. A step takes the state that the last made."""
     jax.clear_caches()
@@ -283,7 +298,7 @@ def run(compiled: Any, shapes: tuple[Any, ...], times: int, forward: bool = Fals
 
 
 def largest(fits: Callable[[int], bool], first: int) -> int:
-    """The largest batch that fits, to within a quarter of it; 0 if 1 does not. Few trials: each is a compilation."""
+    """The largest number that fits, to within a quarter of it; 0 if 1 does not. Few trials: each is a compilation."""
     low, high = 0, None
     n = first
     while high is None or high - low > max(1, low // 4):
@@ -386,8 +401,10 @@ def main(argv: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.batch is not None and options.batch < 1:
+        raise ValueError(f"--batch {options.batch}: it must be above 0.")
     config = read_config(options.config, overrides)
-    if not config.model or model_folder(config.model).is_dir():
+    if not config.model or Path(config.model).is_dir():
         config = resolve(config)
     else:
         print(f"{config.model} is not here: sizes are those of {options.config}.", file=sys.stderr)
@@ -435,10 +452,12 @@ def _plan_on(options: argparse.Namespace, config: TrainConfig, devices: Sequence
                 print(f"{batch} images a chip: {found[batch].total / 2**30:.2f} GiB, {fits}", file=sys.stderr)
         return found[batch]
 
-    batch = options.batch or max(1, config.data.batch_size // mesh.size)
+    parts = parts_of_batch(config, mesh, options.forward)
+    unit = parts // math.gcd(parts, mesh.size)  # images a chip that a batch can be a multiple of
+    batch = config.data.batch_size // mesh.size if options.batch is None else options.batch
     if options.fit:
-        batch = largest(lambda n: planned(n).fits, batch) or 1
-    if options.batch or options.fit:
+        batch = unit * (largest(lambda n: planned(n * unit).fits, max(1, batch // unit)) or 1)
+    if options.batch is not None or options.fit:
         result = planned(batch)
     else:
         result = plan(config, mesh, chip, options.dump, options.run, options.forward)

@@ -14,11 +14,28 @@ from jaxdiff.data.latents import cache_latents, identity
 from jaxdiff.data.record import Source
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.io.storage import is_remote, place_of
-from jaxdiff.runtime.distributed import wait_for_all
+from jaxdiff.runtime.distributed import gather, wait_for_all
 from jaxdiff.training.options import FREE
 from jaxdiff.training.parts import digest, encoder, text_encoder
 from jaxdiff.training.tasks.vae import ENCODER
 from jaxdiff.types import Params
+
+FORMAT = 2
+"""Of the cache: another one where the same settings would make other content."""
+SAMPLED = 4096
+"""Records, at most, by which a run that caches nothing notices that its data changed."""
+
+
+def records_of(source: Source, every: bool) -> str:
+    """How many records a source has, and letters by which others differ; all processes share the reading.
+
+    Args:
+        source: the records.
+        every: whether all of them count, or `SAMPLED` of them.
+    """
+    share = identity(source, None if every else SAMPLED, jax.process_index(), jax.process_count())
+    total = sum(map(int, gather(str(share)))) % 2**256
+    return f"{len(source)} records ({total.to_bytes(32).hex()[:12]})"
 
 
 def encode_once(
@@ -27,6 +44,7 @@ def encode_once(
     weights: Params,
     tokenizer: Tokenizer,
     source: Source,
+    records: str,
     workdir: epath.Path,
 ) -> tuple[DataConfig, Params]:
     """Fills the run's cache of latents, as far as it is not there yet; all processes share the work.
@@ -40,6 +58,7 @@ def encode_once(
         weights: those of "vae" and, where captions are encoded, too, of "text_encoder".
         tokenizer: of the captions.
         source: the records with the images.
+        records: what `records_of` gives.
         workdir: the run directory, which holds the cache unless `config.cache` names another place.
 
     Returns:
@@ -51,13 +70,15 @@ def encode_once(
     assert isinstance(config.task, DiffusionTask)
     task, data, dtype = config.task, config.data, jnp.dtype(config.dtype)
     made = {name: value for name, value in to_dict(data).items() if not FREE.fullmatch(f"data.{name}")}
-    made |= {"variants": task.latent_variants, "seed": config.seed, "records": identity(source)}
+    made |= {"format": FORMAT, "variants": task.latent_variants, "seed": config.seed, "dtype": config.dtype}
+    made |= {"records": records, "vae": to_dict(replace(vae, scaling_factor=1.0))}  # moments are not scaled
     makers = {name: weights["vae"][name] for name in ENCODER}
     text_fn: Callable[[list[str]], np.ndarray] | None = None
     empty, cut = {}, set[str]()
     if task.text_variants:
         makers["text_encoder"] = weights["text_encoder"]
         made |= {"text_variants": task.text_variants, "text_encoder": to_dict(task.text_encoder)}
+        made |= {"tokenizer": tokenizer.identity}
         encode_texts = text_encoder(task.text_encoder, weights["text_encoder"], tokenizer, dtype)
         empty = {"empty_context": encode_texts([""])[0]}
 

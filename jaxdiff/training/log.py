@@ -60,6 +60,7 @@ class Log:
 
     def _restart(self) -> None:
         self._window: list[Metrics] = []
+        self._uncounted: Metrics | None = None
         self._waited = 0.0
         self._paused = 0.0
         self._since = time.perf_counter()
@@ -75,16 +76,17 @@ class Log:
 
     def step(self, metrics: Metrics, waited: float) -> None:
         """Takes the metrics of a step and the seconds that its batch kept the loop waiting."""
-        if self._window:
-            self._count(
-                self._window[-1]
-            )  # which waits for it: at most two steps in flight, honest times, little memory
+        self.settle()  # which waits for the step before: at most two in flight, honest times, little memory
         self._window.append(metrics)
+        self._uncounted = metrics
         self._waited += waited
         self._bar.update()
 
-    def _count(self, metrics: Metrics) -> None:
-        skipped = int(jax.device_get(metrics["skipped"]))
+    def settle(self) -> None:
+        """Waits for the last step, and counts whether its update was skipped."""
+        if self._uncounted is None:
+            return
+        skipped, self._uncounted = int(jax.device_get(self._uncounted["skipped"])), None
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         self.skipped += skipped
 
@@ -94,8 +96,7 @@ class Log:
 
     def flush(self, step: int, **values: float) -> dict[str, Any]:
         """Writes the means over the updates made since the last flush, and `values`; returns them."""
-        if self._window:
-            self._count(self._window[-1])
+        self.settle()
         window = jax.device_get(self._window)
         seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
         made = [m for m in window if not m["skipped"]]

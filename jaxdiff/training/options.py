@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import re
 import runpy
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,24 @@ import tyro
 from etils import epath
 
 import jaxdiff.config
-from jaxdiff.config import SchedulerConfig, TrainConfig, VAETask, from_dict, load_json, nearest, to_dict
+from jaxdiff.config import (
+    DiffusionTask,
+    SchedulerConfig,
+    TrainConfig,
+    VAETask,
+    as_written,
+    from_dict,
+    load_json,
+    nearest,
+    to_dict,
+)
+from jaxdiff.io.folder import find_part
 from jaxdiff.io.folder import read_config as read_network_config
 from jaxdiff.io.scheduler import read_scheduler
 from jaxdiff.io.storage import is_remote, place_of, write_text
 from jaxdiff.runtime.distributed import leads
-from jaxdiff.training.parts import model_folder
+
+logger = logging.getLogger(__name__)
 
 FREE = re.compile(
     r"workdir|steps|log_every|eval_every|checkpoint_every|keep_checkpoints|keep_every|max_skipped|profile|tensorboard"
@@ -28,6 +41,8 @@ FREE = re.compile(
 )
 """Fields that may change when a run goes on: how long, where and how it is optimised, and what it shows; not the
 networks, the data and the draws."""
+PLACES = re.compile(r"model|task\.(init|vae|tokenizer)")
+"""Fields that name folders. Those may move: `check_contents` compares what is in them."""
 
 
 def read_config(path: str, overrides: list[str]) -> TrainConfig:
@@ -38,6 +53,7 @@ def read_config(path: str, overrides: list[str]) -> TrainConfig:
             exits with code 2.
     """
     config = _from_file(path)
+    written = _scheduler(config).written
     # Without subcommands: the file has chosen the task. Without flags: every field takes a value, booleans too.
     config, unknown = tyro.cli(
         tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[TrainConfig]],
@@ -52,7 +68,22 @@ def read_config(path: str, overrides: list[str]) -> TrainConfig:
         if not unknown[0].startswith("--"):
             raise ValueError(f"{unknown[0]!r} belongs to no field: overrides look like --optim.lr 3e-4.")
         raise ValueError(f"TrainConfig has no field {name!r}{nearest(name, list(flat(config)))}")
+    prefix = "task.scheduler."
+    as_written(
+        _scheduler(config),
+        written | {name.removeprefix(prefix) for name in _names(overrides) if name.startswith(prefix)},
+    )
     return config
+
+
+def _scheduler(config: TrainConfig) -> SchedulerConfig:
+    """The noise schedule that the config says; an autoencoder has none."""
+    return config.task.scheduler if isinstance(config.task, DiffusionTask) else SchedulerConfig()
+
+
+def _names(overrides: Sequence[str]) -> list[str]:
+    """The fields that a command line names."""
+    return [arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in overrides if arg.startswith("--")]
 
 
 def _from_file(path: str) -> TrainConfig:
@@ -94,39 +125,59 @@ def flat(config: Any) -> dict[str, Any]:
 def resolve(config: TrainConfig, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config with what `model` gives: all sizes, and folders where the task names none of its own.
 
-    The noise schedule goes with the UNet's weights, but for fields that are among the `overrides` of the command line;
-    for a UNet from scratch the task's own counts, unless that is the default.
+    The noise schedule goes with the UNet's weights, but for the fields that the config file or the command line gives;
+    for a UNet from scratch the task's own counts, unless it gives none. Where what the config says differs from the
+    model, a warning says which of them counts.
 
     Raises:
         ValueError: where the folder is not one, or lacks a part that is needed; where a size is overridden, too.
     """
     if not config.model:
         return config
-    folder, task = model_folder(config.model), config.task
+    folder, task = Path(config.model), config.task
     if not folder.is_dir():
         raise ValueError(f"{config.model} is not a folder; --model names a diffusers folder, or a run that has one.")
-    given = [arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in overrides if arg.startswith("--")]
-    for name in given:
+    for name in _names(overrides):
         if re.match(r"task\.(unet|text_encoder|vae)\.", name):
             raise ValueError(f"--{name} cannot be given beside --model, which says how large the networks are.")
     if isinstance(task, VAETask):
-        vae = read_network_config(folder, "vae")
-        return replace(config, task=replace(task, vae=vae, init=task.init or str(folder)))
-    scheduler = task.scheduler
-    if "unet" not in task.scratch or scheduler == SchedulerConfig():
-        named = [name.removeprefix("task.scheduler.") for name in given if name.startswith("task.scheduler.")]
-        scheduler = replace(read_scheduler(folder), **{name: getattr(scheduler, name) for name in named})
-    task = replace(
-        task,
-        unet=read_network_config(folder, "unet"),
-        text_encoder=read_network_config(folder, "text_encoder"),
-        scheduler=scheduler,
-        vae=task.vae or str(folder),
-        tokenizer=task.tokenizer or str(folder / "tokenizer"),
-        init=task.init or str(folder),
-    )
-    task.check_sizes()
-    return replace(config, task=task)
+        sizes = {"vae": read_network_config(folder, "vae")}
+        resolved = replace(task, **sizes, init=task.init or config.model)
+    else:
+        sizes = {name: read_network_config(folder, name) for name in ("unet", "text_encoder")}
+        resolved = replace(
+            task,
+            **sizes,
+            scheduler=_schedule_beside(folder, task),
+            vae=task.vae or config.model,
+            tokenizer=task.tokenizer or str(find_part(folder, "tokenizer")),
+            init=task.init or config.model,
+        )
+        resolved.check_sizes()
+    for name, theirs in sizes.items():
+        if (ours := getattr(task, name)) not in (type(theirs)(), theirs):
+            logger.warning("Sizes are those of %s, not of the config: %s", folder, _differences(theirs, ours))
+    return replace(config, task=resolved)
+
+
+def _schedule_beside(folder: Path, task: DiffusionTask) -> SchedulerConfig:
+    """The noise schedule of a task that starts from the model in `folder`."""
+    own = task.scheduler
+    if "unet" in task.scratch and own.written:
+        return own
+    model = read_scheduler(find_part(folder, "scheduler").parent)
+    scheduler = replace(model, **{name: getattr(own, name) for name in own.written})
+    if scheduler != model:
+        logger.warning("The noise schedule is that of %s but for what the config says: %s",
+                       folder, _differences(model, scheduler))  # fmt: skip
+    return scheduler
+
+
+def _differences(theirs: Any, ours: Any) -> str:
+    """The fields in which two configs differ, in words."""
+    names = [f.name for f in fields(ours) if getattr(theirs, f.name) != getattr(ours, f.name)]
+    words = (f"{name} is {getattr(theirs, name)!r} there and {getattr(ours, name)!r} here" for name in names)
+    return f"{type(ours).__name__}.{', '.join(words)}."
 
 
 @contextmanager
@@ -161,26 +212,68 @@ def claim_workdir(config: TrainConfig) -> Iterator[epath.Path]:
 
 def _check_same_run(config: TrainConfig, workdir: epath.Path) -> None:
     """Refuses what would make another run of the checkpoints that are there; prints what may change and does."""
-    file, checkpoints = workdir / "config.json", workdir / "checkpoints"
-    if not (file.exists() and checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())):
+    if not has_run(workdir):
         return
+    file = workdir / "config.json"
     before, now = flat(from_dict(TrainConfig, load_json(file), str(file))), flat(config)
     changed = {
         name: f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         for name in sorted(before | now)
         if before.get(name) != now.get(name) and name != "workdir" and not name.startswith("distributed.")
     }
-    refused = [text for name, text in changed.items() if not FREE.fullmatch(name)]
-    if refused:
+    kept = {"optim.b1"} if config.optim.name == "schedule_free" else set()  # its parameters are a mean by b1
+    may_move = (workdir / CONTENTS).exists()
+
+    def refused(name: str) -> bool:
+        return name in kept or not (FREE.fullmatch(name) or (may_move and PLACES.fullmatch(name)))
+
+    if refusals := [text for name, text in changed.items() if refused(name)]:
         raise ValueError(
-            f"{workdir} holds a run of another config: {', '.join(refused)}. "
+            f"{workdir} holds a run of another config: {', '.join(refusals)}. "
             "Take that back, or choose another --workdir."
         )
     if changed and leads():
         print(f"{workdir}: {', '.join(changed.values())}.")
 
 
-def write_config(config: TrainConfig, workdir: epath.Path) -> None:
-    """Writes `config.json`, whole or not at all; process 0 does."""
+def has_run(workdir: epath.Path) -> bool:
+    """Whether a run that can go on is there."""
+    checkpoints = workdir / "checkpoints"
+    saved = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+    return saved and (workdir / "config.json").exists()
+
+
+# What folders hold, by the fields that name them -> digests.
+Contents = dict[str, str]
+CONTENTS = "contents.json"
+DATA = "data.root"
+
+
+def check_contents(contents: Contents, workdir: epath.Path) -> None:
+    """Compares what a run is made of with what it was made of when it was started; places do not matter.
+
+    Data may change, which is printed; what else is other than it was would make another run of the checkpoints.
+
+    Raises:
+        ValueError: where a folder of weights or a tokenizer holds another one than before.
+    """
+    file = workdir / CONTENTS
+    if not (has_run(workdir) and file.exists()):
+        return
+    before = load_json(file)
+    changed = [name for name in sorted(before | contents) if before.get(name) != contents.get(name)]
+    if refusals := [name for name in changed if name != DATA]:
+        raise ValueError(
+            f"{workdir} holds a run that began with other contents of {', '.join(refusals)}. Name the folder that it "
+            "began with, wherever that is now, or choose another --workdir."
+        )
+    if changed and leads():
+        print(f"{workdir}: the data changed since this run stopped: {before[DATA]} then, {contents[DATA]} now.")
+
+
+def write_config(config: TrainConfig, workdir: epath.Path, contents: Contents | None = None) -> None:
+    """Writes `config.json`, and `contents.json` where they are given, each whole or not at all; process 0 does."""
     if leads():
         write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        if contents is not None:
+            write_text(workdir / CONTENTS, json.dumps(contents, indent=2) + "\n")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,26 +13,25 @@ from jaxdiff import build
 from jaxdiff.build import NetworkConfig
 from jaxdiff.config import CLIPTextConfig, DataConfig, DiffusionTask, VAEConfig
 from jaxdiff.data.tokens import Tokenizer
-from jaxdiff.io.folder import read_network
+from jaxdiff.io.folder import find_part, read_network
 from jaxdiff.io.weights import check_params
 from jaxdiff.runtime.compile import Compiled
+from jaxdiff.runtime.mesh import path_name
 from jaxdiff.types import Params
 
 
-def model_folder(path: str) -> Path:
-    """The diffusers folder that `path` is, or that the run directory `path` has exported."""
-    folder = Path(path)
-    return folder / "export" if (folder / "config.json").exists() else folder
-
-
 def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) -> tuple[Any, Params]:
-    """The config and float32 params, shaped as `wanted`, of a network in a diffusers folder or a run directory."""
+    """The config and float32 params, shaped as `wanted`, of a network in the folder or run directory `path`.
+
+    Raises:
+        ValueError: where `path` is empty, as `field` then names; as `find_part` and `read_network` do.
+    """
     if not path:
         raise ValueError(f"{field} is empty: name a diffusers folder or a run directory that holds a trained {name}.")
-    folder = model_folder(path)
+    folder = find_part(path, name)
     config, params = read_network(folder, name)
     make = {"unet": build.unet, "vae": build.vae, "text_encoder": build.text_encoder}[name]
-    params = check_params(params, build.param_shapes(make(wanted or config), wanted or config), folder / name)
+    params = check_params(params, build.param_shapes(make(wanted or config), wanted or config), folder)
     return config, jax.tree.map(lambda p: np.asarray(p, np.float32), params)
 
 
@@ -68,9 +66,11 @@ def read_tokenizer(task: DiffusionTask) -> Tokenizer:
     """The tokenizer, for captions as long as the text encoder reads.
 
     Raises:
-        ValueError: where it has more tokens than the text encoder knows.
+        ValueError: where there is none, or it has more tokens than the text encoder knows.
     """
-    tokenizer = Tokenizer.load(task.tokenizer, task.text_encoder.max_position_embeddings)
+    if not task.tokenizer:
+        raise ValueError("DiffusionTask.tokenizer is empty: name a folder with tokenizer.json, or a model's folder.")
+    tokenizer = Tokenizer.load(find_part(task.tokenizer, "tokenizer"), task.text_encoder.max_position_embeddings)
     if len(tokenizer) > task.text_encoder.vocab_size:
         raise ValueError(
             f"The tokenizer in {task.tokenizer} has {len(tokenizer)} tokens, more than CLIPTextConfig.vocab_size "
@@ -95,7 +95,10 @@ def text_encoder(
     return lambda texts: np.asarray(encode(params, tokenize(texts)))
 
 
-def digest(params: Params, settings: dict[str, Any]) -> str:
+def digest(params: Params, settings: Any = None) -> str:
     """Twelve letters that tell parameters and settings apart."""
-    parts = [leaf.tobytes() for leaf in jax.tree.leaves(params)] + [json.dumps(settings, sort_keys=True).encode()]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.update(f"{path_name(path)} {leaf.dtype} {leaf.shape}".encode())
+        found.update(np.ascontiguousarray(leaf).data)
+    return found.hexdigest()[:12]

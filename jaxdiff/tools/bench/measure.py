@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxdiff
 from jaxdiff.runtime.programs import give_back_memory
 from jaxdiff.tools.chips import CHIPS, chip_name
 
@@ -122,7 +123,8 @@ def machine() -> dict[str, Any]:
         "cores": cores() if on_cpu else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: version(name) for name in ("jaxdiff", "jax", "jaxlib", "flax")},
+        "jaxdiff": jaxdiff.__version__,  # which a checkout has that is not installed
+        **{name: version(name) for name in ("jax", "jaxlib", "flax")},
         "compilation_cache": jax.config.values["jax_compilation_cache_dir"],
     }
 

@@ -13,13 +13,12 @@ from jax.typing import DTypeLike
 
 from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
-from jaxdiff.io.folder import read_config, read_network
+from jaxdiff.io.folder import find_part, read_config, read_network
 from jaxdiff.io.scheduler import read_scheduler
 from jaxdiff.io.weights import check_params
 from jaxdiff.model import EMBEDDED, cast, place_params, prepare_kernels
 from jaxdiff.runtime.mesh import tree_shardings
 from jaxdiff.training.feed import place
-from jaxdiff.training.parts import model_folder
 from jaxdiff.types import Params
 
 
@@ -37,7 +36,7 @@ class ModelSizes:
     @property
     def tokenizer(self) -> Path:
         """The folder's own, or the embedded model's, whose tokens every larger vocabulary has."""
-        return (self.folder or EMBEDDED) / "tokenizer"
+        return find_part(self.folder or EMBEDDED, "tokenizer")
 
     @property
     def size(self) -> int:
@@ -94,11 +93,11 @@ def find_model(name: str) -> ModelSizes:
     """
     if name in SIZES:
         return SIZES[name]
-    folder = EMBEDDED if name == "emoji" else model_folder(name)
+    folder = EMBEDDED if name == "emoji" else Path(name)
     if not folder.is_dir():
         raise ValueError(f"--model {name!r} is neither a folder nor one of emoji, {', '.join(SIZES)}.")
     configs = {part: read_config(folder, part) for part in ("unet", "vae", "text_encoder")}
-    return ModelSizes(name, **configs, scheduler=read_scheduler(folder), folder=folder)
+    return ModelSizes(name, **configs, scheduler=read_scheduler(find_part(folder, "scheduler").parent), folder=folder)
 
 
 def weights(model: ModelSizes, *parts: str) -> dict[str, Params]:
@@ -109,10 +108,9 @@ def weights(model: ModelSizes, *parts: str) -> dict[str, Params]:
 def _weights(model: ModelSizes, part: str) -> Params:
     config = getattr(model, part)
     shapes = build.param_shapes(getattr(build, part)(config), config)
-    if model.folder is not None and any((model.folder / part).glob("*.safetensors*")):
-        params = read_network(model.folder, part)[1]
-        check_params(params, shapes, model.folder / part)
-        return params
+    if model.folder is not None and any((folder := find_part(model.folder, part)).glob("*.safetensors*")):
+        params = read_network(folder, part)[1]
+        return check_params(params, shapes, folder)
     return random_params(shapes)
 
 
