@@ -175,8 +175,7 @@ def test_a_bad_record_alone_in_its_bucket_gives_its_steps_to_others(tmp_path):
 def test_a_grid_shows_captions_of_records_that_can_be_used(tmp_path):
     config = bucketed(tmp_path, set())
     for i in (0, 1, 9):
-        (tmp_path / f"{i}.png").unlink()
-        (tmp_path / f"{i}.png").mkdir()
+        (tmp_path / f"{i}.txt").write_text("")
     found = sample_captions(open_source(config), 4)
     assert found == [f"(image {i}:1.5)" for i in (2, 3, 6, 2)]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "none.png", "text": "x"}')
