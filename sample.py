@@ -174,7 +174,8 @@ def read_lines(args: Args) -> Iterator[Line]:
         raise ValueError("--frames and --trajectory both make a GIF; give only one of them.")
     for name, path in {"--image": flags.image, "--mask": flags.mask}.items():
         if path is not None and not Path(path).is_file():
-            raise ValueError(f"{name} is {path!r}, and there is no such file.")
+            found = "that is a folder" if Path(path).is_dir() else "there is no such file"
+            raise ValueError(f"{name} is {path!r}, and {found}.")
     if args.from_file is None:
         if not args.prompts:
             raise ValueError('No prompt was given; try: python sample.py "a red apple".')

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxdiff import build
 from jaxdiff.build import NetworkConfig
 from jaxdiff.config import SchedulerConfig, load_json
-from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import DEFAULTS, read_index, read_network, tokenizer_folder, write_folder
@@ -128,10 +128,11 @@ def read_model(path: str | Path | None = None, variant: str | None = None) -> Mo
         name = family.FOLDERS[role]
         networks[role] = Network(config, check_params(params, _expected(name, config), folder / name))
     text: Any = networks["text_encoder"].config
+    tokenizer = tokenizer_folder(folder)
     return Model(
         networks=networks,
         scheduler=read_scheduler(folder),
-        tokenizer=Tokenizer.load(tokenizer_folder(folder), text.max_position_embeddings),
+        tokenizer=Tokenizer.load(tokenizer, declared_length(tokenizer, text.max_position_embeddings)),
         family=family,
         defaults=read_sampler(folder) | index.get(DEFAULTS, {}),
         name=path.resolve().name,

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from jaxdiff.config import DataConfig
 from jaxdiff.data.sources import open_source
-from jaxdiff.data.tokens import BOS, EOS, Tokenizer
+from jaxdiff.data.tokens import BOS, EOS, Tokenizer, declared_length
 from jaxdiff.tools.tokenizer import texts
 
 TRICKY = [
@@ -67,6 +67,7 @@ LAYOUTS = {
     "additional in the map": lambda i: {"special_tokens_map.json": {"additional_special_tokens": ["<cat-toy>"]}},
     "SD2's padding": lambda i: {"tokenizer_config.json": {"pad_token": "!"}},
     "SD2's padding in the map": lambda i: {"special_tokens_map.json": {"pad_token": "!"}},
+    "a mask token": lambda i: {"tokenizer_config.json": {"mask_token": "<cat-toy>"}},
     "normalized marks": marks("special_tokens_map.json", normalized=True),
     "typed marks": marks("tokenizer_config.json", normalized=True, __type="AddedToken"),
 }
@@ -135,6 +136,8 @@ def test_tokens_beside_the_vocabulary_are_transformers_in_every_layout(tokenizer
         ("added_tokens.json", {"<toy>": 5000}, "<toy>.* 5000.* \\d+"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"900": 5}}, "5 is not a token"),
         ("tokenizer_config.json", {"additional_special_tokens": [""]}, "is not a token"),
+        ("tokenizer_config.json", {"padding_side": "left"}, "padding_side is 'left'"),
+        ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens is True"),
         ("tokenizer.json", {"model": {"type": "Unigram", "vocab": []}}, "Unigram.*BPE"),
         ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b c"]}}, "merge"),
     ],
@@ -242,6 +245,12 @@ def test_an_id_beyond_the_others_counts_as_the_rows_it_needs(tokenizer, tmp_path
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {EOS: 99_999_999}))
     (tmp_path / "tokenizer_config.json").unlink()
     assert len(Tokenizer.load(tmp_path)) == 100_000_000
+
+
+@pytest.mark.parametrize(("own", "found"), [(8, 8), (77, 32), (10**30, 32), (None, 32)])
+def test_the_length_that_the_files_say_is_the_most(tmp_path, own, found):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": own}))
+    assert declared_length(tmp_path, 32) == found
 
 
 def test_sizes_that_cannot_be_are_refused(tokenizer, folder):

@@ -265,6 +265,7 @@ def test_a_silent_scheduler_is_read_as_diffusers_pipeline_reads_it(folder, caplo
     file = folder / "scheduler/scheduler_config.json"
     for cls in ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"):
         file.write_text(json.dumps({"_class_name": cls}))
+        edit(folder / "model_index.json", scheduler=["diffusers", cls])
         scheduler = read_scheduler(folder)
         assert (scheduler.steps_offset, scheduler.clip_sample) == (1, False)
     edit(file, steps_offset=0, clip_sample=True)
@@ -293,6 +294,7 @@ FOREIGN = {"_written_by": None}
         ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m", None, ""),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True}, "dpmpp_2m", "beta", ""),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "dpmpp_2m", None, "solver_order 3"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -1.0}, "dpmpp_2m", None, "lambda_min"),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
             "dpmpp_3m_sde",
@@ -308,7 +310,8 @@ FOREIGN = {"_written_by": None}
 def test_a_folders_scheduler_names_the_sampler_that_is_its_default(folder, caplog, values, sampler, schedule, warned):
     (folder / SCHEDULE).write_text(json.dumps(values))
     assert read_sampler(folder) == {}, "what we write is for any sampler"
-    edit(folder / "model_index.json", **FOREIGN)
+    cls = values.get("_class_name", "DDIMScheduler")
+    edit(folder / "model_index.json", **FOREIGN, scheduler=["diffusers", cls])
     with caplog.at_level(logging.WARNING):
         found = read_model(folder).defaults
     assert found == {"sampler": sampler} | ({"schedule": schedule} if schedule else {})
@@ -317,6 +320,22 @@ def test_a_folders_scheduler_names_the_sampler_that_is_its_default(folder, caplo
     pipe = Pipeline(read_model(folder))
     assert pipe.requests("a")[0].sampler is None
     assert settled(Request(), pipe.info).sampler == sampler
+
+
+def test_the_scheduler_is_of_the_class_that_the_index_names(folder):
+    edit(folder / "model_index.json", **FOREIGN, scheduler=["diffusers", "EulerDiscreteScheduler"])
+    assert read_sampler(folder) == {"sampler": "euler"}
+    (folder / SCHEDULE).write_text("{}")
+    assert read_scheduler(folder).timestep_spacing == "linspace", "which is Euler's where the file is silent"
+
+
+def test_a_text_config_that_is_silent_has_transformers_defaults(folder):
+    config = json.loads((folder / TEXT).read_text())
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "projection_dim"):
+        config.pop(name)
+    (folder / TEXT).write_text(json.dumps(config))
+    found = read_config(folder, "text_encoder")
+    assert (found.hidden_size, found.intermediate_size, found.num_attention_heads) == (512, 2048, 8)
 
 
 def test_a_last_step_that_ends_at_the_lowest_level_is_kept(folder):
@@ -359,12 +378,11 @@ def test_settings_that_diffusers_pipeline_overrides_are_told(bundle, tmp_path, c
         (VAE, "shift_factor", 0.1, "null, 0"),
         (VAE, "use_quant_conv", False, "true"),
         (TEXT, "hidden_act", "relu", "quick_gelu"),
+        (TEXT, "use_attention_mask", True, "false"),
         (TEXT, "model_type", "t5", "clip_text_model"),
         (SCHEDULE, "prediction_type", "flow", "flow_prediction"),
         (SCHEDULE, "trained_betas", [1], "1000"),
-        (SCHEDULE, "_class_name", "EDMEulerScheduler", "EulerDiscreteScheduler"),
         (SCHEDULE, "timestep_type", "continuous", "discrete"),
-        (SCHEDULE, "_class_name", ["x"], "DDIMScheduler"),
         ("model_index.json", "text_encoder_2", ["transformers", "CLIPTextModel"], "not supported"),
         ("model_index.json", "unet", ["diffusers", "FluxTransformer2DModel"], "UNet2DConditionModel"),
     ],
@@ -378,6 +396,12 @@ def test_a_setting_that_is_not_supported_is_named(folder, file, field, value, ru
     shown = value[0] if isinstance(value, list) else value
     assert str(shown) in said or json.dumps(shown) in said
     assert rule in said
+
+
+def test_a_scheduler_of_another_kind_is_refused_with_those_that_are_known(folder):
+    edit(folder / "model_index.json", scheduler=["diffusers", "EDMEulerScheduler"])
+    with pytest.raises(ValueError, match=r"EDMEulerScheduler.*EulerDiscreteScheduler"):
+        read(folder)
 
 
 def test_fields_that_are_off_or_say_nothing_are_passed_over(folder, bundle):
@@ -412,7 +436,6 @@ def test_other_spellings_and_settings_of_training_change_nothing(folder, bundle,
 def test_a_config_nested_in_that_of_a_whole_clip_model_is_read(folder, bundle):
     inner = json.loads((folder / TEXT).read_text())
     outer = {
-        "model_type": "clip",
         "text_config": inner,
         "vision_config": {"hidden_size": 99},
         "logit_scale_init_value": 2,

@@ -96,7 +96,7 @@ def test_a_mask_is_the_same_in_bits_bytes_and_numbers():
         ({"prompt": None}, ("prompt is None",)),
         ({"prompt": b"x"}, ("prompt is b'x'",)),
         ({"negative_prompt": 5}, ("negative_prompt is 5",)),
-        ({"seed": -1}, ("seed is -1", "0 to")),
+        ({"seed": -1}, ("seed is -1", "0 or more")),
         ({"seed": 2**32}, ("seed is 4294967296", "rng 'jax'", "4294967295")),
         ({"seed": 2**64, "rng": "torch"}, (f"seed is {2**64}", f"{2**64 - 1}")),
         ({"to_seed": 2**32}, ("to_seed is 4294967296", "4294967295")),
@@ -163,7 +163,9 @@ def test_a_mask_is_the_same_in_bits_bytes_and_numbers():
         ({"regions": [("a", (0, 0, 1, 1)), (5, (0, 0, 1, 1))]}, ("regions[1] is (5,",)),
         ({"regions": [("a", (0, 0, 2, 1))]}, ("regions[0].box is (0, 0, 2, 1)", "1")),
         ({"regions": [("a", {"l": [0]})]}, ("regions[0].box", "[]")),
-        ({"regions": [("a", np.full((4, 4), -1))]}, ("regions[0].box", "[4, 4]")),
+        ({"regions": [("a", np.full((4, 4), -1))]}, ("regions[0].box", "0", "1")),
+        ({"regions": [("a", np.zeros((4, 4)))]}, ("regions[0].box selects nothing",)),
+        ({"size": np.array(1)}, ("size is",)),
     ],
 )
 def test_a_field_out_of_range_or_of_another_kind_is_named_with_its_value_and_its_rule(values, parts):
@@ -213,7 +215,11 @@ def test_a_message_stays_short_whatever_was_given():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_no_prompt_is_told():
-    for values, words in (({"prompt": "a", "stepz": 3}, "'stepz'.*'steps'"), ({"seed": 3}, "prompt")):
+    for values, words in (
+        ({"prompt": "a", "stepz": 3}, "'stepz'.*'steps'"),
+        ({"prompt": "a", "guidance_scale": 3}, "here it is guidance"),
+        ({"seed": 3}, "prompt"),
+    ):
         with pytest.raises(ValueError, match=words):
             Request.of(values)
 

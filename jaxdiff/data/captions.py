@@ -117,6 +117,8 @@ def caption_text(value: Any) -> str:
     if odd := _ODD.search(text):
         raise BadRecord("its caption is not plain UTF-8 text", f"it holds U+{ord(odd[0]):04X}")
     text = " ".join(text.replace("\ufeff", "").split())
+    if text.startswith("version https://git-lfs."):
+        raise BadRecord("its caption is a Git LFS pointer: fetch the files themselves")
     if all(unicodedata.category(char)[0] in "ZC" for char in text):  # spaces, and what cannot be seen
         raise BadRecord("it has no caption")
     return text

@@ -59,6 +59,9 @@ class Tokenizer:
             load_json(folder / name) if (folder / name).is_file() else {}
             for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         )
+        for name, only in (("padding_side", "right"), ("split_special_tokens", False)):
+            if config.get(name, only) != only:
+                raise ValueError(f"{folder}: {name} is {config[name]!r} in tokenizer_config.json; supported: {only!r}.")
         named: dict[str, Any] = dict.fromkeys(NAMED, EOS) | {"bos_token": BOS} | _given(config)
         added: dict[int, AddedToken] = {}
         if "added_tokens_decoder" in config:  # it is complete: transformers reads nothing else beside it
@@ -217,9 +220,16 @@ def _read_bpe(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]], list
     return tokens, merges, added
 
 
+def declared_length(folder: Path, most: int) -> int:
+    """The length that the tokenizer's own files say, at most `most`, which stands where they say none."""
+    file = folder / "tokenizer_config.json"
+    own = load_json(file).get("model_max_length") if file.is_file() else None
+    return min(own, most) if isinstance(own, int) and not isinstance(own, bool) else most
+
+
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     """The special tokens of a file, by name; `extra` has those without one."""
-    found = {name: values[name] for name in NAMED if values.get(name)}
+    found = {name: values[name] for name in (*NAMED, "sep_token", "cls_token", "mask_token") if values.get(name)}
     extra = values.get("extra_special_tokens") or values.get("additional_special_tokens")
     return found | ({"extra": list(extra.values() if isinstance(extra, dict) else extra)} if extra else {})
 

@@ -63,7 +63,10 @@ class Drawing:
     def start(self) -> int:
         """The first step: an image stands for the result of those before."""
         strength = self.settings.strength
-        return 0 if self.image is None or strength is None else self.steps - int(self.steps * strength + 1e-4)
+        if self.image is None or strength is None:
+            return 0
+        taken = int(self.steps * strength + 1e-4)
+        return self.steps - (max(1, taken) if strength > 0 else 0)  # without a step the prompt would say nothing
 
     @property
     def layout_steps(self) -> int:

@@ -22,7 +22,7 @@ from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs,
 from jaxdiff.generation.drawing import Drawing, ModelInfo, checked_defaults, make_drawing, settled
 from jaxdiff.generation.network import Inputs
 from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_prompts
-from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, seed_number, shown
+from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, floats, seed_number, shown
 from jaxdiff.io.images import feathered
 from jaxdiff.model import Adapter, Model, cast, check_dtype, merge_adapters, place_params, prepare_kernels, read_model
 from jaxdiff.prompts.wildcards import Wildcards
@@ -278,8 +278,8 @@ class Pipeline:
         if unused := sorted(OF_THE_LOOP & fields.keys()):
             raise ValueError(f"{unused[0]} is for the loop over the denoiser, and changes no guess; leave it out.")
         drawing = make_drawing(singles(self.requests(prompts, negative_prompt, **fields)), self.info)
-        if drawing.image is not None and drawing.mask is None:
-            raise ValueError("image is for the loop over the denoiser; give a mask with it, or leave it out.")
+        if drawing.mask is None and (unused := sorted(OF_INPAINTING & fields.keys())):
+            raise ValueError(f"{unused[0]} changes a guess only where a mask keeps a part of an image; leave it out.")
         program = self.program(drawing.settings)
         inputs, _, _ = make_inputs(drawing, self.model.tokenizer, self.params, program)
         params = self.params["denoiser"]
@@ -310,6 +310,8 @@ class Pipeline:
     ) -> Latents:
         """Unit normal noise [b, h, w, c] that a call with these seeds, size and rng starts from."""
         seeds: Any = [seed] if _depth(seed) == 0 else list(seed)  # pyright: ignore[reportArgumentType]
+        if not seeds:
+            raise ValueError("seed is an empty list; give at least one.")
         requests = [Request(seed=one, size=size, rng=rng) for one in seeds]
         shape = latent_shape(image_size(requests[0], self.networks, self.size), self.networks)
         return seeded([request.seed for request in requests], shape, rng)[1]
@@ -335,6 +337,8 @@ class Pipeline:
         channels = self.networks.latent_channels
         if np.ndim(latents) != 4 or not np.size(latents) or np.shape(latents)[-1] != channels:
             raise ValueError(f"latents have the shape {list(np.shape(latents))}; it must be [b, h, w, {channels}].")
+        if not np.issubdtype(np.asarray(latents).dtype, np.floating) or not np.isfinite(np.asarray(latents)).all():
+            raise ValueError(f"latents are {np.asarray(latents).dtype}, or not finite; they must be finite floats.")
         mesh, program = self._mesh_for(len(latents)), Program(self.networks, self.model.scheduler)
         with on(mesh):
             arguments = self.params["vae"], spread(jnp.asarray(latents, jnp.float32), mesh)
@@ -345,8 +349,9 @@ class Pipeline:
 
         The map is fitted to the decoder when it is first asked for.
         """
-        weights = self._preview_weights
-        flat = np.asarray(latents, np.float32)
+        weights, flat = self._preview_weights, np.asarray(latents, np.float32)
+        if flat.ndim != 4 or flat.shape[-1] != self.networks.latent_channels:
+            raise ValueError(f"latents have the shape {list(flat.shape)}; it must be [b, h, w, {len(weights) - 1}].")
         image = flat @ weights[:-1] + weights[-1]
         return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
@@ -381,6 +386,8 @@ def singles(requests: Sequence[Request]) -> list[Request]:
 
 OF_THE_LOOP = {"n", "strength", "eta", "invert", "keep_layout", "source_prompt", "cache_interval", "apg_momentum"}
 """Fields that are for the steps, and not for a guess."""
+OF_INPAINTING = {"image", "seed", "rng", "latents", "to_seed"}
+"""Fields that a guess depends on where a part of an image is kept, by its pixels and their noise."""
 
 
 class _Guess(NamedTuple):
@@ -397,8 +404,8 @@ class _Guess(NamedTuple):
                 f"x has the shape {list(np.shape(x))}, and sigma {list(np.shape(sigma))}; they must be "
                 f"{list(self.shape)} and one number."
             )
-        if not isinstance(sigma, jax.core.Tracer) and not 0 < float(sigma) < math.inf:
-            raise ValueError(f"sigma is {float(sigma):g}; it must be a finite number above 0.")
+        if not isinstance(sigma, jax.core.Tracer) and not 0 < floats(sigma) < math.inf:
+            raise ValueError(f"sigma is {shown(sigma)}; it must be a finite number above 0.")
         x, sigma = jnp.asarray(x, jnp.float32), jnp.asarray(sigma, jnp.float32)
         return guess(params, inputs, prepared, x, sigma, guidance, program=self.program)
 
@@ -413,7 +420,10 @@ def _depth(value: Any) -> int:
 def _one_each(name: str, value: Any, b: int) -> list[Any]:
     """A field's value for each of b images: one for all, or one each."""
     single = {"image": 3, "mask": 2, "latents": 3}.get(name, 0)
-    if isinstance(value, str | Path | None) or _depth(value) == single or not isinstance(value, Iterable):
+    depth = _depth(value)
+    if isinstance(value, str | bytes | Path | None) or depth == single or not isinstance(value, Iterable):
+        return [value] * b
+    if hasattr(value, "ndim") and depth != single + 1:  # neither one nor one each: the field's check says what it is
         return [value] * b
     values = list(value)
     if len(values) != b:

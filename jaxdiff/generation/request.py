@@ -120,6 +120,7 @@ def size_of(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, str) and (len(sides) != 2 or not all(side.isdecimal() for side in sides)):
         raise ValueError(f"{name} is {shown(value)}; write it as WIDTHxHEIGHT, such as 64x64.")
     found = [int(side) for side in sides] if isinstance(value, str) else value
+    found = _array(found).tolist() if hasattr(found, "__array__") else found
     if not isinstance(found, Iterable) or isinstance(found, bytes) or len(found := list(found)) != 2:
         raise ValueError(f"{name} is {shown(value)}; it must be (width, height), in pixels.")
     width, height = (whole_number(name, side) for side in found)
@@ -165,7 +166,7 @@ def mask_of(name: str, value: Any) -> Pixels:
     if isinstance(value, str | Path):
         return _path(name, value)
     array = _array(value)
-    scale = 255 if array.dtype == np.uint8 and array.size and array.max() > 1 else 1  # 0 and 1 are bits
+    scale = 255 if array.dtype.kind in "iu" and array.size and array.max() > 1 else 1  # 0 and 1 are bits
     array = floats(array.astype(np.float32) if array.dtype == bool else array) / np.float32(scale)
     if array.ndim != 2 or not array.size or not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"{name} must be a file, or numbers [height, width] from 0 (kept) to 1 (drawn anew), or uint8 "
@@ -220,16 +221,19 @@ def _region(name: str, given: Any) -> Region:
                 "to 1."
             )
         return Region(text(name, prompt), tuple(np.asarray(where, float).tolist()))
-    if array.ndim != 2 or not array.size or not ((array >= 0) & (array <= 1)).all():
-        raise ValueError(f"{name}.box must be four shares of the sides, or numbers from 0 to 1 [height, width] of the "
-                         f"image's size; it has the shape {list(array.shape)}.")  # fmt: skip
-    return Region(text(name, prompt), array)
+    if array.ndim != 2:
+        raise ValueError(f"{name}.box must be four shares of the sides, or a mask [height, width] of the image's size; "
+                         f"it has the shape {list(array.shape)}.")  # fmt: skip
+    mask: Any = mask_of(f"{name}.box", _array(where))
+    if not mask.any():
+        raise ValueError(f"{name}.box selects nothing: all of it is 0; leave the region out.")
+    return Region(text(name, prompt), mask)
 
 
 share = partial(number, low=0.0, high=1.0)
 count = partial(whole_number, low=1)
 times = partial(whole_number, low=1, high=16)
-seed_number = partial(whole_number, low=0, high=TORCH_SEEDS - 1)
+seed_number = partial(whole_number, low=0)
 
 
 @dataclass(frozen=True)
@@ -453,6 +457,14 @@ RENAMED = {
 """Old names, which are taken for one version more."""
 
 
+ELSEWHERE = {
+    "guidance_scale": "guidance", "num_inference_steps": "steps", "generator": "seed", "height": "size=(width, height)",
+    "width": "size=(width, height)", "num_images_per_prompt": "n", "mask_image": "mask", "scheduler": "sampler",
+    "cfg_scale": "guidance", "denoising_strength": "strength", "batch_size": "n",
+}  # fmt: skip
+"""Names of diffusers and others."""
+
+
 def current_name(name: str) -> str:
     """The field's name, for one that has been renamed; with a warning."""
     if (new := RENAMED.get(name)) is None:
@@ -470,6 +482,8 @@ def by_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for given, value in values.items():
         name = current_name(given)
+        if (here := ELSEWHERE.get(name)) is not None:
+            raise ValueError(f"There is no argument {name!r}; here it is {here}.")
         if name not in _fields():
             raise ValueError(f"There is no argument {name!r}{nearest(name, list(_fields()))}")
         if name in found:

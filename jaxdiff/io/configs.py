@@ -65,7 +65,7 @@ def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
     SiLU; one width of the prompt's features may be said for each level.
     """
     out = dict(values)
-    if isinstance(nested := out.get("text_config"), dict) and out.get("model_type") == "clip":
+    if isinstance(nested := out.get("text_config"), dict) and "hidden_size" not in out:
         out = dict(nested)
     size, width = out.get("sample_size"), out.get("cross_attention_dim")
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:

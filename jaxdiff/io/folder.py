@@ -48,6 +48,8 @@ class _Network(NamedTuple):
     stem: str
     only: Mapping[str, tuple[Any, ...]]
     ignored: frozenset[str]
+    left_out: Mapping[str, Any] = {}
+    """What a file may leave out, where the library's default is not ours."""
 
 
 _UNET_ONLY: dict[str, tuple[Any, ...]] = {
@@ -87,13 +89,14 @@ _VAE_ONLY: dict[str, tuple[Any, ...]] = {
 }
 _TEXT_ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model", "clip"),
+    "use_attention_mask": (False,),
 }
 NETWORKS = {
     # Softmax is always float32 here, so `upcast_attention` asks for nothing.
     "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", _UNET_ONLY,
                      frozenset({"upcast_attention", "addition_embed_type_num_heads", "dropout"})),
     "vae": _Network(VAEConfig, "diffusers", "AutoencoderKL", "diffusion_pytorch_model", _VAE_ONLY,
-                    frozenset({"force_upcast"})),
+                    frozenset({"force_upcast"}), {"layers_per_block": 1}),
     "text_encoder": _Network(CLIPTextConfig, "transformers", "CLIPTextModel", "model", _TEXT_ONLY,
                              frozenset({"architectures", "dtype", "torch_dtype", "transformers_version",
                                         "initializer_factor", "initializer_range", "return_dict", "use_cache",
@@ -101,7 +104,9 @@ NETWORKS = {
                                         "max_length", "num_beams", "num_return_sequences", "output_attentions",
                                         "repetition_penalty", "temperature", "tie_word_embeddings", "top_k", "top_p",
                                         "typical_p", "diversity_penalty", "problem_type", "id2label", "label2id",
-                                        "encoder_no_repeat_ngram_size", "use_bfloat16", "num_beam_groups"})),
+                                        "encoder_no_repeat_ngram_size", "use_bfloat16", "num_beam_groups"}),
+                             {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
+                              "projection_dim": 512}),
 }  # fmt: skip
 
 # Other classes of which a part serves as the network.
@@ -168,7 +173,8 @@ def read_config(path: Path | str, name: str) -> Any:
     """
     network = NETWORKS[name]
     file = find_part(path, name) / "config.json"
-    return read_values(file, one_spelling(load_json(file)), network.config, network.only, network.ignored)
+    values = one_spelling(load_json(file))
+    return read_values(file, values, network.config, network.only, network.ignored, network.left_out)
 
 
 def write_folder(

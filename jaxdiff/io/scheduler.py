@@ -1,6 +1,7 @@
 """`scheduler/scheduler_config.json` of a model folder: its noise schedule, and the sampler that it names."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,8 @@ _LINSPACE = _NO_CLIP | {"timestep_spacing": "linspace"}
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _DISTILLED = _NO_CLIP | _BETAS | {"beta_schedule": "scaled_linear"}
 _FLOW = _NO_CLIP | {"prediction_type": "flow_prediction"}
-_DPM = {"solver_type": "midpoint", "lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False}
+_DPM = {"solver_type": "midpoint", "lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False,
+        "lambda_min_clipped": -math.inf}  # fmt: skip
 _UNIPC = {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True,
           "disable_corrector": []}  # fmt: skip
 _EULER = {"interpolation_type": "linear", "sigma_min": None, "sigma_max": None}
@@ -104,8 +106,8 @@ def read_scheduler(path: Path | str) -> SchedulerConfig:
     """
     file, values, cls = _load(path)
     known = SCHEDULERS[cls]
-    if (old := values.get("predict_epsilon")) is not None and "prediction_type" not in values:
-        values["prediction_type"] = "epsilon" if old else "sample"
+    if values.get("predict_epsilon") is False:
+        logger.warning("%s: predict_epsilon is false, which diffusers reads no more; prediction_type counts.", file)
     config = read_values(file, values, SchedulerConfig, _ONLY, _IGNORED, dict(known.defaults) | PIPELINE)
     if is_ours(path) or config.prediction_type == "flow_prediction":
         return config
@@ -141,11 +143,11 @@ def read_sampler(path: Path | str) -> dict[str, str]:
     missed = {name: values[name] for name, value in options.items() if values.get(name, value) != value}
     if missed or not known.exact:
         logger.warning(
-            "%s: the sampler %s stands in for %s%s, whose steps it does not take; images will differ from diffusers'.",
+            "%s: the sampler %s stands in for %s%s, which takes other steps; images may differ from diffusers'.",
             file,
             sampler,
             cls,
-            "".join(f" with {name} {value!r}" for name, value in missed.items()),
+            " with" * bool(missed) + ",".join(f" {name} {value!r}" for name, value in missed.items()),
         )
     schedules = [schedule for name, schedule in SCHEDULES.items() if known.spaced and values.get(name)]
     return {"sampler": sampler} | ({"schedule": schedules[0]} if schedules else {})
@@ -171,7 +173,11 @@ def _load(path: Path | str) -> tuple[Path, dict[str, Any], str]:
     if not file.parent.is_dir():
         raise ValueError(f"{path} has no folder 'scheduler'; it is not a diffusers model folder, or only half of one.")
     values = load_json(file)
-    cls = values.get("_class_name", "DDIMScheduler")
+    # diffusers makes the class that the index names, whichever wrote the file.
+    index = Path(path) / "model_index.json"
+    named = load_json(index).get("scheduler") if index.is_file() else None
+    own = values.get("_class_name", "DDIMScheduler")
+    cls = named[1] if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str) else own
     if not isinstance(cls, str) or cls not in SCHEDULERS:
-        raise ValueError(f"{file}: _class_name is {cls!r}; supported: {', '.join(SCHEDULERS)}.")
+        raise ValueError(f"{file}: the scheduler's class (_class_name) is {cls!r}; supported: {', '.join(SCHEDULERS)}.")
     return file, values, cls

@@ -30,10 +30,10 @@ _SYNTAX = re.compile(r"(\\(?:[()\[\]:\\]|AND\b|BREAK\b|__)|[()\[\]:]|\bAND\b|\bB
 _ESCAPED = {rf"\{text}": text for text in ("(", ")", "[", "]", ":", "\\", "AND", "BREAK", "__")} | {"BREAK": NEW_CHUNK}
 # What other tools' prompts have, and what to write here.
 _OTHERS = {
-    re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"): "is taken as text: no LoRA is read from a prompt here",
-    re.compile(r"\bembedding:\S+"): "is taken as text: no textual inversion is read here",
+    re.compile(r"<[a-z_]+:[^<>]*>", re.IGNORECASE): "is taken as text: no LoRA and the like is read from a prompt here",
+    re.compile(r"\bembedding:\S+", re.IGNORECASE): "is taken as text: no textual inversion is read here",
     re.compile(r"\{[^{}]*\|[^{}]*\}"): "is taken as text: write __name__ for a choice, with a folder of wildcards",
-    re.compile(r"\([^()]*:\s*\d+,\d+\s*\)"): "has no weight: write it with a point, as in (cat:1.3)",
+    re.compile(r"\([^()]*:\s*\d+,\d+\s*\)"): "has no weight: write it with a decimal point, as in (cat:1.3)",
 }
 _OPENS, _CLOSES = {")": "(", "]": "["}, {"(": ")", "[": "]"}
 _NUMBER = re.compile(r"\s*[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)\s*", re.IGNORECASE)

@@ -30,6 +30,8 @@ def read_image(file: Path | str | bytes) -> UInt8[np.ndarray, "h w 3"]:
 def read_mask(file: Path | str | bytes, size: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
     """An image's grey as a mask: white, 1, is drawn anew, black, 0, is kept, and so is what is transparent.
 
+    Where no value is above 1 of 255, 1 is white.
+
     Args:
         file: its path, or its bytes.
         size: (width, height) of the image that it is for, in pixels.
@@ -42,7 +44,8 @@ def read_mask(file: Path | str | bytes, size: tuple[int, int]) -> Float32[np.nda
         name = "The mask" if isinstance(file, bytes) else f"The mask {file}"
         raise ValueError(f"{name} is {image.width}x{image.height}, the image {size[0]}x{size[1]}; "
                          "they must have one size.")  # fmt: skip
-    mask = np.asarray(image.convert("L"), np.float32) / 255
+    mask = np.asarray(image.convert("L"), np.float32)
+    mask = mask / 255 if mask.max(initial=0) > 1 else mask  # some write 1 for what is drawn
     return mask * (np.asarray(image.getchannel("A"), np.float32) / 255) if image.mode == "RGBA" else mask
 
 
