@@ -90,8 +90,10 @@ def test_a_strength_that_is_not_given_is_the_tasks(info, fields, strength):
     assert settled(Request(**fields), info).strength == strength
 
 
-@pytest.mark.parametrize(("steps", "strength", "start"), [(10, 0, 10), (10, 0.3, 7), (10, 0.29, 8), (10, 1, 0),
-                                                          (3, 1 / 3, 2), (7, 6 / 7, 1), (1, 0.8, 0), (3, 0.1, 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "strength", "start"),
+    [(10, 0, 10), (10, 0.3, 7), (10, 0.29, 8), (10, 1, 0), (3, 1 / 3, 2), (7, 6 / 7, 1), (1, 0.8, 0), (3, 0.1, 2)],
+)
 def test_the_strength_is_the_share_of_steps_that_are_taken(info, steps, strength, start):
     assert met(info, image=PHOTO, steps=steps, strength=strength).start == start
 

@@ -180,6 +180,7 @@ def test_extra_tensors_change_nothing(sd1, fresh, base_image):
 def test_a_scheduler_of_any_class_visits_its_own_levels(sd1, fresh, cls, options):
     values = BETAS | options
     (fresh / SCHEDULE).write_text(json.dumps({"_class_name": cls} | values))
+    edit(fresh / INDEX, {"scheduler": ["diffusers", cls]})
     scheduler = getattr(diffusers, cls).from_config(json.loads((fresh / SCHEDULE).read_text()))
     reference = StableDiffusionPipeline(**{**sd1.torch.components, "scheduler": copy.deepcopy(scheduler)},
                                         requires_safety_checker=False)  # fmt: skip
