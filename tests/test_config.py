@@ -167,7 +167,7 @@ def test_wrong_types_in_a_config_file_are_told_and_lists_stand_for_tuples() -> N
         "DataConfig(flip=1)": "DataConfig.flip is 1",
         "UNetConfig(norm_eps=[8, 8])": "UNetConfig.norm_eps is [8, 8]",
         "VAEConfig(block_out_channels=['a', 1])": "is ['a', 1]",
-        "CLIPTextConfig(hidden_act='relu')": "hidden_act is 'relu'",
+        "CLIPTextConfig(hidden_act='tanh')": "hidden_act is 'tanh'",
         "TrainConfig('x', None)": "TrainConfig.task is None",
         "VAEConfig(block_out_channels=[128, 256, 512, 512], scaling_factor=1) == VAEConfig(scaling_factor=1.0)": "True",
     }

@@ -160,7 +160,7 @@ class CLIPTextConfig(Checked):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
-    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    hidden_act: Literal["quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "relu"] = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 768
     bos_token_id: int | None = 49406

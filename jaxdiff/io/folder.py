@@ -80,9 +80,6 @@ _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "cross_attention_norm": (None,),
 }
 _VAE_ONLY: dict[str, tuple[Any, ...]] = {
-    "shift_factor": (None, 0),
-    "latents_mean": (None,),
-    "latents_std": (None,),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
@@ -96,7 +93,9 @@ NETWORKS = {
     "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", _UNET_ONLY,
                      frozenset({"upcast_attention", "addition_embed_type_num_heads", "dropout"})),
     "vae": _Network(VAEConfig, "diffusers", "AutoencoderKL", "diffusion_pytorch_model", _VAE_ONLY,
-                    frozenset({"force_upcast"}), {"layers_per_block": 1}),
+                    # Of these diffusers' pipeline for Stable Diffusion takes no notice.
+                    frozenset({"force_upcast", "shift_factor", "latents_mean", "latents_std"}),
+                    {"layers_per_block": 1}),
     "text_encoder": _Network(CLIPTextConfig, "transformers", "CLIPTextModel", "model", _TEXT_ONLY,
                              frozenset({"architectures", "dtype", "torch_dtype", "transformers_version",
                                         "initializer_factor", "initializer_range", "return_dict", "use_cache",

@@ -22,7 +22,13 @@ def gelu(x: Array) -> Array:
     return nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": gelu,
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), nn.gelu),  # by a hyperbolic tangent
+    **dict.fromkeys(("silu", "swish"), nn.silu),
+    "relu": nn.relu,
+}
 
 
 class CLIPAttention(nn.Module):

@@ -57,6 +57,8 @@ SPELLINGS = [
     (VAE, {"force_upcast": False}),
     (VAE, {"mid_block_add_attention": True}),
     (VAE, {"shift_factor": None}),
+    (VAE, {"shift_factor": 0.1}),
+    (VAE, {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}),
     (VAE, {"latents_mean": None}),
     (VAE, {"use_quant_conv": True}),
     (VAE, {"scaling_factor": None}),
@@ -165,6 +167,13 @@ def test_a_folder_that_says_the_same_in_other_words_is_the_same_model(sd1, fresh
     jax.tree.map(np.testing.assert_array_equal, model.params, sd1.ours.params)
     got = Pipeline(model)("a dog", seed=5, rng="torch", steps=3, guidance=4.0, size=(32, 32))
     assert np.abs(got - base_image).max() <= 0.51
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"])
+def test_a_text_encoder_of_another_activation_gives_transformers_features(fresh, act):
+    edit(fresh / TEXT, {"hidden_act": act})
+    assert np.abs(Pipeline(read_model(fresh))("a dog", seed=5, rng="torch", steps=3, guidance=4.0, size=(32, 32))
+                  - image_of(theirs(fresh))).max() <= 0.51  # fmt: skip
 
 
 def test_extra_tensors_change_nothing(sd1, fresh, base_image):
