@@ -20,7 +20,7 @@ from jaxdiff.generation.batch.groups import Job, jobs_of
 from jaxdiff.generation.batch.store import Store, fingerprint
 from jaxdiff.generation.conditioning import PromptWarning, filled
 from jaxdiff.generation.pipeline import Pipeline
-from jaxdiff.generation.request import RENAMED, SEEDS, TORCH_SEEDS, Region, Request, current_name
+from jaxdiff.generation.request import RENAMED, Region, Request, current_name
 from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_image
 from jaxdiff.model import DTYPES
 from jaxdiff.prompts.wildcards import Wildcards, named
@@ -129,7 +129,7 @@ def main(args: Args) -> int:
         if line.problem:
             print(f"error: {line.problem}", file=sys.stderr)
     seed, n = args.request.seed or 0, sum(line.request.n for line in lines if line.request)
-    most = (TORCH_SEEDS if args.request.rng == "torch" else SEEDS) - max(1, n)
+    most = args.request.last_seed - max(1, n) + 1
     if not 0 <= seed <= most:
         raise ValueError(f"--seed is {seed}; with {n} images it must be from 0 to {most}.")
     if (n := n * (args.frames or 1)) > MAX_IMAGES:

@@ -52,6 +52,10 @@ class UNetConfig(Checked):
             "norm_num_groups",
             "norm_eps",
         )
+        require(
+            not isinstance(self.sample_size, tuple) or len(self.sample_size) == 2,
+            f"UNetConfig.sample_size is {self.sample_size}; it must be one number, or height and width.",
+        )
         for name in ("down_block_types", "up_block_types"):
             require(
                 len(getattr(self, name)) == n,
@@ -92,6 +96,12 @@ class UNetConfig(Checked):
         """The value of a field for each level, where one number stands for all."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width in latent pixels that the network was trained at, if it says."""
+        size = self.sample_size
+        return (size[0], size[1]) if isinstance(size, tuple) else None if size is None else (size, size)
 
     @property
     def heads(self) -> tuple[int, ...]:

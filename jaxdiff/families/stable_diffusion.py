@@ -71,11 +71,8 @@ class StableDiffusion:
     @staticmethod
     def trained_size(configs: Mapping[str, Any]) -> tuple[int, int] | None:
         """Width and height in pixels that the model was trained at; None where its config does not say."""
-        latent, factor = configs["denoiser"].sample_size, configs["vae"].factor
-        if latent is None:
-            return None
-        height, width = latent if isinstance(latent, tuple) else (latent, latent)
-        return width * factor, height * factor
+        sides, factor = configs["denoiser"].sides, configs["vae"].factor
+        return None if sides is None else (sides[1] * factor, sides[0] * factor)
 
     # Sizes ------------------------------------------------------------------------------------------------------------
 

@@ -350,10 +350,10 @@ class Request:
             if value is not None or type(None) not in typing.get_args(kind):
                 object.__setattr__(self, name, field.check(name, value))
         for name, n in (("seed", self.n), ("to_seed", 1)):
-            seed, most = getattr(self, name), (TORCH_SEEDS if self.rng == "torch" else SEEDS) - n
+            seed, most = getattr(self, name), self.last_seed - n + 1
             if seed is not None and seed > most:
-                images = f"; with {n} images" if n > 1 else "; with rng 'jax'" if most < SEEDS else ""
-                raise ValueError(f"{name} is {seed}{images} it must be from 0 to {most}.")
+                images = f" and {n} images" if n > 1 else ""
+                raise ValueError(f"{name} is {seed}; with rng {self.rng!r}{images} it must be from 0 to {most}.")
 
     @classmethod
     def of(cls, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> "Request":
@@ -417,6 +417,11 @@ class Request:
 
         values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
         return {name: value for name, (value, default) in values.items() if differs(value, default)}
+
+    @property
+    def last_seed(self) -> int:
+        """The largest seed that the request's generator takes."""
+        return (TORCH_SEEDS if self.rng == "torch" else SEEDS) - 1
 
     @property
     def enlarges(self) -> bool:

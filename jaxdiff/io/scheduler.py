@@ -104,12 +104,12 @@ def read_scheduler(path: Path | str) -> SchedulerConfig:
     Raises:
         ValueError: naming the file and, for a setting that is not supported, the field and its value.
     """
-    file, values, cls = _load(path)
+    file, values, cls, ours = _load(path)
     known = SCHEDULERS[cls]
     if values.get("predict_epsilon") is False:
         logger.warning("%s: predict_epsilon is false, which diffusers reads no more; prediction_type counts.", file)
     config = read_values(file, values, SchedulerConfig, _ONLY, _IGNORED, dict(known.defaults) | PIPELINE)
-    if is_ours(path) or config.prediction_type == "flow_prediction":
+    if ours or config.prediction_type == "flow_prediction":
         return config
     changed = {name: getattr(config, name) for name, value in PIPELINE.items() if getattr(config, name) != value}
     if changed:
@@ -130,8 +130,8 @@ def read_sampler(path: Path | str) -> dict[str, str]:
     Raises:
         ValueError: as `read_scheduler`.
     """
-    file, values, cls = _load(path)
-    if is_ours(path):
+    file, values, cls, ours = _load(path)
+    if ours:
         return {}
     known = SCHEDULERS[cls]
     sampler, options = known.sampler, dict(known.options)
@@ -162,22 +162,17 @@ def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
     return {name: v for name, v in to_dict(config).items() if (name in names if flow else name not in left_out)}
 
 
-def is_ours(path: Path | str) -> bool:
-    """Whether this package wrote the model folder."""
-    index = Path(path) / "model_index.json"
-    return index.is_file() and MARK.items() <= load_json(index).items()
-
-
-def _load(path: Path | str) -> tuple[Path, dict[str, Any], str]:
+def _load(path: Path | str) -> tuple[Path, dict[str, Any], str, bool]:
+    """The scheduler's file, its values, its class, and whether this package wrote the model folder."""
     file = Path(path) / "scheduler" / "scheduler_config.json"
     if not file.parent.is_dir():
         raise ValueError(f"{path} has no folder 'scheduler'; it is not a diffusers model folder, or only half of one.")
     values = load_json(file)
     # diffusers makes the class that the index names, whichever wrote the file.
-    index = Path(path) / "model_index.json"
-    named = load_json(index).get("scheduler") if index.is_file() else None
+    index = load_json(found) if (found := Path(path) / "model_index.json").is_file() else {}
+    named = index.get("scheduler")
     own = values.get("_class_name", "DDIMScheduler")
     cls = named[1] if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str) else own
     if not isinstance(cls, str) or cls not in SCHEDULERS:
         raise ValueError(f"{file}: the scheduler's class (_class_name) is {cls!r}; supported: {', '.join(SCHEDULERS)}.")
-    return file, values, cls
+    return file, values, cls, MARK.items() <= index.items()

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.generation.batch.files import Line
-from jaxdiff.generation.request import PER_IMAGE, SEEDS, TORCH_SEEDS, Request
+from jaxdiff.generation.request import PER_IMAGE, Request
 
 # Fields that add to a program where they are given.
 OPTIONAL = (
@@ -60,7 +60,7 @@ def jobs_of(lines: Iterable[Line], first_seed: int = 0) -> Iterator[Job]:
             skipped += 1
             continue
         first = line.request.seed if line.request.seed is not None else first_seed + index + skipped
-        last = (TORCH_SEEDS if line.request.rng == "torch" else SEEDS) - 1
+        last = line.request.last_seed
         if first + line.request.n - 1 > last:
             raise ValueError(f"Line {line.number} needs seeds above {last}, which is the last; start with a lower one.")
         for k in range(line.request.n):

@@ -41,8 +41,7 @@ class ModelSizes:
     @property
     def size(self) -> int:
         """Pixels along each side that the UNet was made for."""
-        latent = self.unet.sample_size or 64
-        return (max(latent) if isinstance(latent, tuple) else latent) * self.vae.factor
+        return max(self.unet.sides or (64,)) * self.vae.factor
 
 
 _BETAS = SchedulerConfig(
