@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdiff.config import DiffusionTask, TrainConfig, VAEConfig, VAETask, to_dict
+from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask, to_dict
 from jaxdiff.data.loader import Batches, batches, open_source, sample_captions
 from jaxdiff.data.record import Source
+from jaxdiff.data.resident import Resident
 from jaxdiff.data.sources import summary
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.generation.conditioning import encoded
@@ -35,10 +36,11 @@ from jaxdiff.model import Model, Network
 from jaxdiff.runtime import distributed
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.runtime.distributed import leads, wait_for_all, whole
-from jaxdiff.runtime.mesh import make_mesh, tree_shardings
+from jaxdiff.runtime.mesh import make_mesh, place, tree_shardings
 from jaxdiff.runtime.programs import enable_compilation_cache, give_back_memory
+from jaxdiff.training.course import Clock, lengths
 from jaxdiff.training.encode import encode_once, records_of
-from jaxdiff.training.feed import Feed, local_rows, place
+from jaxdiff.training.feed import Feed, calls, local_rows
 from jaxdiff.training.log import Log, Profile
 from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.options import (
@@ -52,6 +54,7 @@ from jaxdiff.training.options import (
     write_config,
 )
 from jaxdiff.training.parts import check_size, digest, read_part, read_tokenizer, read_vae
+from jaxdiff.training.resident import RESIDENT, place_resident
 from jaxdiff.training.state import Task, create_state, freeze, make_step, merge
 from jaxdiff.training.stop import Stop, leave_threads
 from jaxdiff.training.tasks.diffusion import diffusion_inputs, diffusion_task
@@ -77,6 +80,8 @@ class Run:
     """What is read, and what of it is left out."""
     contents: Contents
     """What the run is made of, wherever that lies."""
+    resident: dict[str, np.ndarray] = field(default_factory=dict)
+    """What batches are rows of, where they are."""
 
 
 def train(config: TrainConfig, workdir: epath.Path) -> int:
@@ -97,8 +102,18 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
     init_key, key = jax.jit(lambda key: tuple(jax.random.split(key)), out_shardings=everywhere)(
         jax.random.key(config.seed)
     )
-    state = create_state(run.task, tx, init_key, mesh, config.ema)
-    step_fn = make_step(run.task, tx, state, config.ema, config.optim.accumulate, jnp.dtype(config.dtype))
+    state = create_state(run.task, tx, init_key, mesh, config.ema, clocked=config.seconds > 0)
+    step_fn = make_step(
+        run.task,
+        tx,
+        state,
+        config.ema,
+        config.optim.accumulate,
+        jnp.dtype(config.dtype),
+        config.seconds,
+        several=config.steps_per_call > 1,
+    )
+    resident = {RESIDENT: place_resident(run.resident, mesh)} if run.resident else {}
     count = sum(p.size for p in jax.tree.leaves(state.params))
 
     def evaluate(log: Log, stop: Stop) -> dict[str, float] | None:
@@ -126,48 +141,59 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
         checkpoints.save_frozen(frozen)
         state = checkpoints.restore(state) or state
         start = int(state.step)
-        if start > config.steps:
+        if start > config.steps and not config.seconds:
             raise ValueError(f"{workdir} is at step {start} already, past --steps {config.steps}: give more steps, or "
                              "choose another --workdir.")  # fmt: skip
 
-        def flush(log: Log, step: int, source: Batches) -> None:
+        def flush(log: Log, step: int, source: Batches, clock: Clock | None) -> None:
             log.settle()  # an update that is skipped does not count for the rate
-            rate = float(np.asarray(schedule(max(0, step - 1 - log.skipped))))
-            log.flush(step, lr=rate, bad_records=source.n_bad)
+            progress, told = (None, {}) if clock is None else (clock.progress, {"seconds": clock.seconds})
+            rate = float(np.asarray(schedule(max(0, step - 1 - log.skipped), progress)))
+            log.flush(step, lr=rate, bad_records=source.n_bad, **told)
 
         def save(log: Log, step: int) -> None:
             paused = time.perf_counter()
             checkpoints.save(step, state)
             log.pause(time.perf_counter() - paused)
 
+        end = None if config.seconds else config.steps
         with (
             closing(run.batches(start, local_rows(mesh, config.data.batch_size))) as source,
-            Log(workdir, start, config.steps, config.data.batch_size, config.tensorboard, state.skipped) as log,
+            Log(workdir, start, end, config.data.batch_size, config.tensorboard, state.skipped) as log,
             Profile(workdir / "profile", start, config.profile) as profile,
-            Feed(source, mesh) as feed,
+            Feed(calls(source, lengths(config, start), config.steps_per_call), mesh) as feed,
         ):
             write_config(config, workdir, run.contents)  # now that all it names is known to be there
             log.say(f"{run.data}.")
-            log.say(f"{workdir}: {count / 1e6:.2f} M parameters, from step {start} to {config.steps}.")
-            cut = 0
-            for step in range(start + 1, config.steps + 1):
-                profile.before(step)
+            goal = f"to {config.steps}" if end else f"for {config.seconds:g} seconds in all"
+            log.say(f"{workdir}: {count / 1e6:.2f} M parameters, from step {start} {goal}.")
+            cut, step, n_calls = 0, start, 0
+            clock = Clock(config.seconds, state.seconds, everywhere, log) if config.seconds else None
+            last = step == end or (clock is not None and clock.is_over)
+            while not last:
+                profile.before(step + 1)
                 # What every step does must copy nothing unasked between host and devices, or between devices: it would
                 # wait. (Reading a CPU's array is no copy, so that only GPUs and TPUs tell of such a read.)
                 with jax.transfer_guard("disallow"):
                     began = time.perf_counter()
-                    batch = next(feed)
+                    n, batch = next(feed)
                     waited = time.perf_counter() - began
-                    state, metrics = step_fn(state, frozen, batch, key)
-                    log.step(metrics, waited)
-                if step == start + 1:
+                    now = () if clock is None else (clock.array(),)
+                    state, metrics = step_fn(state, frozen, batch | resident, key, *now)
+                    log.step(metrics, waited, n)
+                step, n_calls = step + n, n_calls + 1
+                if n_calls == 1:
                     give_back_memory()
+                    if clock is not None:  # what it took to compile is no training
+                        clock.pause(time.perf_counter() - began)
                 profile.after(step, metrics, log.say)
 
-                stopped = stop.at(step)
-                last = step == config.steps or stopped is not None
+                stopped = stop.at(n_calls)
+                if clock is not None:
+                    clock.read()
+                last = step == end or stopped is not None or (clock is not None and clock.is_over)
                 if last or step % config.log_every == 0:
-                    flush(log, step, source)
+                    flush(log, step, source, clock)
                     if source.n_cut and not cut:
                         log.say(f"Captions longer than the text encoder's are cut at their ends: {source.n_cut} so "
                                 f"far, the first {source.first_cut!r}.")  # fmt: skip
@@ -181,7 +207,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
                 if evaluates and evaluate(log, stop) is None:
                     stopped = stop.received
                     if step % config.log_every:
-                        flush(log, step, source)
+                        flush(log, step, source, clock)
                     save(log, step)
                 if stopped:
                     log.say(f"Stopped by {stopped.name} after step {step}; the same command goes on from there.")
@@ -235,6 +261,7 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
     if task.init:
         contents["task.init"] = digest(weights)
     check_contents(contents, workdir)
+    read, rows = resident_rows(source, data)
 
     def evaluate(step: int, params: Params) -> dict[str, float]:
         images = [b["image"] for b in itertools.islice(batches(heldout, heldout_source, seed=0), n)]
@@ -254,10 +281,11 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
 
     return Run(
         trained,
-        lambda step, rows: batches(data, source, seed=config.seed, start_step=step, rows=rows),
+        lambda step, rows: batches(data, read, seed=config.seed, start_step=step, rows=rows),
         evaluate,
         summary(source),
         contents,
+        rows,
     )
 
 
@@ -284,6 +312,7 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
     if task.latent_variants:
         data, empty = encode_once(config, vae, weights, tokenizer, captions, contents[DATA], workdir)
         weights, source = weights | empty, open_source(data)
+    source, rows = resident_rows(source, data)
     start, frozen, kept = diffusion_inputs(task, config.data, vae).split(weights)
     trained = freeze(diffusion_task(task, vae, frozen, start, dtype, config.remat), config.optim.factors)
 
@@ -302,7 +331,16 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
         evaluate,
         summary(captions),
         contents,
+        rows,
     )
+
+
+def resident_rows(source: Source, data: DataConfig) -> tuple[Source, dict[str, np.ndarray]]:
+    """What batches are drawn from, and the arrays that they are rows of where `data.resident`; else none."""
+    if not data.resident:
+        return source, {}
+    resident = Resident(source, data)
+    return resident, resident.take_arrays()
 
 
 def model_of(task: DiffusionTask, vae: VAEConfig, tokenizer: Tokenizer, params: Params) -> Model:

@@ -13,11 +13,16 @@ ROOT = Path(__file__).parents[1]
 Process = subprocess.Popen[str]
 
 
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""Runs of a few steps compile far longer than they compute."""
+
+
 class Shell:
     """Starts runs of `tests/configs/`, each on CPU devices of its own."""
 
     def start(self, config: str, workdir: Path, *overrides: object, devices: int = 1) -> Process:
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = f"{QUICKLY_COMPILED} --xla_force_host_platform_device_count={devices}"
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         command = [sys.executable, "train.py", f"tests/configs/{config}.py", "--workdir", str(workdir)]
         command += map(str, overrides)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

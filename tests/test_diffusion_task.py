@@ -20,7 +20,8 @@ from jaxdiff.diffusion import timesteps, weights
 from jaxdiff.diffusion.loss import diffusion_loss
 from jaxdiff.diffusion.prediction import EPSILON, PREDICTIONS
 from jaxdiff.diffusion.schedule import make_schedule
-from jaxdiff.runtime.mesh import make_mesh, tree_shardings
+from jaxdiff.model import read_model
+from jaxdiff.runtime.mesh import make_mesh, path_name, tree_shardings
 from jaxdiff.training.feed import to_devices
 from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.state import Task, create_state, make_step
@@ -90,19 +91,33 @@ def test_in_bfloat16_products_are_bfloat16_and_norms_softmax_and_loss_are_not():
 
 
 @pytest.mark.slow
-def test_losses_and_gradients_in_bfloat16_are_those_of_float32_but_for_rounding():
-    params = task_of().init(jax.random.key(0))
+def test_every_gradient_of_the_embedded_model_in_bfloat16_is_that_of_float32_to_3_percent():
+    """Sums over 16,384 pixels, and 1,400 tokens that are all the same. Weights are trained ones: random networks have
+    gradients that are small differences. Less than 1e-4 of all is rounding, too: a key's bias changes nothing."""
+    model, rng, b = read_model(), np.random.default_rng(0), 64
+    unet, text = model.networks["denoiser"], model.networks["text_encoder"]
+    task = replace(TASK, unet=unet.config, text_encoder=text.config, scheduler=model.scheduler)
+    start = {"unet": unet.params, "text_encoder": text.params}
+    frozen = {"empty_tokens": jnp.asarray(model.tokenizer([""])[0])}
+    many = {
+        "moments": jnp.asarray(rng.normal(size=(b, 16, 16, 8)), jnp.float32),
+        "tokens": jnp.asarray(model.tokenizer(["a red apple, noto style, on a blue background"] * b)),
+        "index": jnp.arange(b),
+    }
 
     def found(dtype):
-        task = task_of(dtype=dtype)
-        loss = jax.jit(jax.value_and_grad(lambda p: task.loss(p, FROZEN, ON_DEVICE, jax.random.key(0), {})[0]))
-        value, grads = loss(params)
-        return float(value), np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])
+        loss_fn = diffusion_task(task, model.networks["vae"].config, frozen, dtype=dtype).loss
+        loss = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, frozen, many, jax.random.key(0), {})[0]))
+        value, grads = loss(jax.tree.map(jnp.float32, start))
+        return float(value), {path_name(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
 
-    (value, grads), (half_value, half_grads) = found(jnp.float32), found(jnp.bfloat16)
-    assert half_grads.dtype == np.float32
+    (value, full), (half_value, half) = found(jnp.float32), found(jnp.bfloat16)
     assert half_value == pytest.approx(value, rel=5e-3)
-    assert np.linalg.norm(half_grads - grads) < 0.15 * np.linalg.norm(grads)
+    size = np.sqrt(sum(np.square(g).sum() for g in full.values()))
+    errors = {name: np.linalg.norm(half[name] - g) / np.linalg.norm(g) for name, g in full.items()
+              if np.linalg.norm(g) > 1e-4 * size}  # fmt: skip
+    assert len(errors) > 300
+    assert max(errors.values()) < 0.03, sorted(errors.items(), key=lambda item: -item[1])[:5]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxdiff.config import OptimConfig
-from jaxdiff.training.optim import DIRECTIONS, check_rates, evaluated, learning_rate, optimiser, rate_of
+from jaxdiff.training.optim import DIRECTIONS, check_rates, evaluated, learning_rate, optimiser, orthogonal, rate_of
 
 KEY = jax.random.key(0)
 SHAPES = {
@@ -107,9 +107,23 @@ def test_muon_steps_are_orthogonal_for_matrices_and_adams_for_the_rest():
         # All singular values are near one (Jordan et al. 2024), times 0.2 sqrt(the longer side) (Liu et al. 2025).
         values = np.linalg.svd(step[name]["kernel"].reshape(matrix), compute_uv=False) / (0.2 * max(matrix) ** 0.5)
         assert 0.4 < values.min() <= values.max() < 1.3, name  # five iterations leave small ones behind
-    adam, _ = walk(optax.nadam(0.01, 0.9, 0.99), steps=1)
+    adam, _ = walk(optax.adam(0.01, 0.9, 0.99), steps=1)
     for name, leaf in (("conv_in", "kernel"), ("conv_in", "bias"), ("conv", "bias")):
         np.testing.assert_allclose(params[name][leaf], adam[name][leaf], rtol=1e-5)
+
+
+def test_matrices_that_are_made_orthogonal_together_are_what_optax_makes_of_each():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (6, 5), "b": (5, 6), "c": (6, 5), "conv": (3, 3, 4, 8), "square": (7, 7)}
+    kernels = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    found = orthogonal(kernels, 1e-8)
+    for name, kernel in kernels.items():
+        matrix = kernel.reshape(-1, kernel.shape[-1])
+        muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
+        with jax.numpy_dtype_promotion("standard"):
+            expected, _ = muon.update(matrix, muon.init(matrix))
+        size = 0.2 * max(matrix.shape) ** 0.5
+        np.testing.assert_allclose(found[name].reshape(matrix.shape), size * expected, atol=2e-5)
 
 
 def test_schedule_free_is_evaluated_at_its_average():

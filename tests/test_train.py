@@ -131,6 +131,39 @@ def test_a_run_tells_what_it_reads_what_it_leaves_out_and_which_captions_it_cuts
 
 
 @pytest.mark.slow
+def test_long_calls_on_resident_data_end_with_the_same_parameters(
+    shell: Shell, vae_run: Path, diffusion_run: Path, tmp_path: Path
+) -> None:
+    fast = ("--data.resident", True, "--steps_per_call", 7)
+    code, out = shell.run("tiny_vae", tmp_path / "vae", *fast, "--log_every", 9, "--checkpoint_every", 30)
+    assert code == 0, out
+    parts = ("--task.vae", vae_run, "--task.tokenizer", vae_run.parent / "tokenizer")
+    code, out = shell.run("tiny", tmp_path / "tiny", *parts, *fast)
+    assert code == 0, out
+    for found, wanted, step in ((tmp_path / "vae", vae_run, STEPS), (tmp_path / "tiny", diffusion_run, 8)):
+        expected = checkpoint(wanted, step)
+        for name, leaf in checkpoint(found, step).items():
+            np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_by_the_clock_ends_with_its_rate_at_the_end_and_more_time_goes_on(shell: Shell, tmp_path: Path) -> None:
+    workdir, every = tmp_path / "clocked", ("--steps_per_call", 5, "--log_every", 10, "--checkpoint_every", 1000)
+    code, out = shell.run("tiny_vae", workdir, "--seconds", 4, *every)
+    assert code == 0, out
+    line = [line for line in lines(workdir) if "lr" in line][-1]
+    assert line["seconds"] >= 4
+    assert line["lr"] < 0.01 * 1e-3
+    assert (workdir / "checkpoints" / str(line["step"])).is_dir()
+    code, out = shell.run("tiny_vae", workdir, "--seconds", 6, *every)
+    assert code == 0, out
+    assert f"from step {line['step']} for 6 seconds in all" in out
+    later = [line for line in lines(workdir) if "lr" in line][-1]
+    assert later["step"] > line["step"]
+    assert 6 <= later["seconds"] < 9
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(shell: Shell, tmp_path: Path) -> None:
     workdir = tmp_path / "stopped"
     process = shell.start("tiny_vae", workdir, "--checkpoint_every", 1000)

@@ -37,6 +37,9 @@ class DataConfig(Checked):
     """Smallest share of the shorter side that a random square crop may take; 1 crops nothing but to a square."""
     flip: bool = False
     """Mirror left and right half of the time."""
+    resident: bool = False
+    """Keep all records in the devices' memory, where batches are looked up: read once, each on all backgrounds that it
+    can get, or as cached latents. The batches are the same. For whole images of one shape, and devices with room."""
     workers: int = 0
     """grain worker processes; 0 reads in the trainer's own threads."""
     max_bad_share: float = 0.01

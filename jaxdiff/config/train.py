@@ -85,6 +85,13 @@ class TrainConfig(Checked):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     steps: int = 10_000
+    seconds: float = 0
+    """How long to train, in place of `steps`; 0 goes by steps. Rates that fall do so over this time, whatever the
+    machine makes of it. Compiling, evaluations and saving do not count, and a run that goes on has what is left."""
+    steps_per_call: int = 1
+    """Steps that the devices take in one call, without a word from the host between them: more, where they are short.
+    They are the same steps. Calls are shorter where something is to be logged, evaluated or saved, and a signal ends
+    the run after the call."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in; parameters, optimiser and EMA stay float32."""
@@ -105,8 +112,14 @@ class TrainConfig(Checked):
     tensorboard: bool = False
 
     def _check(self) -> None:
-        positive(self, "steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped")
-        for name in ("keep_every", "profile"):
+        positive(self, "steps", "steps_per_call", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+        positive(self, "max_skipped")
+        require(
+            self.steps_per_call == 1 or not self.data.aspects,
+            "TrainConfig.steps_per_call is above 1, and DataConfig.aspects make batches of several shapes, which need "
+            "programs of their own: leave one of them out.",
+        )
+        for name in ("keep_every", "profile", "seconds"):
             require(getattr(self, name) >= 0, f"TrainConfig.{name} is {getattr(self, name)}; it must not be negative.")
         require(bool(self.workdir), "TrainConfig.workdir is empty; name a folder for the run.")
         require(0 <= self.seed < 2**32, f"TrainConfig.seed is {self.seed}; it must lie from 0 to {2**32 - 1}.")

@@ -1,6 +1,7 @@
 """From a record's bytes to an image of the size asked for: a background, crop and flip."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -36,24 +37,49 @@ def on_background(image: Image.Image, colour: str) -> Image.Image:
     return ground
 
 
-def augment(
-    image: Image.Image, rng: np.random.Generator, *, shape: tuple[int, int], crop: float, flip: bool
-) -> Image.Image:
+class Augmentation(NamedTuple):
+    """What is drawn for an image."""
+
+    colour: int
+    """The background's place in `COLOURS`."""
+    share: float
+    x: float
+    y: float
+    """Of a crop: how large between the smallest and the largest, and where, each in [0, 1)."""
+    mirror: float
+    """In [0, 1)."""
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Augmentation":
+        """Draws the same number of times whatever is made of it."""
+        return cls(int(rng.integers(len(COLOURS))), *rng.random(4).tolist())
+
+    @property
+    def mirrored(self) -> bool:
+        """Half of the time."""
+        return self.mirror < 0.5
+
+
+def augment(image: Image.Image, drawn: Augmentation, *, shape: tuple[int, int], crop: float, flip: bool) -> Image.Image:
     """A random part of the aspect of `shape` (height, width), mirrored half of the time if `flip`, in that many pixels.
 
     Its sides are at least `crop` times those of the largest such part; a crop of 1 takes that, in the middle.
     """
-    share, x, y, mirrored = rng.random(4)
     height, width = shape
-    scale = 1 if crop == 1 else crop + (1 - crop) * share
+    scale = 1 if crop == 1 else crop + (1 - crop) * drawn.share
     across = min(image.width, image.height * (width / height)) * scale
     down = min(image.height, image.width * (height / width)) * scale
-    x, y = (0.5, 0.5) if crop == 1 else (x, y)
+    x, y = (0.5, 0.5) if crop == 1 else (drawn.x, drawn.y)
     left, top = (image.width - across) * x, (image.height - down) * y
     if (across, down, image.size) != (width, height, (width, height)):
         box = (left, top, min(left + across, image.width), min(top + down, image.height))
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return ImageOps.mirror(image) if flip and mirrored < 0.5 else image
+    return ImageOps.mirror(image) if flip and drawn.mirrored else image
+
+
+def has_ground(image: Image.Image, caption: Caption) -> bool:
+    """Whether one of `COLOURS` shows through it."""
+    return image.mode == "RGBA" and caption.drawing
 
 
 def prepare(
@@ -67,11 +93,18 @@ def prepare(
         BadRecord: where the image cannot be decoded.
 
     """
-    image, caption = decode(record.image), record.caption
-    colour = tuple(COLOURS)[rng.integers(len(COLOURS))]
-    if image.mode == "RGBA" and caption.drawing:
+    image = decode(record.image)
+    return prepared(image, record.caption, Augmentation.draw(rng), config, shape)
+
+
+def prepared(
+    image: Image.Image, caption: Caption, drawn: Augmentation, config: DataConfig, shape: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "h w 3"], Caption]:
+    """`prepare` of a decoded image, with what was drawn for it."""
+    if has_ground(image, caption):
+        colour = tuple(COLOURS)[drawn.colour]
         image, caption = on_background(image, colour), dataclasses.replace(caption, colour=colour)
-    image = augment(on_white(image), rng, shape=shape, crop=config.crop, flip=config.flip)
+    image = augment(on_white(image), drawn, shape=shape, crop=config.crop, flip=config.flip)
     return np.asarray(image), caption
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import grain
 import numpy as np
@@ -18,8 +19,10 @@ import numpy as np
 from jaxdiff.config import DataConfig
 from jaxdiff.data.bad import BadRecords
 from jaxdiff.data.buckets import Schedule, nearest_shapes
+from jaxdiff.data.captions import Caption
 from jaxdiff.data.images import prepare, to_float
-from jaxdiff.data.record import BadRecord, Source
+from jaxdiff.data.record import BadRecord, Record, Source
+from jaxdiff.data.resident import Resident
 from jaxdiff.data.sources import open_source
 from jaxdiff.data.tokens import Tokenizer
 
@@ -27,6 +30,14 @@ __all__ = ["Batches", "batches", "open_source", "sample_captions"]
 
 Batch = dict[str, np.ndarray]
 TokenizeFn = Callable[[list[str]], np.ndarray]
+
+Sample = tuple[dict[str, Any], str | None]
+"""What a sample adds to the arrays of its batch, and its caption; None where an array is what became of that."""
+AS_READ: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "image": to_float,
+    "moments": lambda moments: moments.astype(np.float32),
+}
+"""What becomes of the arrays of a batch."""
 
 _MAX_TRIES = 100  # of other records in place of a bad one; the share of bad ones ends a run long before
 
@@ -46,7 +57,8 @@ def batches(
 
     Each is a dict of `image` float32 [b, h, w, 3] in [-1, 1], of one of `config.shapes`, or `moments` float32
     [b, h, w, 2c] where the source holds latents; `context` float16 [b, t, d] where it holds encoded captions, or
-    `tokens` int32 [b, t] if `tokenize` is given; and `index` int64 [b], the samples' global indices. b is this
+    `tokens` int32 [b, t] if `tokenize` is given; and `index` int64 [b], the samples' global indices. Of a `Resident`
+    source, the rows that `Resident.draw` gives stand for image, moments and context. b is this
     process's share of `config.batch_size`: `rows` of the global batch, or where these are not given
     [b * process_index, b * (process_index + 1)).
 
@@ -178,24 +190,17 @@ class _MakeBatch:
             return {}, bad, []
         arrays, texts = zip(*samples, strict=True)
         batch: Batch = {"index": np.asarray([step * size + row for row in self._rows], np.int64)}
-        stacked = np.stack(arrays)
-        if stacked.dtype == np.uint8:
-            batch["image"] = to_float(stacked)
-        else:
-            batch["moments"] = stacked.astype(np.float32)
+        for name in arrays[0]:
+            batch[name] = AS_READ.get(name, np.asarray)(np.stack([array[name] for array in arrays]))
         cut: list[str] = []
-        if isinstance(texts[0], np.ndarray):
-            batch["context"] = np.stack(texts)
-        elif self._tokenize is not None:
+        if texts[0] is not None and self._tokenize is not None:
             batch["tokens"] = self._tokenize(list(texts))
             if isinstance(self._tokenize, Tokenizer):
                 cut = [text for text in texts if self._tokenize.cut(text)]
         return batch, bad, cut
 
-    def _sample(
-        self, index: int, bucket: int, place: int, bad: list[tuple[str, str]]
-    ) -> tuple[np.ndarray, str | np.ndarray]:
-        """Sample `index`, at `place` of its bucket's stream: a uint8 image or moments, and a caption or its context.
+    def _sample(self, index: int, bucket: int, place: int, bad: list[tuple[str, str]]) -> Sample:
+        """Sample `index`, at `place` of its bucket's stream.
 
         Another record of the bucket takes the place of a bad one.
 
@@ -217,22 +222,26 @@ class _MakeBatch:
                 return found
         raise (_AllBadError if len(members) <= _MAX_TRIES else BadRecord)("no record can be used")
 
-    def _drawn(
-        self, position: int, bucket: int, rng: np.random.Generator, bad: list[tuple[str, str]]
-    ) -> tuple[np.ndarray, str | np.ndarray] | None:
-        """A record's image or moments, and its caption or context; None for a bad one, which is added to `bad`."""
+    def _drawn(self, position: int, bucket: int, rng: np.random.Generator, bad: list[tuple[str, str]]) -> Sample | None:
+        """A record as a sample; None for a bad one, which is added to `bad`."""
         try:
-            record = self._source.record(position)
-            if record.contexts:
-                assert record.moments is not None
-                return record.moments, record.contexts[rng.integers(len(record.contexts))]
-            array, caption = record.moments, record.caption
-            if array is None:
-                array, caption = prepare(record, rng, self._config, self._config.shapes[bucket])
-            return array, "" if self._tokenize is None else caption.draw(rng)
+            if isinstance(self._source, Resident):
+                arrays, caption = self._source.draw(position, rng)
+            else:
+                arrays, caption = self._read(self._source.record(position), bucket, rng)
+            return arrays, None if self._tokenize is None or caption is None else caption.draw(rng)
         except BadRecord as error:
             bad.append((self._source.name(position), str(error)))
             return None
+
+    def _read(self, record: Record, bucket: int, rng: np.random.Generator) -> tuple[dict[str, Any], Caption | None]:
+        if record.contexts:
+            assert record.moments is not None
+            return {"moments": record.moments, "context": record.contexts[rng.integers(len(record.contexts))]}, None
+        if record.moments is not None:
+            return {"moments": record.moments}, record.caption
+        image, caption = prepare(record, rng, self._config, self._config.shapes[bucket])
+        return {"image": image}, caption
 
 
 class _AllBadError(BadRecord):

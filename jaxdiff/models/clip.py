@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff.nn.attention import attend
 from jaxdiff.nn.layers import LayerNorm, Remat, remat
+from jaxdiff.nn.linear import Dense, Embed, add
 
 
 def quick_gelu(x: Array) -> Array:
@@ -42,10 +43,10 @@ class CLIPAttention(nn.Module):
         b, t, d = x.shape
 
         def project(name: str) -> Array:
-            return nn.Dense(d, dtype=self.dtype, name=name)(x).reshape(b, t, self.heads, d // self.heads)
+            return Dense(d, dtype=self.dtype, name=name)(x).reshape(b, t, self.heads, d // self.heads)
 
         y = attend(project("q_proj"), project("k_proj"), project("v_proj"), jnp.tril(jnp.ones((t, t), bool)))
-        return nn.Dense(d, dtype=self.dtype, name="out_proj")(y.reshape(b, t, d))
+        return Dense(d, dtype=self.dtype, name="out_proj")(y.reshape(b, t, d))
 
 
 class CLIPMLP(nn.Module):
@@ -57,8 +58,8 @@ class CLIPMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        h = ACTIVATIONS[self.activation](nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(h)
+        h = ACTIVATIONS[self.activation](Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x))
+        return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(h)
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -88,14 +89,9 @@ class CLIPEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        init = nn.initializers.normal(0.02)
-        tokens_table = nn.Embed(
-            self.vocab_size, self.hidden_size, dtype=self.dtype, embedding_init=init, name="token_embedding"
-        )
-        positions_table = nn.Embed(
-            self.max_positions, self.hidden_size, dtype=self.dtype, embedding_init=init, name="position_embedding"
-        )
-        return tokens_table(tokens) + positions_table(jnp.arange(tokens.shape[-1])[None])
+        x = Embed(self.vocab_size, self.hidden_size, self.dtype, name="token_embedding")(tokens)
+        positions = jnp.arange(tokens.shape[-1])
+        return add(x, Embed(self.max_positions, self.hidden_size, self.dtype, name="position_embedding")(positions))
 
 
 class CLIPEncoder(nn.Module):

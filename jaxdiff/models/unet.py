@@ -9,6 +9,7 @@ from jaxdiff.nn.attention import CONTEXT_KEYS
 from jaxdiff.nn.blocks import CrossAttentionMiddle, DownStage, UpStage
 from jaxdiff.nn.conv import Conv3x3
 from jaxdiff.nn.layers import GroupNorm, Remat, TimestepMLP, timestep_embedding
+from jaxdiff.nn.linear import Dense
 from jaxdiff.types import Context, Params
 
 OUTER = 2
@@ -114,7 +115,7 @@ def prompt_keys(params: Params, context: Context, dtype: DTypeLike) -> Params:
     kept = {}
     for name, child in params.items():
         if name == "attn2":
-            project = nn.Dense(child["to_k"]["kernel"].shape[-1], use_bias=False, dtype=dtype)
+            project = Dense(child["to_k"]["kernel"].shape[-1], use_bias=False, dtype=dtype)
             kept[name] = {key: project.apply({"params": child[key]}, context) for key in CONTEXT_KEYS}
         elif isinstance(child, dict) and (inner := prompt_keys(child, context, dtype)):
             kept[name] = inner

@@ -7,7 +7,8 @@ from jaxtyping import Array, Float
 
 from jaxdiff.nn.blocks import AttentionMiddle, DownStage, UpStage
 from jaxdiff.nn.conv import Conv3x3
-from jaxdiff.nn.layers import Conv1x1, GroupNorm, Remat
+from jaxdiff.nn.layers import GroupNorm, Remat
+from jaxdiff.nn.linear import Conv1x1
 
 EPS = 1e-6
 
@@ -81,8 +82,8 @@ class AutoencoderKL(nn.Module):
         sizes = (self.channels, self.layers, self.groups, self.dtype, self.remat)
         self.encoder = Encoder(self.latent_channels, *sizes)
         self.decoder = Decoder(self.out_channels, *sizes)
-        self.quant_conv = Conv1x1(2 * self.latent_channels, dtype=self.dtype, name=None)
-        self.post_quant_conv = Conv1x1(self.latent_channels, dtype=self.dtype, name=None)
+        self.quant_conv = Conv1x1(2 * self.latent_channels, dtype=self.dtype)
+        self.post_quant_conv = Conv1x1(self.latent_channels, dtype=self.dtype)
 
     def encode(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 {2*self.latent_channels}"]:
         """Image to moments: the latent's mean and log-variance."""

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxdiff.nn.layers import KEPT, Conv1x1, GroupNorm, LayerNorm
+from jaxdiff.nn.layers import KEPT, GroupNorm, LayerNorm
+from jaxdiff.nn.linear import Conv1x1, Dense
 from jaxdiff.types import Context, Params
 
 DENSE = 128 * 128
@@ -281,7 +282,7 @@ class Attention(nn.Module):
         context = x if context is None else context
 
         def project(name: str, source: Array) -> Array:
-            y = nn.Dense(c, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(source)
+            y = Dense(c, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(source)
             return y.reshape(b, -1, self.heads, c // self.heads)
 
         if self.has_variable("prompt", "to_k"):
@@ -297,7 +298,7 @@ class Attention(nn.Module):
         y = attend(q, k, v)
         if self.has_variable("rows", "identity"):
             y = jnp.where(self.get_variable("rows", "identity")[:, None, None, None], v, y)
-        return nn.Dense(c, dtype=self.dtype, name="to_out_0")(y.reshape(b, t, c))
+        return Dense(c, dtype=self.dtype, name="to_out_0")(y.reshape(b, t, c))
 
 
 class GEGLU(nn.Module):
@@ -308,7 +309,7 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t {self.features}"]:
-        x, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        x, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
         return x * nn.gelu(gate, approximate=False)
 
 
@@ -320,7 +321,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         b, t, c = x.shape
-        wide, narrow = GEGLU(4 * c, self.dtype, name="net_0"), nn.Dense(c, dtype=self.dtype, name="net_2")
+        wide, narrow = GEGLU(4 * c, self.dtype, name="net_0"), Dense(c, dtype=self.dtype, name="net_2")
         tokens = t if b * t * 8 * c <= WIDE else _part(t, WIDE // (16 * b * c))
         if self.is_initializing() or self.dtype != jnp.float32 or tokens == t:
             return narrow(wide(x))
@@ -384,13 +385,13 @@ class Transformer2D(nn.Module):
         b, h, w, c = x.shape
         y = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
         if self.linear_projection:
-            y = nn.Dense(c, dtype=self.dtype, name="proj_in")(y.reshape(b, h * w, c))
+            y = Dense(c, dtype=self.dtype, name="proj_in")(y.reshape(b, h * w, c))
         else:
             y = Conv1x1(c, dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)
         for i in range(self.depth):
             y = BasicTransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{i}")(y, context)
         if self.linear_projection:
-            y = nn.Dense(c, dtype=self.dtype, name="proj_out")(y).reshape(b, h, w, c)
+            y = Dense(c, dtype=self.dtype, name="proj_out")(y).reshape(b, h, w, c)
         else:
             y = Conv1x1(c, dtype=self.dtype, name="proj_out")(y.reshape(b, h, w, c))
         return x + y

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from jaxdiff.nn.attention import Attention, Transformer2D
 from jaxdiff.nn.conv import Conv3x3
-from jaxdiff.nn.layers import Conv1x1, GroupNorm, Remat, remat, upsample_nearest
+from jaxdiff.nn.layers import GroupNorm, Remat, remat, upsample_nearest
+from jaxdiff.nn.linear import Conv1x1, Dense, add
 from jaxdiff.types import Context
 
 Features = Float[Array, "b h w c"]
@@ -32,7 +33,8 @@ class ResnetBlock(nn.Module):
         h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
         h = Conv3x3(self.channels, dtype=self.dtype, name="conv1")(h)
         if emb is not None:
-            h += nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(emb))[:, None, None, :]
+            emb = Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(emb))
+            h = add(h, emb[:, None, None, :])
         h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
         h = Conv3x3(self.channels, dtype=self.dtype, name="conv2")(h)
         if self.has_variable("rows", "source"):

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.nn.layers import KEPT
+from jaxdiff.nn.linear import add
 from jaxdiff.types import Params
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -56,10 +57,10 @@ class Conv3x3(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
         transformed = self.get_variable("params", "winograd")
-        x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         n = self.padding
         padding = ((n, n), (n, n)) if isinstance(n, int) else n
-        return conv3x3(x, kernel, transformed, stride=self.stride, padding=padding) + bias.reshape(1, 1, 1, -1)
+        return add(conv3x3(x, kernel, transformed, stride=self.stride, padding=padding), bias)
 
 
 def conv3x3(
@@ -74,11 +75,14 @@ def conv3x3(
 
     Gradients go to `x` and `kernel`; `transformed` is the kernel once more and gets none.
     """
+    return _conv3x3(x, kernel, transformed, padding, stride)
+
+
+def _is_worth(x: Array, kernel: Array, padding: Padding, stride: int) -> bool:
+    """Whether a CPU has a faster way than XLA's convolution."""
     c, c2 = kernel.shape[2:]
     worth = min(c, c2) >= 64 if stride == 1 else c * c2 >= STRIDED
-    if x.dtype != jnp.float32 or not worth or max(*padding[0], *padding[1]) > 2:
-        return _plain(x, kernel, padding, stride)
-    return _conv3x3(x, kernel, transformed, padding, stride)
+    return x.dtype == jnp.float32 and worth and max(*padding[0], *padding[1]) <= 2
 
 
 # Measured on two cores (Zen 3, AVX2), float32: time over that of PyTorch; kernels transformed before:
@@ -157,6 +161,8 @@ def _plain(x: Array, kernel: Array, padding: Padding, stride: int = 1) -> Array:
 
 
 def _on_cpu(x: Array, kernel: Array, transformed: Transformed | None, *, padding: Padding, stride: int = 1) -> Array:
+    if not _is_worth(x, kernel, padding, stride):
+        return _plain(x, kernel, padding, stride)
     if stride != 1:
         return im2col(x, kernel, padding, stride)
     b, h, w = _size(x, padding)
@@ -184,21 +190,44 @@ def _conv3x3_fwd(
 
 def _conv3x3_bwd(padding: Padding, stride: int, kept: tuple[Array, Array], d_y: Array) -> tuple[Array, Array, None]:
     def on_cpu(x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
+        if stride != 1 or not _is_worth(x, kernel, padding, stride):
+            return plain_gradients(x, kernel, d_y, padding, stride)
         (top, bottom), (left, right) = padding
         d_padding = (2 - top, 2 - bottom), (2 - left, 2 - right)
         d_x = _fold(partial(_on_cpu, padding=d_padding))(d_y, kernel[::-1, ::-1].swapaxes(2, 3), None)
         b, h, w, _ = d_y.shape
         m = tile(b * h * w, *kernel.shape[2:])
         if m is None:
-            return d_x, elsewhere(x, kernel, d_y)[1]
+            return d_x, plain_gradients(x, kernel, d_y, padding, stride)[1]
         return d_x, kernel_gradient(x, d_y, m, padding=padding)
 
     def elsewhere(x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
         return jax.vjp(lambda x, kernel: _plain(x, kernel, padding, stride), x, kernel)[1](d_y)
 
-    on_cpu = on_cpu if stride == 1 else elsewhere
     d_x, d_kernel = jax.lax.platform_dependent(*kept, d_y, cpu=on_cpu, default=elsewhere)
     return d_x, d_kernel, None
+
+
+def plain_gradients(x: Array, kernel: Array, d_y: Array, padding: Padding, stride: int) -> tuple[Array, Array]:
+    """The gradients of `_plain` as convolutions of images by kernels, pixels and channels in their usual order.
+
+    Only as such does XLA's CPU compiler (that of jax 0.10) have fast ones for what lies in a loop, of micro-batches or
+    steps: outside of loops it turns others into these.
+    """
+    (h, w), (h2, w2) = x.shape[1:3], d_y.shape[1:3]
+    # A row of the result reads from `stride` times its number, less the padding; what is left at the end is not read.
+    over = [n + sum(p) - 3 - stride * (n2 - 1) for n, n2, p in zip((h, w), (h2, w2), padding, strict=True)]
+    back = [(2 - first, 2 - last + rest) for (first, last), rest in zip(padding, over, strict=True)]
+    layout = ("NHWC", "HWIO", "NHWC")
+    d_x = jax.lax.conv_general_dilated(
+        d_y, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), back, lhs_dilation=(stride, stride), dimension_numbers=layout
+    )
+    ends = [(first, last - rest) for (first, last), rest in zip(padding, over, strict=True)]
+    d_kernel = jax.lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0), d_y.transpose(1, 2, 0, 3), (1, 1), ends, rhs_dilation=(stride, stride),
+        dimension_numbers=layout,
+    )  # fmt: skip
+    return d_x, d_kernel.transpose(1, 2, 0, 3)
 
 
 _conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)

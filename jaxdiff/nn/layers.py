@@ -1,4 +1,4 @@
-"""Convolutions, normalisations and embeddings: NHWC, compute in `dtype`, statistics in float32."""
+"""Normalisations and embeddings: NHWC, compute in `dtype`, statistics in float32."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from jaxdiff.nn.linear import Dense
 
 M = TypeVar("M", bound=type[nn.Module])
 
@@ -33,11 +35,6 @@ def _costly(primitive: Any, *args: Any, **params: Any) -> bool:
     products = (jax.lax.dot_general_p, jax.lax.conv_general_dilated_p)
     named = jax.checkpoint_policies.save_only_these_names(KEPT)
     return primitive in products or bool(named(primitive, *args, **params))
-
-
-def Conv1x1(channels: int, *, dtype: DTypeLike, name: str | None) -> nn.Conv:
-    """A 1x1 convolution: a matrix product over channels."""
-    return nn.Conv(channels, (1, 1), dtype=dtype, name=name)
 
 
 class GroupNorm(nn.Module):
@@ -94,8 +91,8 @@ class TimestepMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.dim}"]:
-        x = nn.Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
-        return nn.Dense(self.dim, dtype=self.dtype, name="linear_2")(nn.silu(x))
+        x = Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
+        return Dense(self.dim, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
 def upsample_nearest(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:

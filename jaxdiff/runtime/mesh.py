@@ -99,9 +99,18 @@ def gather_params(params: Any, shardings: Any, dtype: DTypeLike) -> Any:
     return jax.tree.map(gather, params, shardings)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of every array in a batch."""
-    return NamedSharding(mesh, BATCH)
+def batch_sharding(mesh: Mesh, after: int = 0) -> NamedSharding:
+    """The sharding of every array in a batch, of which the batch's own axis comes `after` so many others."""
+    return NamedSharding(mesh, P(*[None] * after, *BATCH))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, spread as `shardings` says; only what belongs here is copied."""
+    return jax.tree.map(
+        lambda a, sharding: jax.make_array_from_callback(np.shape(a), sharding, lambda index: np.asarray(a)[index]),
+        tree,
+        shardings,
+    )
 
 
 def spread(batch: Any, mesh: Mesh | None) -> Any:

@@ -2,12 +2,13 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxdiff.runtime.mesh import batch_sharding
 from jaxdiff.training.state import Batch
@@ -23,53 +24,69 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for (rows,) in filter(None, held) for row in range(*rows.indices(batch_size))})
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This process's rows of a global batch as arrays spread over the mesh; 64-bit numbers lose their upper half."""
-    sharding = batch_sharding(mesh)
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, several: bool = False) -> Batch:
+    """This process's rows of a global batch as arrays spread over the mesh; 64-bit numbers lose their upper half.
+
+    Of `several` batches, which lie along a first axis, the second one is spread. Numbers alone are everywhere.
+    """
+    axis, sharding = int(several), batch_sharding(mesh, after=int(several))
     places = mesh.shape["data"] * mesh.shape["fsdp"]
     held = local_rows(mesh, places)
     narrow = {"int64": np.int32, "float64": np.float32}
 
     def place(rows: np.ndarray) -> jax.Array:
         rows = rows.astype(narrow.get(rows.dtype.name, rows.dtype), copy=False)
-        share, rest = divmod(len(rows), len(held))
-        assert not rest, f"{len(rows)} rows for {len(held)} places"
+        if not rows.ndim:
+            return jax.make_array_from_callback((), NamedSharding(mesh, P()), lambda _: rows)
+        share, rest = divmod(rows.shape[axis], len(held))
+        assert not rest, f"{rows.shape[axis]} rows for {len(held)} places"
 
         def part(index: Any) -> np.ndarray:
-            first = held.index((index[0].start or 0) // share) * share
-            return rows[first : first + share]
+            first = held.index((index[axis].start or 0) // share) * share
+            return rows[:, first : first + share] if several else rows[first : first + share]
 
-        return jax.make_array_from_callback((share * places, *rows.shape[1:]), sharding, part)
+        shape = (*rows.shape[:axis], share * places, *rows.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: place(rows) for name, rows in batch.items()}
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, spread as `shardings` says; only what belongs here is copied."""
-    return jax.tree.map(
-        lambda a, sharding: jax.make_array_from_callback(np.shape(a), sharding, lambda index: np.asarray(a)[index]),
-        tree,
-        shardings,
-    )
+Call = tuple[int, dict[str, np.ndarray]]
+"""How many steps the devices take in one call, and the batch of the step, or the batches of all of them."""
+
+
+def calls(batches: Iterator[dict[str, np.ndarray]], lengths: Iterable[int], most: int = 1) -> Iterator[Call]:
+    """Batches put together for calls of so many steps, `most` at most; shorter ones are filled up with copies.
+
+    With `most` 1 each is a batch as it is; else arrays have a first axis for the steps, of which `steps` count.
+    """
+    for n in lengths:
+        parts = [next(batches) for _ in range(n)]
+        if most == 1:
+            yield 1, parts[0]
+        else:
+            parts += parts[-1:] * (most - n)
+            stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+            yield n, stacked | {"steps": np.array(n, np.int32)}
 
 
 class Feed:
-    """Iterates over `batches` on the devices of `mesh`, keeping `ahead` of them ready on a thread of its own.
+    """Iterates over `calls` on the devices of `mesh`, keeping `ahead` of them ready on a thread of its own.
 
     So the next batch travels while a step is computed, and the one after it is read. What the source raises is raised
     again by `next`. Use it as a context manager, which ends the thread.
     """
 
-    def __init__(self, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, ahead: int = 2) -> None:
+    def __init__(self, calls: Iterator[Call], mesh: Mesh, ahead: int = 2) -> None:
         self._ready: queue.Queue[Any] = queue.Queue(ahead)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(batches, mesh), daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(calls, mesh), daemon=True)
         self._thread.start()
 
-    def _fill(self, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh) -> None:
+    def _fill(self, calls: Iterator[Call], mesh: Mesh) -> None:
         try:
-            for batch in batches:
-                self._put(to_devices(batch, mesh))
+            for n, batch in calls:
+                self._put((n, to_devices(batch, mesh, several="steps" in batch)))
                 if self._closed.is_set():
                     return
             self._put(StopIteration())
@@ -86,7 +103,7 @@ class Feed:
     def __iter__(self) -> "Feed":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> tuple[int, Batch]:
         item = self._ready.get()
         if isinstance(item, Exception):
             raise item

@@ -37,7 +37,7 @@ class Log:
         self,
         workdir: epath.Path,
         start: int,
-        steps: int,
+        steps: int | None,
         batch_size: int,
         tensorboard: bool = False,
         skipped: Any = (0, 0),
@@ -56,11 +56,12 @@ class Log:
             if not is_remote(self._path):
                 self._file = self._path.open("a", encoding="utf-8")
             self._board = _summary_writer(workdir / "tensorboard") if tensorboard else None
+        self.paused_in_all = 0.0
         self._restart()
 
     def _restart(self) -> None:
-        self._window: list[Metrics] = []
-        self._uncounted: Metrics | None = None
+        self._window: list[tuple[Metrics, int]] = []
+        self._uncounted: tuple[Any, int] | None = None
         self._waited = 0.0
         self._paused = 0.0
         self._since = time.perf_counter()
@@ -74,30 +75,36 @@ class Log:
             if file is not None:
                 file.close()
 
-    def step(self, metrics: Metrics, waited: float) -> None:
-        """Takes the metrics of a step and the seconds that its batch kept the loop waiting."""
-        self.settle()  # which waits for the step before: at most two in flight, honest times, little memory
-        self._window.append(metrics)
-        self._uncounted = metrics
+    def step(self, metrics: Metrics, waited: float, n: int = 1) -> None:
+        """Takes the metrics of a call of `n` steps, and the seconds that its batches kept the loop waiting.
+
+        Of several steps, metrics have a first axis, of which the first `n` count.
+        """
+        self.settle()  # which waits for the call before: at most two in flight, honest times, little memory
+        self._window.append((metrics, n))
+        self._uncounted = metrics["skipped"], n
         self._waited += waited
-        self._bar.update()
+        self._bar.update(n)
 
     def settle(self) -> None:
-        """Waits for the last step, and counts whether its update was skipped."""
+        """Waits for the last call, and counts the updates that were skipped."""
         if self._uncounted is None:
             return
-        skipped, self._uncounted = int(jax.device_get(self._uncounted["skipped"])), None
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        self.skipped += skipped
+        (skipped, n), self._uncounted = self._uncounted, None
+        for one in np.atleast_1d(jax.device_get(skipped))[:n]:
+            self.in_a_row = self.in_a_row + 1 if one else 0
+            self.skipped += int(one)
 
     def pause(self, seconds: float) -> None:
-        """Leaves time spent on evaluation and saving out of images/s."""
+        """Leaves time spent on evaluation and saving out of images/s, and out of a run by the clock."""
         self._paused += seconds
+        self.paused_in_all += seconds
 
     def flush(self, step: int, **values: float) -> dict[str, Any]:
         """Writes the means over the updates made since the last flush, and `values`; returns them."""
         self.settle()
-        window = jax.device_get(self._window)
+        calls = [(jax.tree.map(np.atleast_1d, metrics), n) for metrics, n in jax.device_get(self._window)]
+        window = [{name: values[i] for name, values in metrics.items()} for metrics, n in calls for i in range(n)]
         seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
         made = [m for m in window if not m["skipped"]]
         means = {name: float(np.mean([m[name] for m in made])) if made else math.nan for name in (window or [{}])[0]}
@@ -151,7 +158,7 @@ class Profile:
         self._trace.close()
 
     def before(self, step: int) -> None:
-        """To be called before each step is taken."""
+        """To be called before each call, of which `step` is the first step."""
         if self._on and step == self._first:
             local = Path(self._folder)
             if is_remote(self._folder):
@@ -160,7 +167,7 @@ class Profile:
             self._trace.enter_context(jax.profiler.trace(str(local)))
 
     def after(self, step: int, metrics: Metrics, say: Callable[[str], None]) -> None:
-        """To be called after each step; says where the trace lies once it is there."""
+        """To be called after each call, of which `step` is the last; says where the trace lies once it is there."""
         if self._on and step == self._last:
             jax.block_until_ready(metrics)
             self._trace.close()

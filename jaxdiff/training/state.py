@@ -16,6 +16,7 @@ from jaxdiff.config import EMAConfig
 from jaxdiff.runtime.mesh import BATCH, gather_params, path_name, tree_shardings
 from jaxdiff.training.ema import profiles
 from jaxdiff.training.optim import check_rates, evaluated, rate_of
+from jaxdiff.training.resident import RESIDENT, looked_up
 from jaxdiff.types import Key, Params
 
 Batch: TypeAlias = dict[str, Any]
@@ -57,6 +58,8 @@ class TrainState:
     """What the objective remembers from step to step, {} if nothing."""
     skipped: Any
     """int32 [2]: updates left out because loss or gradient was not finite, in a row and in all."""
+    seconds: Any = None
+    """float32: how long the run has trained, where it goes by the clock; else None, which is no leaf."""
 
     @property
     def average(self) -> Params:
@@ -152,10 +155,11 @@ def create_state(
     mesh: Mesh,
     ema: EMAConfig | None = None,
     abstract: bool = False,
+    clocked: bool = False,
 ) -> TrainState:
     """The first state, each leaf made where it will stay, or with `abstract` the shapes of it, with their shardings.
 
-    `ema` None is the config's default.
+    `ema` None is the config's default; `clocked` that the run goes by the clock.
     """
     names = profiles(ema or EMAConfig())
 
@@ -168,6 +172,7 @@ def create_state(
             opt=tx.init(params),
             memory=memory,
             skipped=jnp.zeros(2, jnp.int32),
+            seconds=jnp.zeros(()) if clocked else None,
         )
 
     start = task.start or {}
@@ -185,12 +190,15 @@ def make_step(
     ema: EMAConfig | None = None,
     accumulate: int = 1,
     dtype: DTypeLike = jnp.float32,
-) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Metrics]]:
+    seconds: float = 0,
+    several: bool = False,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled step for the shardings of `state`, whose buffers each call reuses.
 
-    The step takes (state, frozen, batch, key); `key` is the run's, the same at every step. Metrics are the task's, and
-    `loss`, `grad_norm` (before the clip) and `skipped`, 1 where loss or gradient was not finite: then params, averages,
-    optimiser and memory stay as they are, and `step` goes on.
+    The step takes (state, frozen, batch, key), and in a run by the clock as the fifth for how many seconds it has gone
+    on. `key` is the run's, the same at every step. Metrics are the task's, and `loss`, `grad_norm` (before the clip)
+    and `skipped`, 1 where loss or gradient was not finite: then params, averages, optimiser and memory stay as they
+    are, and `step` goes on.
 
     Args:
         task: what is trained.
@@ -199,6 +207,9 @@ def make_step(
         ema: the averages; None is the config's default.
         accumulate: micro-batches, taken one after another.
         dtype: what the networks compute in, and matrices are gathered in.
+        seconds: how long a run by the clock takes; 0 is one by steps.
+        several: the function takes the first `steps` of as many steps as there are batches along a first axis, and
+            metrics have that axis: one call in place of many, which are the same steps.
 
     Raises:
         ValueError: where micro-batches would change the loss, as the task says.
@@ -212,13 +223,37 @@ def make_step(
     stored = jax.tree.map(lambda p: p.sharding, state.params)
     mesh = state.step.sharding.mesh
 
-    def step(state: TrainState, frozen: Params, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, frozen: Params, batch: Batch, key: Key, now: Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        batch = looked_up(batch, mesh)
         grads, metrics, notes = gradients(state, frozen, batch, jax.random.fold_in(key, state.step))
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        new = either(finite, updated(state, grads, notes), replace(state, skipped=state.skipped + 1))
+        new = either(finite, updated(state, grads, notes, now), replace(state, skipped=state.skipped + 1))
         metrics |= {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
-        return replace(new, step=state.step + 1), metrics
+        return replace(new, step=state.step + 1, seconds=now), metrics
+
+    def steps(
+        state: TrainState, frozen: Params, batches: Batch, key: Key, now: Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        everywhere = {name: batches[name] for name in (RESIDENT,) if name in batches}
+        rows = {name: value for name, value in batches.items() if name not in (RESIDENT, "steps")}
+
+        def nth(i: Array) -> Batch:
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), rows) | everywhere
+
+        def take(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, metrics = carry
+            # With barriers round it the step is compiled as it is alone, and rounds as it does.
+            batch, state = jax.lax.optimization_barrier((nth(i), state))
+            state, found = jax.lax.optimization_barrier(step(state, frozen, batch, key, now))
+            return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), metrics, found)
+
+        n = len(jax.tree.leaves(rows)[0])
+        _, shapes = jax.eval_shape(step, state, frozen, nth(jnp.int32(0)), key, now)
+        metrics = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), shapes)
+        return jax.lax.fori_loop(0, batches["steps"], take, (replace(state, seconds=now), metrics))
 
     def gradients(state: TrainState, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Metrics, Notes]:
         frozen = gather_params(frozen, tree_shardings(mesh, frozen), dtype)
@@ -233,8 +268,9 @@ def make_step(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention's kernels are split over it
             return of_part(batch) if accumulate == 1 else in_parts(of_part, batch, accumulate, mesh)
 
-    def updated(state: TrainState, grads: Params, notes: Notes) -> TrainState:
-        updates, opt = tx.update(grads, state.opt, state.params)
+    def updated(state: TrainState, grads: Params, notes: Notes, now: Array | None) -> TrainState:
+        clock = {} if now is None else {"progress": now / seconds}
+        updates, opt = tx.update(grads, state.opt, state.params, **clock)
         params = optax.apply_updates(state.params, updates)
         mean = evaluated(params, opt)  # pyright: ignore[reportArgumentType]: optax has its own Params
         averages = {
@@ -242,7 +278,8 @@ def make_step(
             for name, decay in decays.items()
         }
         memory = task.remember(state.memory, jax.lax.with_sharding_constraint(notes, NamedSharding(mesh, P())))
-        return TrainState(state.step, params, averages, opt, memory, state.skipped.at[0].set(0))  # pyright: ignore
+        skipped = state.skipped.at[0].set(0)
+        return TrainState(state.step, params, averages, opt, memory, skipped, state.seconds)  # pyright: ignore
 
     def either(first: Array, new: TrainState, old: TrainState) -> TrainState:
         return jax.tree.map(lambda new, old: jnp.where(first, new, old), new, old)
@@ -251,7 +288,7 @@ def make_step(
     # computes again for the first computation, and keeps that. Left alone, barriers reach the end.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(
-        step,
+        steps if several else step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda a: a.sharding, state), None),
         compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else None,

@@ -17,8 +17,7 @@ from jaxdiff.io.folder import find_part, read_config, read_network
 from jaxdiff.io.scheduler import read_scheduler
 from jaxdiff.io.weights import check_params
 from jaxdiff.model import EMBEDDED, cast, place_params, prepare_kernels
-from jaxdiff.runtime.mesh import tree_shardings
-from jaxdiff.training.feed import place
+from jaxdiff.runtime.mesh import place, tree_shardings
 from jaxdiff.types import Params
 
 

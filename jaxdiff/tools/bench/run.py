@@ -1,5 +1,6 @@
 """Makes a target's program, runs it, and gathers what was found."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
@@ -18,7 +19,7 @@ from jaxdiff.tools.bench.models import ModelSizes
 from jaxdiff.tools.bench.result import Result
 from jaxdiff.tools.bench.targets import TARGETS, Setting, Work
 from jaxdiff.tools.bench.versus import versus
-from jaxdiff.training.feed import Feed, local_rows
+from jaxdiff.training.feed import Feed, calls, local_rows
 
 TRACED = 3  # runs in a profile
 READ_AHEAD = 8  # batches of a loader that are not timed: it has read some before it is asked
@@ -48,7 +49,7 @@ def program(
         times, waits = [], []
         for _ in range(warmup + runs):
             began = time.perf_counter()
-            batch = next(feed) if feed else None
+            batch = next(feed)[1] if feed else None
             waits.append(time.perf_counter() - began)
             times.append(measure.seconds(lambda batch=batch: run(batch)))
     waits, times = waits[warmup:], times[warmup:]
@@ -122,7 +123,8 @@ def _feed(work: Work, setting: Setting) -> Feed | None:
     assert work.config is not None
     rows = local_rows(setting.mesh, setting.batch)
     data = work.config.data
-    return Feed(batches(data, open_source(data), _tokenizer(setting.model), seed=0, rows=rows), setting.mesh)
+    source = batches(data, open_source(data), _tokenizer(setting.model), seed=0, rows=rows)
+    return Feed(calls(source, itertools.repeat(1)), setting.mesh)
 
 
 def _tokenizer(model: ModelSizes) -> Tokenizer:

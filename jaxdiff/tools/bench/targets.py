@@ -20,13 +20,12 @@ from jaxdiff.generation.network import Inputs
 from jaxdiff.generation.programs import Program, decode, denoise, encode_prompts, keys_and_noise
 from jaxdiff.nn.layers import Remat
 from jaxdiff.runtime.compile import Compiled
-from jaxdiff.runtime.mesh import batch_sharding, gather_params, tree_shardings
+from jaxdiff.runtime.mesh import batch_sharding, gather_params, place, tree_shardings
 from jaxdiff.sampling.loop import begin
 from jaxdiff.sampling.sigmas import MODEL
 from jaxdiff.tools.bench import flops
 from jaxdiff.tools.bench.models import ModelSizes, random_inputs, ready, weights
 from jaxdiff.tools.plan import abstract_task
-from jaxdiff.training.feed import place
 from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.state import TrainState, create_state, make_step
 from jaxdiff.types import Params
