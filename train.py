@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -24,6 +24,8 @@ from jaxdiff.data.record import Source
 from jaxdiff.data.resident import Resident
 from jaxdiff.data.sources import summary
 from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.evaluation.denoising import Heldout, as_metrics, denoising_errors, heldout
+from jaxdiff.evaluation.plots import can_plot, plot_metrics
 from jaxdiff.generation.conditioning import encoded
 from jaxdiff.generation.drawing import make_drawing
 from jaxdiff.generation.pipeline import Pipeline
@@ -31,7 +33,7 @@ from jaxdiff.generation.request import Request
 from jaxdiff.io.checkpoint import Checkpoints
 from jaxdiff.io.folder import check_target, write_network
 from jaxdiff.io.images import contact_sheet, write_png
-from jaxdiff.io.storage import is_remote, staged
+from jaxdiff.io.storage import is_remote, staged, write_bytes
 from jaxdiff.model import Model, Network
 from jaxdiff.runtime import distributed
 from jaxdiff.runtime.cli import exit_code
@@ -64,6 +66,7 @@ from jaxdiff.types import Params
 EVAL_IMAGES = 512  # at most, for the held-out figures
 EVAL_STEPS = 25  # of the sampler, for the sample grid
 SCALE_BATCHES = 8  # over which the latents' standard deviation is measured
+SHOWN = ("error_full_0.6", "error_full_30")  # of the errors of the guess, when a run is done
 USAGE = "usage: python train.py configs/NAME.py [--field value ...]   (--help after the file lists the fields)"
 
 
@@ -130,6 +133,8 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             raise
         if figures:
             log.write({"step": step} | figures)
+        if leads() and can_plot():
+            write_bytes(workdir / "metrics.png", plot_metrics(log.lines()))
         wait_for_all(f"evaluation at step {step}")
         log.pause(time.perf_counter() - began)
         return figures
@@ -172,13 +177,13 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             last = step == end or (clock is not None and clock.is_over)
             while not last:
                 profile.before(step + 1)
+                now = () if clock is None else (clock.array(),)
                 # What every step does must copy nothing unasked between host and devices, or between devices: it would
                 # wait. (Reading a CPU's array is no copy, so that only GPUs and TPUs tell of such a read.)
                 with jax.transfer_guard("disallow"):
                     began = time.perf_counter()
                     n, batch = next(feed)
                     waited = time.perf_counter() - began
-                    now = () if clock is None else (clock.array(),)
                     state, metrics = step_fn(state, frozen, batch | resident, key, *now)
                     log.step(metrics, waited, n)
                 step, n_calls = step + n, n_calls + 1
@@ -216,7 +221,8 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             if figures is None and (stopped := stop.received):
                 log.say(f"Stopped by {stopped.name} after the last step; the same command evaluates it.")
                 return 128 + stopped
-            told = "".join(f", {name} {value:.4g}" for name, value in (figures or {}).items())
+            shown = (item for item in (figures or {}).items() if item[0] in SHOWN or not item[0].startswith("error_"))
+            told = "".join(f", {name} {value:.4g}" for name, value in shown)
             skipped = f"; {log.skipped} updates were skipped" if log.skipped else ""
             log.say(f"Done{told}{skipped}. {workdir / 'export'} holds the averaged weights.")
             if cut:
@@ -307,6 +313,7 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
     contents[DATA] = records_of(captions, every=task.latent_variants > 0)
     check_contents(contents, workdir)  # before anything is encoded
     requests = sample_requests(config, vae, tokenizer, captions)
+    measured = measured_on(config, captions)
     if not is_remote(workdir):
         check_target(str(workdir / "export"))
     if task.latent_variants:
@@ -320,10 +327,11 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
         model = model_of(task, vae, tokenizer, kept | params)
         with staged(workdir / "export") as folder:
             model.save(folder)
-        images = Pipeline(model, config.dtype).draw(requests)
+        pipe = Pipeline(model, config.dtype)
+        images = pipe.draw(requests)
         with staged(workdir / "samples") as folder:
             write_png(folder, f"{step:07}", contact_sheet(list(images), [request.prompt for request in requests]))
-        return {}
+        return as_metrics(denoising_errors(pipe, measured)) if measured else {}
 
     return Run(
         trained,
@@ -333,6 +341,19 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
         contents,
         rows,
     )
+
+
+def measured_on(config: TrainConfig, source: Source) -> Heldout | None:
+    """The images on which evaluations measure a diffusion run: held-out ones, or where there are none the data's."""
+    task, data = config.task, config.data
+    assert isinstance(task, DiffusionTask)
+    inpaints = task.unet.in_channels != task.unet.out_channels
+    if not task.heldout or inpaints or data.source == "latents":  # where there are no images
+        return None
+    if data.heldout:
+        with suppress(ValueError):
+            source = open_source(replace(data.of_one_shape(), split=data.heldout))
+    return heldout(source, data, task.heldout)
 
 
 def resident_rows(source: Source, data: DataConfig) -> tuple[Source, dict[str, np.ndarray]]:

@@ -27,6 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "generation": {
         "model", "families", "prompts", "sampling", "diffusion", "nn", "data", "io", "runtime", "config", "types",
     },
+    "evaluation": {
+        "generation", "model", "models", "families", "diffusion", "data", "io", "runtime", "config", "types",
+    },
     "__init__": {"generation"},
 }  # fmt: skip
 # Tools may import every room, and no other tool but these.

@@ -14,7 +14,7 @@ MOMENTUM = ("adamw", "lion", "muon", "sgd")
 
 @dataclass(frozen=True)
 class OptimConfig(Checked):
-    """Gradients are clipped by their global norm; weight decay is decoupled, and spares biases and norms."""
+    """Gradients are clipped by their global norm. Weight decay is decoupled; it spares biases, norms and embeddings."""
 
     name: Optimiser = "adamw"
     """`jaxdiff.training.optim` says what each is, and cites it."""

@@ -67,6 +67,9 @@ class DiffusionTask(Checked):
     """Captions drawn, and encoded once by a frozen text encoder, for each of these latents; 0 encodes at every step."""
     prompts: tuple[str, ...] = ()
     """Drawn at every evaluation, with seeds 0, 1, ...; empty draws captions of the training data."""
+    heldout: int = 32
+    """Images on which every evaluation measures the error of the guess (`jaxdiff.evaluation.denoising`), of the split
+    `DataConfig.heldout` where there is one, else of the data; 0 measures none."""
     guidance: float | None = None
     """The guidance scale that the exported model is sampled with where a user gives none; None is 7.5."""
 
@@ -98,6 +101,7 @@ class DiffusionTask(Checked):
             self.latent_variants >= 0,
             f"DiffusionTask.latent_variants is {self.latent_variants}; it must not be negative.",
         )
+        require(self.heldout >= 0, f"DiffusionTask.heldout is {self.heldout}; it must not be negative.")
         require(
             self.text_variants >= 0, f"DiffusionTask.text_variants is {self.text_variants}; it must not be negative."
         )

@@ -42,13 +42,17 @@ def is_remote(path: Any) -> bool:
 
 
 def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes a file, whole or not at all."""
     if is_remote(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    partial.write_bytes(data)
     partial.replace(path)
 
 

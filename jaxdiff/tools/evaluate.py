@@ -1,8 +1,9 @@
-"""Measures a model: `python -m jaxdiff.tools.evaluate colours prompts.txt` or `... reconstruction --data-dir data`."""
+"""Measures a model: `python -m jaxdiff.tools.evaluate denoising MODEL`, `colours PROMPTS` or `reconstruction`."""
 
 import itertools
 import math
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from jaxdiff import load
 from jaxdiff.config import DataConfig, VAETask
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.loader import batches, open_source
+from jaxdiff.evaluation.denoising import as_metrics, as_table, denoising_errors, heldout
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.training.tasks.vae import psnr, reconstruct
 
@@ -95,7 +97,42 @@ def reconstruction(data_dir: str = "data", model: Path | None = None, split: str
     print(f"PSNR of {len(figures)} images, {split}: mean {figures.mean():.2f} dB, median {np.median(figures):.2f} dB")
 
 
+def denoising(
+    model: Annotated[Path | None, tyro.conf.Positional] = None,
+    data_dir: str = "data",
+    source: str = "emoji",
+    split: str = "test",
+    n: int = 221,
+    batch: int = 32,
+    dtype: str | None = None,
+    json: bool = False,
+) -> None:
+    """Prints the error of the model's guess of x_0 on held-out images, by noise level and by what the caption tells.
+
+    Args:
+        model: a diffusers folder or run directory; the embedded model if left out.
+        data_dir: where the data are, as in training.
+        source: of the data, as `--data.source` of training.
+        split: `test` of the `emoji` data has drawings of concepts that were trained on in other styles.
+        n: images, evenly spread.
+        batch: images at a time.
+        dtype: what the networks compute in.
+        json: prints one line of JSON, as training's metrics have them.
+    """
+    pipe = load(model, dtype)
+    width, height = pipe.size or (64, 64)
+    if width != height:
+        raise ValueError(f"The model is one of {width}x{height} pixels; errors are measured on squares.")
+    data = DataConfig(source=source, root=data_dir, split=split, size=width)
+    errors = denoising_errors(pipe, heldout(open_source(data), data, n), batch=batch)
+    print(dumps(as_metrics(errors)) if json else as_table(errors))
+
+
 if __name__ == "__main__":
     sys.exit(
-        exit_code(lambda: tyro.extras.subcommand_cli_from_dict({"colours": colours, "reconstruction": reconstruction}))
+        exit_code(
+            lambda: tyro.extras.subcommand_cli_from_dict(
+                {"colours": colours, "denoising": denoising, "reconstruction": reconstruction}
+            )
+        )
     )

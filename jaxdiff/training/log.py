@@ -136,6 +136,11 @@ class Log:
             for name, value in line.items():
                 self._board.add_scalar(name, value, line["step"])
 
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines written so far, in process 0."""
+        text = self._lines if self._file is None else self._path.read_text().splitlines()
+        return [json.loads(line) for line in text]
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         if leads():

@@ -80,11 +80,12 @@ def optimiser(config: OptimConfig, schedule: Rate) -> optax.GradientTransformati
 
     In a run by the clock, `update` takes the share of its time that is over as `progress`.
 
-    Unlike optax's own `adafactor` and `lion`, all decay alike: by `lr * weight_decay`, biases and norms excepted.
+    Unlike optax's own `adafactor` and `lion`, all decay alike: by `lr * weight_decay`, but for biases, norms and
+    embeddings, whose rows would decay at every step and learn at those that have their token.
     """
     step = optax.chain(
         DIRECTIONS[config.name](config),
-        optax.add_decayed_weights(config.weight_decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        optax.add_decayed_weights(config.weight_decay, _decays),
         _scale_by_path(config.factors),
         _scale_by_rate(schedule),
     )
@@ -106,6 +107,12 @@ def _scale_by_rate(rate: Rate) -> optax.GradientTransformationExtraArgs:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _decays(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: p.ndim > 1 and not path_name(path).endswith("embedding"), params
+    )
 
 
 def _promoting(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
