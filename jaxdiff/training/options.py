@@ -222,6 +222,8 @@ def _check_same_run(config: TrainConfig, workdir: epath.Path) -> None:
         if before.get(name) != now.get(name) and name != "workdir" and not name.startswith("distributed.")
     }
     kept = {"optim.b1"} if config.optim.name == "schedule_free" else set()  # its parameters are a mean by b1
+    if not (before.get("seconds") and config.seconds):
+        kept |= {"seconds"}  # a run goes by steps or by the clock from its start
     may_move = (workdir / CONTENTS).exists()
 
     def refused(name: str) -> bool:

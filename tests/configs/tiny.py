@@ -50,6 +50,7 @@ def config() -> TrainConfig:
             tokenizer="runs/tokenizer",
             latent_variants=1,
             prompts=("a red apple", "a dog"),
+            heldout=4,
         ),
         data=DataConfig(source="emoji", root="tests/data", size=16, batch_size=8),
         optim=OptimConfig(lr=3e-3, warmup_steps=5),

@@ -46,6 +46,7 @@ def config() -> TrainConfig:
             caption_dropout=0.3,
             latent_variants=1,
             prompts=("a dog",),
+            heldout=0,
         ),
         data=DataConfig(source="emoji", root="tests/data", size=16, batch_size=8, flip=True, crop=0.8),
         # The gradient of a key's bias is zero but for rounding, which a small eps would blow up to whole steps.
