@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "generation": {
         "model", "families", "prompts", "sampling", "diffusion", "nn", "data", "io", "runtime", "config", "types",
     },
+    "evaluation": {"generation", "model", "models", "data", "io", "runtime", "config", "types"},
     "__init__": {"generation"},
 }  # fmt: skip
 # Tools may import every room, and no other tool but these.

@@ -13,7 +13,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -143,7 +143,7 @@ def _array(
     return np.lib.stride_tricks.as_strided(storages[storage][offset:], shape, steps, writeable=False)
 
 
-def _read_zip(file: BinaryIO) -> tuple[Any, Callable[[_Storage], tuple[int, int]]]:
+def _read_zip(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], tuple[int, int]]]:
     """What the archive's pickle says, and where in the file a storage lies."""
     try:
         records = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
@@ -189,7 +189,7 @@ def _read_zip(file: BinaryIO) -> tuple[Any, Callable[[_Storage], tuple[int, int]
     return tree, raw
 
 
-def _read_stream(file: BinaryIO) -> tuple[Any, Callable[[_Storage], tuple[int, int]]]:
+def _read_stream(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], tuple[int, int]]]:
     """As `_read_zip` does, of a stream: three pickles that say what it is, the tree, the keys, the storages."""
     if _unpickle(file) != _MAGIC:
         raise _Refused("it is a pickle, but not one of torch.save")
@@ -214,7 +214,7 @@ def _read_stream(file: BinaryIO) -> tuple[Any, Callable[[_Storage], tuple[int, i
     return tree, lambda storage: spans[storage.key]
 
 
-def _unpickle(file: BinaryIO, said: dict[str, _Storage] | None = None) -> Any:
+def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | None = None) -> Any:
     """What the pickle at the file's position describes: dicts, lists, tuples, texts, numbers and `_Tensor`s.
 
     Args:

@@ -48,9 +48,7 @@ class EfficientNetLite0(nn.Module):
     """Images in 0 to 255 to their features, and to the logits of ImageNet's 1,000 classes."""
 
     @nn.compact
-    def __call__(
-        self, image: Float[Array, "b h w 3"]
-    ) -> tuple[Float[Array, "b {FEATURES}"], Float[Array, "b {CLASSES}"]]:
+    def __call__(self, image: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b 1280"], Float[Array, "b 1000"]]:
         x = (image - 127) / 128
         x = nn.relu6(Conv(32, kernel=3, stride=2, name="conv_stem")(x))
         i = 0
@@ -65,7 +63,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Wider, a filter for each channel, narrower; and the input again, where it fits (Sandler et al. 2018, figure 4)."""
+    """Wider, a filter for each channel, narrower; plus the input, where it fits (Sandler et al. 2018, figure 4)."""
 
     channels: int
     kernel: int

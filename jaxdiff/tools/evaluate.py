@@ -1,10 +1,11 @@
 """Measures a model: `python -m jaxdiff.tools.evaluate colours prompts.txt` or `... reconstruction --data-dir data`."""
 
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -14,6 +15,8 @@ from jaxdiff import load
 from jaxdiff.config import DataConfig, VAETask
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.loader import batches, open_source
+from jaxdiff.evaluation.concepts import concept_accuracy, images_for, read_drawings, sample
+from jaxdiff.evaluation.features import open_features
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.training.tasks.vae import psnr, reconstruct
 
@@ -95,7 +98,44 @@ def reconstruction(data_dir: str = "data", model: Path | None = None, split: str
     print(f"PSNR of {len(figures)} images, {split}: mean {figures.mean():.2f} dB, median {np.median(figures):.2f} dB")
 
 
+def concepts(
+    model: Annotated[Path | None, tyro.conf.Positional] = None,
+    data_dir: str = "data",
+    features: Path | None = None,
+    split: Literal["all", "train", "test", "heldout"] = "all",
+    n: int = 256,
+    seed: int = 0,
+    steps: int = 30,
+    guidance: float | None = None,
+    batch: int = 16,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Draws concepts of the `emoji` data and counts those that are found again among all real drawings.
+
+    Args:
+        model: a diffusers folder or run directory; the embedded model if left out.
+        data_dir: where `python -m jaxdiff.tools.prepare emoji` put the data.
+        features: where `python -m jaxdiff.tools.prepare features` put the network that looks at the images, and where
+            what it makes of the drawings is kept; DATA_DIR/features if left out.
+        split: from which the drawings are taken whose captions are drawn; they are looked up among all of them.
+        n: images; a smaller sample is the beginning of a larger one.
+        seed: of the sample, and of the first image; the next one has the next.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance; the model's own if left out.
+        batch: images drawn together.
+        as_json: prints JSON in place of the table.
+    """
+    folder = features or Path(data_dir) / "features"
+    look = open_features(folder)
+    pipe = load(model)
+    drawings = read_drawings(data_dir, pipe.size[0] if pipe.size else 64)
+    chosen = sample(drawings, n, seed, split)
+    drawn, decoded = images_for(pipe, drawings, chosen, seed=seed, steps=steps, guidance=guidance, batch=batch)
+    found = concept_accuracy(drawings, chosen, drawn, decoded, look, folder)
+    settings = {"split": split, "seed": seed, "steps": steps, "guidance": guidance}
+    print(json.dumps(found.record() | settings, indent=2) if as_json else found.table())
+
+
 if __name__ == "__main__":
-    sys.exit(
-        exit_code(lambda: tyro.extras.subcommand_cli_from_dict({"colours": colours, "reconstruction": reconstruction}))
-    )
+    commands = {"colours": colours, "reconstruction": reconstruction, "concepts": concepts}
+    sys.exit(exit_code(lambda: tyro.extras.subcommand_cli_from_dict(commands)))
