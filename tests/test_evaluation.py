@@ -28,7 +28,7 @@ def test_the_rank_counts_concepts_not_drawings():
     gallery = plain(directions(0, 30, 40, 45, 120), ["a", "b", "b", "b", "c"])
     distances = gallery.distances(3 * directions(35, -60))
     np.testing.assert_allclose(distances, 1 - np.cos(np.radians([[35, 5, 85], [60, 90, 180]])), atol=1e-12)
-    assert ranks(distances, gallery.places(["a", "b", "c"])).tolist() == [[2, 1, 3], [1, 2, 3]]
+    assert ranks(distances, np.arange(3)).tolist() == [[2, 1, 3], [1, 2, 3]]
 
 
 def test_a_drawing_that_is_left_out_is_found_by_another_of_its_concept():
@@ -85,10 +85,11 @@ def mean_colour(images: np.ndarray) -> np.ndarray:
     return found
 
 
-def test_a_model_that_draws_the_drawings_has_the_upper_anchor(tmp_path):
+def test_a_model_that_draws_the_drawings_has_the_upper_anchor():
     data = drawings()
+    gallery = Gallery.of(mean_colour(data.images), data.labels)
     chosen = sample(data, 16, seed=3)
-    got = concept_accuracy(data, chosen, data.images[chosen], data.images[chosen], mean_colour, tmp_path)
+    got = concept_accuracy(gallery, chosen, data.images[chosen], data.images[chosen], mean_colour)
     assert got.model == got.upper == Recall(1.0, 1.0, 0.0, 0.0, 1.0)
     assert got.r1_ratio == got.r10_ratio == 1
     assert got.others.r1 == 1
@@ -97,10 +98,8 @@ def test_a_model_that_draws_the_drawings_has_the_upper_anchor(tmp_path):
     assert "model / real, decoded" in got.table()
     assert got.record()["upper"]["r1"] == 1
 
-    # What is drawn for another caption is found as rarely as shuffled captions say.
-    shifted = concept_accuracy(
-        data, chosen, data.images[(chosen + 10) % 40], data.images[chosen], mean_colour, tmp_path
-    )
+    other = data.images[(chosen + 10) % 40]
+    shifted = concept_accuracy(gallery, chosen, other, data.images[chosen], mean_colour)
     assert shifted.model.r1 == 0
 
 
@@ -195,7 +194,7 @@ def test_params_have_the_shapes_of_the_network_and_what_is_missing_is_named():
 
 
 def test_weights_that_are_not_there_or_not_those_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"is not there: run `python -m jaxdiff.tools.prepare features"):
+    with pytest.raises(ValueError, match=r"is not there: `python -m jaxdiff.tools.prepare features"):
         features.open_features(tmp_path)
     (tmp_path / features.WEIGHTS).write_bytes(b"x")
     with pytest.raises(ValueError, match=r"has the SHA-256 .* delete it"):

@@ -9,7 +9,6 @@ would have.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import Caption
 from jaxdiff.data.images import decode, on_background
 from jaxdiff.data.sources import open_source
-from jaxdiff.evaluation.features import FeaturesFn, kept
+from jaxdiff.evaluation.features import FeaturesFn
 from jaxdiff.generation.pipeline import Pipeline
 
 SPLITS = ("train", "test", "heldout")
@@ -126,10 +125,6 @@ class Gallery:
         order = np.argsort(self.concept, kind="stable")
         begins = np.searchsorted(self.concept[order], np.arange(len(self.concepts)))
         return np.minimum.reduceat(distances[:, order], begins, axis=1)
-
-    def places(self, labels: Sequence[str]) -> Int[np.ndarray, " m"]:
-        """The labels' places in `concepts`."""
-        return np.searchsorted(np.asarray(self.concepts), np.asarray(labels))
 
 
 def _unit(points: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
@@ -240,32 +235,29 @@ def images_for(
 
 
 def concept_accuracy(
-    drawings: Drawings,
+    gallery: Gallery,
     chosen: Int[np.ndarray, " n"],
     drawn: UInt8[np.ndarray, "n h w 3"],
     decoded: UInt8[np.ndarray, "n h2 w2 3"],
     features: FeaturesFn,
-    folder: Path,
 ) -> Accuracy:
     """Looks up images of the chosen drawings' captions among all drawings.
 
     Args:
-        drawings: all of the data.
+        gallery: of all drawings.
         chosen: places of those that were asked for.
-        drawn: what the model drew for `drawings.prompt` of each.
+        drawn: what the model drew for each one's caption.
         decoded: each of them itself, through the model's autoencoder.
-        features: from images to features.
-        folder: where the drawings' features are kept.
+        features: from images to features, those of the gallery.
     """
-    gallery = Gallery.of(kept(folder, "emoji", drawings.images, features), drawings.labels)
-    wanted = gallery.places([drawings.labels[i] for i in chosen])
+    wanted = gallery.concept[chosen]
     of_model = ranks(gallery.distances(features(drawn)), wanted)
     of_decoded = features(decoded)
     foreign: Bool[np.ndarray, "n n"] = wanted[:, None] != wanted
     return Accuracy(
         len(chosen),
         len(gallery.concepts),
-        len(drawings.labels),
+        len(gallery.points),
         Recall.of(of_model.diagonal()),
         Recall.of(ranks(gallery.distances(of_decoded), wanted).diagonal()),
         Recall.of(ranks(gallery.distances(of_decoded, chosen), wanted).diagonal()),

@@ -15,8 +15,8 @@ from jaxdiff import load
 from jaxdiff.config import DataConfig, VAETask
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.loader import batches, open_source
-from jaxdiff.evaluation.concepts import concept_accuracy, images_for, read_drawings, sample
-from jaxdiff.evaluation.features import open_features
+from jaxdiff.evaluation.concepts import Gallery, concept_accuracy, images_for, read_drawings, sample
+from jaxdiff.evaluation.features import kept, open_features
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.training.tasks.vae import psnr, reconstruct
 
@@ -130,8 +130,9 @@ def concepts(
     pipe = load(model)
     drawings = read_drawings(data_dir, pipe.size[0] if pipe.size else 64)
     chosen = sample(drawings, n, seed, split)
+    gallery = Gallery.of(kept(folder, "emoji", drawings.images, look), drawings.labels)
     drawn, decoded = images_for(pipe, drawings, chosen, seed=seed, steps=steps, guidance=guidance, batch=batch)
-    found = concept_accuracy(drawings, chosen, drawn, decoded, look, folder)
+    found = concept_accuracy(gallery, chosen, drawn, decoded, look)
     settings = {"split": split, "seed": seed, "steps": steps, "guidance": guidance}
     print(json.dumps(found.record() | settings, indent=2) if as_json else found.table())
 
