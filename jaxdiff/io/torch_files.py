@@ -1,0 +1,343 @@
+"""Tensors from the files of `torch.save`, without PyTorch and without running what a pickle says.
+
+Such a file is a pickle that describes tensors, and their storages as raw bytes: beside it in a zip archive (since
+PyTorch 1.6), or behind it in one stream (before). A pickle is a program, so it is not given to `pickle`, which runs
+it: the few instructions that state dicts need are followed here, and all others are refused. Tensors are views of the
+mapped file, as those of safetensors files are, once everything that the pickle claims of them is known to lie in it.
+"""
+
+import io
+import math
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_STORAGES = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")
+_MAGIC = 0x1950A86A20F9469CFC6C  # of the stream, torch/serialization.py: MAGIC_NUMBER and PROTOCOL_VERSION
+_VERSION = 1001
+_MAX_DIMS = 64  # NumPy's own limit, and PyTorch's
+_SHOWN = 60  # characters of a file's own text in an error sentence
+
+
+class _Global(NamedTuple):
+    """An admitted name of a pickle: a marker, which nothing can be called through or written to."""
+
+    module: str
+    name: str
+
+
+class _Storage(NamedTuple):
+    """What the pickle says of a run of equal numbers."""
+
+    key: str
+    dtype: np.dtype
+    size: int
+
+
+class _Tensor(NamedTuple):
+    """What the pickle says of a view of a storage; lengths, offset and strides count elements."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_DICT = _Global("collections", "OrderedDict")
+_REBUILD = _Global("torch._utils", "_rebuild_tensor_v2")
+_ADMITTED = {
+    _DICT,
+    _REBUILD,
+    *(_Global("torch", name) for name in _STORAGES),
+    *(_Global("torch", name) for name in _DTYPES),
+}
+
+
+class _Damaged(Exception):
+    """What is wrong with a file, in the words that follow "is damaged: "."""
+
+
+class _Refused(Exception):
+    """What a file has that is not read, as a sentence's end."""
+
+
+def open_torch(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict's file, or of the state dict under `state_dict` in it, as read-only arrays.
+
+    Views of one storage are views of one array. What else the dict holds, such as the number of a step, is left out.
+
+    Raises:
+        ValueError: when the file is missing, damaged, cut short, of another kind, or its pickle asks for anything but
+            tensors, naming the file and what to do.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+            file.seek(0)
+            if head == b"PK\x03\x04":
+                tree, raw = _read_zip(file)
+            elif head.startswith(b"\x80"):
+                tree, raw = _read_stream(file)
+            else:
+                raise ValueError(f"{path} is not a file of torch.save; download or save it again.")
+        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+            tree = tree["state_dict"]
+        if not isinstance(tree, dict):
+            raise _Refused(f"what it holds is not a dict of tensors, but of the type {type(tree).__name__.lstrip('_')}")
+        data = np.memmap(path, np.uint8, "r")
+        storages: dict[_Storage, np.ndarray] = {}
+        return {name: _array(str(name), value, raw, data, storages) for name, value in tree.items()
+                if isinstance(value, _Tensor) and isinstance(name, str)}  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except _Refused as error:
+        raise ValueError(f"{path} is not read: {error}; convert it to safetensors.") from error
+    except _Damaged as error:
+        raise ValueError(f"{path} is damaged: {error}. Download or save it again.") from error
+
+
+def _array(
+    name: str,
+    tensor: _Tensor,
+    raw: Callable[[_Storage], tuple[int, int]],
+    data: np.ndarray,
+    storages: dict[_Storage, np.ndarray],
+) -> np.ndarray:
+    """The view that a tensor is, once it is known to lie in its storage, and that to lie in the file."""
+    storage, offset, shape, strides = tensor
+    if storage not in storages:
+        begin, end = raw(storage)
+        if end - begin != storage.size * storage.dtype.itemsize or not 0 <= begin <= end <= len(data):
+            raise _Damaged(f"the storage of {_shown(name)} is not in it whole")
+        numbers = data[begin:end].view(np.ndarray).view(storage.dtype)
+        # In a stream nothing is aligned, and much of what reads arrays is slower then, or refuses them.
+        storages[storage] = np.require(numbers, requirements="A")
+        storages[storage].flags.writeable = False
+    if not all(shape):
+        if math.prod(n for n in shape if n) >= 2**48:  # NumPy makes no array of such a shape, even without elements
+            raise _Damaged(f"the shape of {_shown(name)} makes no sense")
+        return np.zeros(shape, storage.dtype)
+    # A shape of more elements than the storage has (PyTorch's `expand`) could be of any size once it is copied.
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if last >= storage.size or math.prod(shape) > storage.size:
+        raise _Damaged(f"{_shown(name)} reaches past the end of its storage")
+    steps = [stride * storage.dtype.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(storages[storage][offset:], shape, steps, writeable=False)
+
+
+def _read_zip(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], tuple[int, int]]]:
+    """What the archive's pickle says, and where in the file a storage lies."""
+    try:
+        records = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError) as error:
+        raise _Damaged("it is a zip archive that is cut short or broken") from error
+    pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise _Refused(f"it is a zip archive with {len(pickles)} records data.pkl, not one")
+    folder = pickles[0].removesuffix("data.pkl")
+
+    def span(name: str) -> tuple[int, int]:
+        if (info := records.get(name)) is None:
+            raise _Damaged(f"its record {_shown(name)} is missing")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise _Refused(f"its record {_shown(name)} is compressed or encrypted, which torch.save does not do")
+        file.seek(info.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise _Damaged(f"its record {_shown(name)} is not where the archive says")
+        begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        return begin, begin + info.file_size
+
+    def read(name: str) -> bytes:
+        begin, end = span(name)
+        if end > file.seek(0, io.SEEK_END):  # else a record could claim any size, and memory for it
+            raise _Damaged(f"its record {_shown(name)} is cut short")
+        file.seek(begin)
+        return file.read(end - begin)
+
+    order = f"{folder}byteorder"
+    if order in records and read(order) != b"little":
+        raise _Refused("its numbers are big-endian")
+    tree = _unpickle(io.BytesIO(read(pickles[0])))
+    # Their places are found now, while the file is open.
+    spans = {name: span(name) for name in records if name.startswith(f"{folder}data/")}
+
+    def raw(storage: _Storage) -> tuple[int, int]:
+        name = f"{folder}data/{storage.key}"
+        if name not in spans:
+            raise _Damaged(f"its record {_shown(name)} is missing")
+        return spans[name]
+
+    return tree, raw
+
+
+def _read_stream(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], tuple[int, int]]]:
+    """As `_read_zip` does, of a stream: three pickles that say what it is, the tree, the keys, the storages."""
+    if _unpickle(file) != _MAGIC:
+        raise _Refused("it is a pickle, but not one of torch.save")
+    if _unpickle(file) != _VERSION:
+        raise _Refused(f"its version is not {_VERSION}, the only one that there was")
+    system = _unpickle(file)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise _Refused("its numbers are big-endian")
+    said: dict[str, _Storage] = {}
+    tree, keys = _unpickle(file, said), _unpickle(file)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or {*keys} != said.keys():
+        raise _Damaged("its list of storages does not fit its tensors")
+    spans: dict[str, tuple[int, int]] = {}
+    for key in keys:
+        # Each begins with its number of elements.
+        size = struct.unpack("<q", head)[0] if len(head := file.read(8)) == 8 else -1
+        if size != said[key].size or key in spans:
+            raise _Damaged("its storages are cut short, or do not have the sizes that its tensors name")
+        begin = file.tell()
+        spans[key] = begin, begin + size * said[key].dtype.itemsize
+        file.seek(spans[key][1])
+    return tree, lambda storage: spans[storage.key]
+
+
+def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | None = None) -> Any:
+    """What the pickle at the file's position describes: dicts, lists, tuples, texts, numbers and `_Tensor`s.
+
+    Args:
+        file: stands behind the pickle afterwards.
+        said: gets every storage that is named, by its key; one that is named twice must be the same.
+
+    Raises:
+        _Refused: for instructions and names that state dicts do not need.
+        _Damaged: for a pickle that makes no sense.
+    """
+    said = {} if said is None else said
+    memo: dict[int, Any] = {}
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks under each mark
+
+    def since_mark() -> list[Any]:
+        nonlocal stack
+        items, stack = stack, below.pop()
+        return items
+
+    try:
+        for op, argument, _ in pickletools.genops(file):
+            match op.name:
+                case "PROTO" | "FRAME":
+                    pass
+                case "STOP":
+                    return stack.pop()
+                case "NONE" | "NEWTRUE" | "NEWFALSE":
+                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op.name])
+                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                    stack.append(argument)
+                case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                    stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[op.name]())
+                case "MARK":
+                    below.append(stack)
+                    stack = []
+                case "TUPLE":
+                    items = since_mark()
+                    stack.append(tuple(items))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    items = [stack.pop() for _ in range(int(op.name[-1]))]
+                    stack.append(tuple(items[::-1]))
+                case "APPEND" | "APPENDS":
+                    items = since_mark() if op.name == "APPENDS" else [stack.pop()]
+                    _of(list, stack[-1]).extend(items)
+                case "SETITEM" | "SETITEMS":
+                    items = since_mark() if op.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                    # The hash of a deeply nested tuple overflows Python's own stack.
+                    keys = [key if type(key) is int else _of(str, key) for key in items[::2]]
+                    _of(dict, stack[-1]).update(zip(keys, items[1::2], strict=True))
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[_of(int, argument)] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[_of(int, argument)])
+                case "GLOBAL":
+                    stack.append(_global(*_of(str, argument).split(" ", 1)))
+                case "STACK_GLOBAL":
+                    name, module = _of(str, stack.pop()), _of(str, stack.pop())
+                    stack.append(_global(module, name))
+                case "BINPERSID":
+                    storage = _storage(stack.pop())
+                    if said.setdefault(storage.key, storage) != storage:
+                        raise _Damaged("it names two storages by one key")
+                    stack.append(storage)
+                case "REDUCE":
+                    arguments, function = _of(tuple, stack.pop()), stack.pop()
+                    stack.append(_made(function, arguments))
+                case "BUILD":  # a state dict's `_metadata`: the versions of modules
+                    _of(dict, stack.pop())
+                    _of(dict, stack[-1])
+                case _:
+                    raise _Refused(f"its pickle has the instruction {op.name}, which state dicts do not need")
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
+        # What genops and Python's own operations raise where bytes end early or do not fit each other.
+        raise _Damaged("its pickle is cut short or makes no sense") from error
+    raise _Damaged("its pickle does not end")
+
+
+def _global(module: str, name: str) -> _Global:
+    if (found := _Global(module, name)) not in _ADMITTED:
+        raise _Refused(f"its pickle asks for {_shown(f'{module}.{name}')}, which could run code")
+    return found
+
+
+def _made(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """What the two admitted calls give."""
+    match function, arguments:
+        case (_Global() as f, ()) if f == _DICT:
+            return {}
+        case (_Global() as f, (_Storage() as storage, offset, shape, strides, *_)) if f == _REBUILD:
+            shape, strides = _counts(shape), _counts(strides)
+            if len(shape) != len(strides) or len(shape) > _MAX_DIMS:
+                raise _Damaged(f"it has a tensor of {len(shape)} dimensions and {len(strides)} strides")
+            return _Tensor(storage, _counts([offset])[0], shape, strides)
+    name = function.name if isinstance(function, _Global) else function
+    raise _Refused(f"its pickle calls {_shown(name)}, or gives it arguments that torch.save does not")
+
+
+def _storage(value: Any) -> _Storage:
+    """What `torch.save` puts in a storage's place: ("storage", type, key, device, number of elements)."""
+    match value:
+        case ("storage", _Global("torch", name), str(key), str(), int(size), *rest) if name in _STORAGES:
+            if rest in ([], [None]):  # PyTorch before 0.4 could cut a storage out of another one
+                return _Storage(key, _STORAGES[name], _counts([size])[0])
+    raise _Refused(f"its pickle has the storage {_shown(value)}, of a kind that is not known")
+
+
+def _counts(values: Sequence[Any]) -> tuple[int, ...]:
+    """Lengths, an offset or strides."""
+    if not isinstance(values, tuple | list) or not all(type(n) is int and 0 <= n < 2**62 for n in values):
+        raise _Damaged("it has a tensor whose shape, strides or offset are no whole numbers from 0")
+    return tuple(values)
+
+
+def _of(kind: Any, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(kind)
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A file's own text in a sentence, on one line and not too long; of all else no more than the type."""
+    text = repr(value) if isinstance(value, str) else type(value).__name__.lstrip("_")
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
