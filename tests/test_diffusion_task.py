@@ -107,7 +107,10 @@ def test_every_gradient_of_the_embedded_model_in_bfloat16_is_that_of_float32_to_
 
     def found(dtype):
         loss_fn = diffusion_task(task, model.networks["vae"].config, frozen, dtype=dtype).loss
-        loss = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, frozen, many, jax.random.key(0), {})[0]))
+        loss = jax.jit(
+            jax.value_and_grad(lambda p: loss_fn(p, frozen, many, jax.random.key(0), {})[0]),
+            compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+        )  # which takes far longer to compile than to run
         value, grads = loss(jax.tree.map(jnp.float32, start))
         return float(value), {path_name(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
 
