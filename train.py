@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -40,7 +40,7 @@ from jaxdiff.runtime.cli import exit_code
 from jaxdiff.runtime.distributed import leads, wait_for_all, whole
 from jaxdiff.runtime.mesh import make_mesh, place, tree_shardings
 from jaxdiff.runtime.programs import enable_compilation_cache, give_back_memory
-from jaxdiff.training.course import Clock, lengths
+from jaxdiff.training.course import Clock, lengths, longest
 from jaxdiff.training.encode import encode_once, records_of
 from jaxdiff.training.feed import Feed, calls, local_rows
 from jaxdiff.training.log import Log, Profile
@@ -66,6 +66,7 @@ from jaxdiff.types import Params
 EVAL_IMAGES = 512  # at most, for the held-out figures
 EVAL_STEPS = 25  # of the sampler, for the sample grid
 SCALE_BATCHES = 8  # over which the latents' standard deviation is measured
+UNBOUNDED = 2**31 - 1  # steps of a run that goes by the clock
 SHOWN = ("error_full_0.6", "error_full_30")  # of the errors of the guess, when a run is done
 USAGE = "usage: python train.py configs/NAME.py [--field value ...]   (--help after the file lists the fields)"
 
@@ -99,7 +100,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
                          f"{config.optim.accumulate} times the {spread} devices that it is spread over.")  # fmt: skip
     run = (vae_run if isinstance(config.task, VAETask) else diffusion_run)(config, workdir)
     frozen = place(run.task.frozen, tree_shardings(mesh, run.task.frozen))
-    schedule = learning_rate(config.optim, config.steps)
+    schedule = learning_rate(config.optim, config.steps if not config.seconds else UNBOUNDED)
     tx = optimiser(config.optim, schedule)
     everywhere = NamedSharding(mesh, PartitionSpec())  # else every step would copy its key to all devices
     init_key, key = jax.jit(lambda key: tuple(jax.random.split(key)), out_shardings=everywhere)(
@@ -114,7 +115,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
         config.optim.accumulate,
         jnp.dtype(config.dtype),
         config.seconds,
-        several=config.steps_per_call > 1,
+        several=longest(config) > 1,
     )
     resident = {RESIDENT: place_resident(run.resident, mesh)} if run.resident else {}
     count = sum(p.size for p in jax.tree.leaves(state.params))
@@ -133,8 +134,8 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             raise
         if figures:
             log.write({"step": step} | figures)
-        if leads() and can_plot():
-            write_bytes(workdir / "metrics.png", plot_metrics(log.lines()))
+        if leads() and (problem := drawn(workdir, log)):
+            log.say(problem)
         wait_for_all(f"evaluation at step {step}")
         log.pause(time.perf_counter() - began)
         return figures
@@ -150,10 +151,10 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             raise ValueError(f"{workdir} is at step {start} already, past --steps {config.steps}: give more steps, or "
                              "choose another --workdir.")  # fmt: skip
 
-        def flush(log: Log, step: int, source: Batches, clock: Clock | None) -> None:
+        def flush(log: Log, step: int, source: Batches, clock: Clock | None, progress: float | None) -> None:
             log.settle()  # an update that is skipped does not count for the rate
-            progress, told = (None, {}) if clock is None else (clock.progress, {"seconds": clock.seconds})
             rate = float(np.asarray(schedule(max(0, step - 1 - log.skipped), progress)))
+            told = {} if clock is None else {"seconds": clock.seconds}
             log.flush(step, lr=rate, bad_records=source.n_bad, **told)
 
         def save(log: Log, step: int) -> None:
@@ -166,7 +167,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             closing(run.batches(start, local_rows(mesh, config.data.batch_size))) as source,
             Log(workdir, start, end, config.data.batch_size, config.tensorboard, state.skipped) as log,
             Profile(workdir / "profile", start, config.profile) as profile,
-            Feed(calls(source, lengths(config, start), config.steps_per_call), mesh) as feed,
+            Feed(calls(source, lengths(config, start), longest(config)), mesh) as feed,
         ):
             write_config(config, workdir, run.contents)  # now that all it names is known to be there
             log.say(f"{run.data}.")
@@ -175,30 +176,35 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             cut, step, n_calls = 0, start, 0
             clock = Clock(config.seconds, state.seconds, everywhere, log) if config.seconds else None
             last = step == end or (clock is not None and clock.is_over)
+            take = step_fn
             while not last:
                 profile.before(step + 1)
-                now = () if clock is None else (clock.array(),)
+                now, progress = ((), None) if clock is None else ((clock.array(),), clock.progress)
                 # What every step does must copy nothing unasked between host and devices, or between devices: it would
                 # wait. (Reading a CPU's array is no copy, so that only GPUs and TPUs tell of such a read.)
                 with jax.transfer_guard("disallow"):
                     began = time.perf_counter()
                     n, batch = next(feed)
                     waited = time.perf_counter() - began
-                    state, metrics = step_fn(state, frozen, batch | resident, key, *now)
+                    if not n_calls and not config.data.aspects:  # of which each has a program of its own
+                        began = time.perf_counter()
+                        take = step_fn.lower(state, frozen, batch | resident, key, *now).compile()
+                        log.pause(time.perf_counter() - began)  # which is no training
+                    state, metrics = take(state, frozen, batch | resident, key, *now)
                     log.step(metrics, waited, n)
                 step, n_calls = step + n, n_calls + 1
                 if n_calls == 1:
                     give_back_memory()
-                    if clock is not None:  # what it took to compile is no training
-                        clock.pause(time.perf_counter() - began)
                 profile.after(step, metrics, log.say)
 
                 stopped = stop.at(n_calls)
                 if clock is not None:
+                    log.settle()  # the call is over
                     clock.read()
+                    state = replace(state, seconds=clock.array())
                 last = step == end or stopped is not None or (clock is not None and clock.is_over)
                 if last or step % config.log_every == 0:
-                    flush(log, step, source, clock)
+                    flush(log, step, source, clock, progress)
                     if source.n_cut and not cut:
                         log.say(f"Captions longer than the text encoder's are cut at their ends: {source.n_cut} so "
                                 f"far, the first {source.first_cut!r}.")  # fmt: skip
@@ -212,7 +218,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
                 if evaluates and evaluate(log, stop) is None:
                     stopped = stop.received
                     if step % config.log_every:
-                        flush(log, step, source, clock)
+                        flush(log, step, source, clock, progress)
                     save(log, step)
                 if stopped:
                     log.say(f"Stopped by {stopped.name} after step {step}; the same command goes on from there.")
@@ -230,6 +236,17 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             for name, reason in source.bad.items():
                 log.say(f"Skipped: {name} ({reason})")
     return 0
+
+
+def drawn(workdir: epath.Path, log: Log) -> str:
+    """Draws `metrics.png`, where matplotlib is there; a picture ends no run, but what it fails by is returned."""
+    if not can_plot():
+        return ""
+    try:
+        write_bytes(workdir / "metrics.png", plot_metrics(log.lines()))
+    except Exception as error:  # matplotlib raises many kinds
+        return f"metrics.png is not drawn: {error}"
+    return ""
 
 
 def in_vain(step: int, in_a_row: int, saved: list[int]) -> str:
@@ -331,7 +348,7 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
         images = pipe.draw(requests)
         with staged(workdir / "samples") as folder:
             write_png(folder, f"{step:07}", contact_sheet(list(images), [request.prompt for request in requests]))
-        return as_metrics(denoising_errors(pipe, measured)) if measured else {}
+        return as_metrics(denoising_errors(pipe, measured, batch=min(32, data.batch_size))) if measured else {}
 
     return Run(
         trained,
@@ -350,10 +367,18 @@ def measured_on(config: TrainConfig, source: Source) -> Heldout | None:
     inpaints = task.unet.in_channels != task.unet.out_channels
     if not task.heldout or inpaints or data.source == "latents":  # where there are no images
         return None
+    split = data.split
     if data.heldout:
-        with suppress(ValueError):
+        try:
             source = open_source(replace(data.of_one_shape(), split=data.heldout))
-    return heldout(source, data, task.heldout)
+            split = data.heldout
+        except ValueError as error:
+            if data.heldout != DataConfig.heldout:
+                raise ValueError(f"{error} DataConfig.heldout names it; '' measures on --data.split.") from error
+    found = heldout(source, data, task.heldout)
+    if leads():
+        print(f"Evaluations measure the error of the guess on {len(found.images)} images ({data.source}, {split}).")
+    return found
 
 
 def resident_rows(source: Source, data: DataConfig) -> tuple[Source, dict[str, np.ndarray]]:

@@ -89,7 +89,7 @@ def config() -> TrainConfig:
         optim=OptimConfig(
             lr=5e-4, warmup_steps=300, b2=0.99, weight_decay=0.01, final_lr_share=0.02, rates=(EMBEDDINGS,)
         ),
-        seconds=45 * 60,
+        seconds=45 * 60.0,
         ema=EMAConfig(profile="power", widths=(0.05, 0.1)),
         log_every=25,
         eval_every=1000,

@@ -1,5 +1,6 @@
-"""Text to drawings of 128x128 pixels: the UNet of `configs/emoji_gpu.py` on the latents of `configs/emoji128_vae.py`,
-which have the size of those that it knows, so that a step costs the same.
+"""Text to drawings of 128x128 pixels: the UNet of `configs/emoji_gpu.py` on the latents of `configs/emoji128_vae.py`.
+
+Those are 16x16x4 as well, so that a step costs the same.
 
 Hardware: one GPU. Time: 8 minutes. Data: `python -m jaxdiff.tools.prepare emoji --size 128`.
 """

@@ -24,7 +24,7 @@ def config() -> TrainConfig:
         data=DataConfig(source="emoji", root="data", size=128, batch_size=64, flip=True, resident=True, workers=4),
         optim=OptimConfig(lr=1e-3, warmup_steps=200, b2=0.99, weight_decay=0.01, final_lr_share=0.01),
         dtype="bfloat16",
-        seconds=3 * 60,
+        seconds=3 * 60.0,
         steps_per_call=10,
         ema=EMAConfig(profile="power", widths=(0.05, 0.1)),
         log_every=50,

@@ -25,7 +25,7 @@ def config() -> TrainConfig:
             name="muon", lr=1e-3, b1=0.95, b2=0.99, warmup_steps=500, final_lr_share=0.01, rates=(EMBEDDINGS,)
         ),
         dtype="bfloat16",
-        seconds=8 * 60,
+        seconds=8 * 60.0,
         steps_per_call=50,
         log_every=50,
         eval_every=4000,

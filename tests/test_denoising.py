@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,7 +12,9 @@ import pytest
 from PIL import Image
 
 from jaxdiff.config import DataConfig
+from jaxdiff.data.captions import Caption
 from jaxdiff.data.loader import open_source
+from jaxdiff.data.record import Record
 from jaxdiff.evaluation.denoising import LEVELS, Heldout, as_metrics, as_table, denoising_errors, heldout
 from jaxdiff.evaluation.plots import plot_metrics
 from jaxdiff.generation.pipeline import Pipeline
@@ -22,6 +25,46 @@ DATA = DataConfig(root=str(Path(__file__).parent / "data"), size=16, batch_size=
 @pytest.fixture(scope="module")
 def pictures() -> Heldout:
     return heldout(open_source(DATA), DATA, 6)
+
+
+def test_what_is_held_out_is_spread_over_all_and_no_wrong_label_is_the_right_one():
+    first, read = open_source(DATA).record(0), []
+
+    class Many:
+        def __len__(self) -> int:
+            return 442
+
+        def record(self, index: int) -> Record:
+            read.append(index)
+            return replace(first, caption=Caption(f"thing {index // 4}", "noto", drawing=True))
+
+        def name(self, index: int) -> str:
+            return str(index)
+
+        def sizes(self) -> np.ndarray:
+            return np.zeros((442, 2), int)
+
+    source = Many()
+    found = heldout(source, DATA, 300)
+    assert len(found.images) == 300
+    assert max(np.diff(read)) == 2
+    assert read[-1] >= 440
+    assert all(a != b for a, b in zip(found.captions["full"], found.captions["wrong"], strict=True))
+    assert "wrong" not in heldout(source, DATA, 1).captions
+
+
+@pytest.mark.parametrize(("change", "said"), [({"n": 0}, "n is 0"), ({"n": -5}, "n is -5")])
+def test_no_images_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        heldout(open_source(DATA), DATA, **change)
+
+
+def test_a_batch_of_none_and_latents_are_refused(pipe, pictures):
+    for batch in (0, -3):
+        with pytest.raises(ValueError, match=f"batch is {batch}"):
+            denoising_errors(pipe, pictures, batch=batch)
+    with pytest.raises(ValueError, match="latents"):
+        heldout(open_source(DATA), DataConfig(source="latents", size=16), 4)
 
 
 def silent(model):

@@ -155,6 +155,11 @@ def test_a_run_by_the_clock_ends_with_its_rate_at_the_end_and_more_time_goes_on(
     assert line["seconds"] >= 4
     assert line["lr"] < 0.01 * 1e-3
     assert (workdir / "checkpoints" / str(line["step"])).is_dir()
+    before = checkpoint(workdir, line["step"])
+    assert before["['seconds']"] >= 4
+    code, out = shell.run("tiny_vae", workdir, "--seconds", 4, *every)
+    assert code == 0, out
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()] == [str(line["step"])]
     code, out = shell.run("tiny_vae", workdir, "--seconds", 6, *every)
     assert code == 0, out
     assert f"from step {line['step']} for 6 seconds in all" in out

@@ -39,7 +39,8 @@ class DataConfig(Checked):
     """Mirror left and right half of the time."""
     resident: bool = False
     """Keep all records in the devices' memory, where batches are looked up: read once, each on all backgrounds that it
-    can get, or as cached latents. The batches are the same. For whole images of one shape, and devices with room."""
+    may be drawn on, or as cached latents. The batches are the same. For whole images of one shape, and devices with
+    room."""
     workers: int = 0
     """grain worker processes; 0 reads in the trainer's own threads."""
     max_bad_share: float = 0.01

@@ -85,13 +85,15 @@ class TrainConfig(Checked):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     steps: int = 10_000
+    """Updates in all, in a run that goes by steps: where `seconds` is 0."""
     seconds: float = 0
-    """How long to train, in place of `steps`; 0 goes by steps. Rates that fall do so over this time, whatever the
-    machine makes of it. Compiling, evaluations and saving do not count, and a run that goes on has what is left."""
+    """How long to train, in place of `steps`; 0 goes by steps. Rates that fall to the run's end (cosine, linear, wsd)
+    do so over this time, however fast the machine is. Compiling, evaluations and saving do not count; a run that is
+    resumed has what is left; and the last call of `steps_per_call` is taken to its end."""
     steps_per_call: int = 1
-    """Steps that the devices take in one call, without a word from the host between them: more, where they are short.
-    They are the same steps. Calls are shorter where something is to be logged, evaluated or saved, and a signal ends
-    the run after the call."""
+    """Steps that the devices take in one call, without a word from the host between them: more where steps are short.
+    They are the same steps. Calls are shorter where something is to be logged, evaluated or saved (so that `log_every`
+    bounds them), and a signal ends the run after the call. The batches of a call are in memory together."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in; parameters, optimiser and EMA stay float32."""

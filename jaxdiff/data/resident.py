@@ -25,8 +25,8 @@ class Resident:
     """All records of `source`, read once, in threads. A `Source` whose records have captions alone."""
 
     arrays: dict[str, np.ndarray]
-    """What records are rows of: `image` uint8 [n, h, w, 3], each on every background that it can get, or `moments`
-    [n, h, w, 2c]; and `context` [m, t, d] where captions were encoded. To be taken by `take_arrays`."""
+    """What records are rows of: `image` uint8 [n, h, w, 3], each on every background that it may be drawn on, or
+    `moments` [n, h, w, 2c]; and `context` [m, t, d] where captions were encoded. To be taken by `take_arrays`."""
 
     def __init__(self, source: Source, config: DataConfig) -> None:
         """Reads.

@@ -75,6 +75,8 @@ def sample(drawings: Drawings, n: int, seed: int = 0, split: str = "all") -> Int
     Raises:
         ValueError: where there are not so many.
     """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must not be negative.")
     places = np.flatnonzero([split in ("all", s) for s in drawings.splits])
     if not 2 <= n <= len(places):
         raise ValueError(f"n is {n}; of the split {split!r} it must be from 2 to {len(places)} drawings.")
@@ -186,8 +188,10 @@ class Accuracy:
         return self.model.r10 / self.upper.r10 if self.upper.r10 else math.nan
 
     def record(self) -> dict[str, Any]:
-        """Everything, for JSON, with the name of the measure."""
-        return {"measure": MEASURE} | asdict(self) | {"r1_ratio": self.r1_ratio, "r10_ratio": self.r10_ratio}
+        """Everything, for JSON, with the name of the measure; a ratio to 0 is null."""
+        ratios = {"r1_ratio": self.r1_ratio, "r10_ratio": self.r10_ratio}
+        ratios = {name: ratio if math.isfinite(ratio) else None for name, ratio in ratios.items()}
+        return {"measure": MEASURE} | asdict(self) | ratios
 
     def table(self) -> str:
         """A few lines for people."""

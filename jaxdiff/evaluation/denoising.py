@@ -51,21 +51,24 @@ def heldout(source: Source, config: DataConfig, n: int, seed: int = 0) -> Heldou
         seed: fixes the backgrounds.
 
     Raises:
-        ValueError: where none can be read.
+        ValueError: where none can be read, or there are no images but latents.
     """
+    if n < 1:
+        raise ValueError(f"n is {n}; it must be at least 1 image.")
+    if config.source == "latents":
+        raise ValueError("The error of the guess is measured on images, and the data are latents.")
+    n = min(n, len(source))
     config = replace(config.of_one_shape(), crop=1.0, flip=False)
     shape = config.shapes[0]
     images: list[np.ndarray] = []
     captions: list[Caption] = []
-    for index in range(0, len(source), max(1, len(source) // n)):
+    for index in (i * len(source) // n for i in range(n)):
         try:
             image, caption = prepare(source.record(index), np.random.default_rng([seed, index]), config, shape)
         except BadRecord:
             continue
         images.append(image)
         captions.append(caption)
-        if len(images) == n:
-            break
     if not images:
         raise ValueError("No image of the data can be read; name others to measure on.")
     return Heldout(np.stack(images), _kinds(captions))
@@ -73,11 +76,17 @@ def heldout(source: Source, config: DataConfig, n: int, seed: int = 0) -> Heldou
 
 def _kinds(captions: Sequence[Caption]) -> dict[str, list[str]]:
     n = len(captions)
-    others = [captions[(i + n // 2) % n].label for i in range(n)]
+    labels = [caption.label for caption in captions]
+
+    def other(i: int) -> str:
+        """The label of an image far from this one, another than its own."""
+        return next((label for label in labels[i + n // 2 :] + labels if label != labels[i]), "")
+
     kinds = {"full": [caption.full() for caption in captions]}
     if any(caption.style or caption.colour for caption in captions):
         kinds["unlabelled"] = [replace(caption, label="").full() for caption in captions]
-    kinds["wrong"] = [replace(caption, label=other).full() for caption, other in zip(captions, others, strict=True)]
+    if len(set(labels)) > 1:
+        kinds["wrong"] = [replace(caption, label=other(i)).full() for i, caption in enumerate(captions)]
     return kinds | {"empty": [""] * n}
 
 
@@ -107,6 +116,8 @@ def denoising_errors(
     if pipe.networks.inpaints:
         raise ValueError("The denoiser takes a mask and a masked image, too; this measures those that take noisy "
                          "latents alone.")  # fmt: skip
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1 image.")
     n = len(data.images)
     batch = min(batch, n)
     rng = np.random.default_rng(seed)

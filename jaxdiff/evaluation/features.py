@@ -74,10 +74,9 @@ def open_features(folder: Path) -> FeaturesFn:
     """
     weights = folder / WEIGHTS
     if not weights.exists():
-        root = folder.parent
         raise ValueError(
-            f"{weights} is not there: `python -m jaxdiff.tools.prepare features --data-dir {root}` puts it into "
-            f"{root / 'features'}."
+            f"{weights} is not there: `python -m jaxdiff.tools.prepare features --data-dir DIR` puts it into "
+            "DIR/features, the folder to name here."
         )
     if (digest := _sha256(weights.read_bytes())) != WEIGHTS_SHA256:
         raise ValueError(f"{weights} has the SHA-256 {digest}, not {WEIGHTS_SHA256}: delete it and fetch it again.")

@@ -114,11 +114,11 @@ def denoising(
     Args:
         model: a diffusers folder or run directory; the embedded model if left out.
         data_dir: where the data are, as in training.
-        source: of the data, as `--data.source` of training.
-        split: `test` of the `emoji` data has drawings of concepts that were trained on in other styles.
+        source: of the data, as `--data.source` of training: emoji, folder, prepared, or a TFDS data set.
+        split: of data that have any; `test` of `emoji` has concepts that were trained on in other styles.
         n: images, evenly spread.
         batch: images at a time.
-        dtype: what the networks compute in.
+        dtype: what the networks compute in, float32, bfloat16 or float16.
         as_json: prints one line of JSON, as training's metrics have them.
     """
     pipe = load(model, dtype)
@@ -157,15 +157,20 @@ def concepts(
         batch: images drawn together.
         as_json: prints JSON in place of the table.
     """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1 image.")
     folder = features or Path(data_dir) / "features"
     look = open_features(folder)
     pipe = load(model)
+    if pipe.networks.inpaints:
+        raise ValueError("The model inpaints, and draws nothing without an image; concepts are drawn from captions.")
     drawings = read_drawings(data_dir, pipe.size[0] if pipe.size else 64)
     chosen = sample(drawings, n, seed, split)
     gallery = Gallery.of(kept(folder, "emoji", drawings.images, look), drawings.labels)
     drawn, decoded = images_for(pipe, drawings, chosen, seed=seed, steps=steps, guidance=guidance, batch=batch)
     found = concept_accuracy(gallery, chosen, drawn, decoded, look)
-    settings = {"split": split, "seed": seed, "steps": steps, "guidance": guidance}
+    used = pipe.defaults["guidance"] if guidance is None else guidance
+    settings = {"model": pipe.name, "split": split, "seed": seed, "steps": steps, "guidance": used}
     print(json.dumps(found.record() | settings, indent=2) if as_json else found.table())
 
 

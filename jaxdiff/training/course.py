@@ -13,6 +13,11 @@ from jaxdiff.config import TrainConfig
 from jaxdiff.training.log import WARM_UP, Log
 
 
+def longest(config: TrainConfig) -> int:
+    """Steps of the longest call that there can be."""
+    return min(config.steps_per_call, config.log_every, config.eval_every, config.checkpoint_every)
+
+
 def lengths(config: TrainConfig, start: int) -> Iterator[int]:
     """Steps of each call after step `start`: `steps_per_call`, or as many as there are until something is to be done.
 
@@ -25,7 +30,7 @@ def lengths(config: TrainConfig, start: int) -> Iterator[int]:
     step = start
     while config.seconds or step < config.steps:
         marks = [step - step % n + n for n in every] + [mark for mark in once if mark > step]
-        stop = min(step + config.steps_per_call, *marks)
+        stop = min(step + longest(config), *marks)
         yield stop - step
         step = stop
 
@@ -42,10 +47,6 @@ class Clock:
         self.seconds = float(before)
         self._limit, self._everywhere, self._log = limit, everywhere, log
         self._since = time.perf_counter() - log.paused_in_all - self.seconds
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out what was no training."""
-        self._since += seconds
 
     def read(self) -> None:
         """Reads the clock; all processes do so together."""

@@ -68,6 +68,9 @@ def read_config(path: str, overrides: list[str]) -> TrainConfig:
         if not unknown[0].startswith("--"):
             raise ValueError(f"{unknown[0]!r} belongs to no field: overrides look like --optim.lr 3e-4.")
         raise ValueError(f"TrainConfig has no field {name!r}{nearest(name, list(flat(config)))}")
+    if "steps" in _names(overrides) and config.seconds:
+        raise ValueError(f"--steps is given, and the run goes by the clock, for {config.seconds:g} seconds: leave one "
+                         "out. --seconds 0 goes by steps.")  # fmt: skip
     prefix = "task.scheduler."
     as_written(
         _scheduler(config),
@@ -222,8 +225,10 @@ def _check_same_run(config: TrainConfig, workdir: epath.Path) -> None:
         if before.get(name) != now.get(name) and name != "workdir" and not name.startswith("distributed.")
     }
     kept = {"optim.b1"} if config.optim.name == "schedule_free" else set()  # its parameters are a mean by b1
-    if not (before.get("seconds") and config.seconds):
-        kept |= {"seconds"}  # a run goes by steps or by the clock from its start
+    if bool(before.get("seconds")) != bool(config.seconds):
+        way = "the clock" if before.get("seconds") else "steps"
+        raise ValueError(f"{workdir} goes by {way}, as a run does from its start to its end, and --seconds is "
+                         f"{config.seconds:g}: take that back, or choose another --workdir.")  # fmt: skip
     may_move = (workdir / CONTENTS).exists()
 
     def refused(name: str) -> bool:
