@@ -134,7 +134,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             raise
         if figures:
             log.write({"step": step} | figures)
-        if leads() and (problem := drawn(workdir, log)):
+        if leads() and (problem := draw_metrics(workdir, log)):
             log.say(problem)
         wait_for_all(f"evaluation at step {step}")
         log.pause(time.perf_counter() - began)
@@ -179,7 +179,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
             take = step_fn
             while not last:
                 profile.before(step + 1)
-                now, progress = ((), None) if clock is None else ((clock.array(),), clock.progress)
+                progress = None if clock is None else clock.progress
                 # What every step does must copy nothing unasked between host and devices, or between devices: it would
                 # wait. (Reading a CPU's array is no copy, so that only GPUs and TPUs tell of such a read.)
                 with jax.transfer_guard("disallow"):
@@ -188,9 +188,9 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
                     waited = time.perf_counter() - began
                     if not n_calls and not config.data.aspects:  # of which each has a program of its own
                         began = time.perf_counter()
-                        take = step_fn.lower(state, frozen, batch | resident, key, *now).compile()
+                        take = step_fn.lower(state, frozen, batch | resident, key).compile()
                         log.pause(time.perf_counter() - began)  # which is no training
-                    state, metrics = take(state, frozen, batch | resident, key, *now)
+                    state, metrics = take(state, frozen, batch | resident, key)
                     log.step(metrics, waited, n)
                 step, n_calls = step + n, n_calls + 1
                 if n_calls == 1:
@@ -238,8 +238,8 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
     return 0
 
 
-def drawn(workdir: epath.Path, log: Log) -> str:
-    """Draws `metrics.png`, where matplotlib is there; a picture ends no run, but what it fails by is returned."""
+def draw_metrics(workdir: epath.Path, log: Log) -> str:
+    """Draws `metrics.png`, where matplotlib is there. A picture ends no run: what it failed by is returned."""
     if not can_plot():
         return ""
     try:
@@ -267,12 +267,7 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
     # A few bad images among the held-out ones, which may be few, are no reason to stop: others take their places.
     measured = {"crop": 1.0, "flip": False, "workers": 0, "max_bad_share": 0.99}
     heldout = replace(data.of_one_shape(), split=data.heldout or data.split, **measured)
-    try:
-        heldout_source = open_source(heldout, captions=False)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} Name a split to measure on by --data.heldout; '' takes that of --data.split."
-        ) from error
+    heldout_source = open_heldout(heldout, captions=False)
     n = math.ceil(min(len(heldout_source), EVAL_IMAGES) / heldout.batch_size)
     run = reconstruct(task, dtype)
     started, weights = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, {})
@@ -370,15 +365,28 @@ def measured_on(config: TrainConfig, source: Source) -> Heldout | None:
     split = data.split
     if data.heldout:
         try:
-            source = open_source(replace(data.of_one_shape(), split=data.heldout))
-            split = data.heldout
-        except ValueError as error:
-            if data.heldout != DataConfig.heldout:
-                raise ValueError(f"{error} DataConfig.heldout names it; '' measures on --data.split.") from error
+            source, split = open_heldout(data.of_one_shape()), data.heldout
+        except ValueError:
+            if data.heldout != DataConfig.heldout:  # which few data have
+                raise
     found = heldout(source, data, task.heldout)
     if leads():
         print(f"Evaluations measure the error of the guess on {len(found.images)} images ({data.source}, {split}).")
     return found
+
+
+def open_heldout(data: DataConfig, captions: bool = True) -> Source:
+    """The split that evaluations measure on.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    try:
+        return open_source(replace(data, split=data.heldout or data.split), captions=captions)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Name a split to measure on by --data.heldout; '' takes that of --data.split."
+        ) from error
 
 
 def resident_rows(source: Source, data: DataConfig) -> tuple[Source, dict[str, np.ndarray]]:

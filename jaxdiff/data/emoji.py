@@ -24,6 +24,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
+from jaxdiff.io.storage import read_verified
+
 STYLES = ("3d", "flat", "gradient", "high contrast", "noto", "blob")
 HELDOUT_SHARE = 0.02
 """Share of the concepts that are kept from training in every style."""
@@ -155,9 +157,7 @@ def fetch(package: Package, folder: Path) -> Path:
                 reason = "; ".join(line.removeprefix("npm error ") for line in done.stderr.strip().splitlines()[:4])
                 raise ValueError(f"`npm pack {spec}` failed: {reason or f'exit code {done.returncode}'}")
             os.replace(Path(temporary) / package.tarball, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != package.sha256:
-        raise ValueError(f"{path} has the SHA-256 {digest}, not {package.sha256}: delete it and run again.")
+    read_verified(path, package.sha256)
     return path
 
 

@@ -55,6 +55,11 @@ class Augmentation(NamedTuple):
         return cls(int(rng.integers(len(COLOURS))), *rng.random(4).tolist())
 
     @property
+    def background(self) -> str:
+        """One of `COLOURS`."""
+        return tuple(COLOURS)[self.colour]
+
+    @property
     def mirrored(self) -> bool:
         """Half of the time."""
         return self.mirror < 0.5
@@ -102,8 +107,8 @@ def prepared(
 ) -> tuple[UInt8[np.ndarray, "h w 3"], Caption]:
     """`prepare` of a decoded image, with what was drawn for it."""
     if has_ground(image, caption):
-        colour = tuple(COLOURS)[drawn.colour]
-        image, caption = on_background(image, colour), dataclasses.replace(caption, colour=colour)
+        image = on_background(image, drawn.background)
+        caption = dataclasses.replace(caption, colour=drawn.background)
     image = augment(on_white(image), drawn, shape=shape, crop=config.crop, flip=config.flip)
     return np.asarray(image), caption
 

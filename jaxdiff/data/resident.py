@@ -107,7 +107,7 @@ class Resident:
             return {"row": np.int32(self._firsts["moments"][index])}, caption
         drawn, row = Augmentation.draw(rng), self._firsts["image"][index]
         if self._counts["image"][index] > 1:
-            row, caption = row + drawn.colour, replace(caption, colour=tuple(COLOURS)[drawn.colour])
+            row, caption = row + drawn.colour, replace(caption, colour=drawn.background)
         return {"row": np.int32(row), "mirrored": np.bool_(self._flip and drawn.mirrored)}, caption
 
 

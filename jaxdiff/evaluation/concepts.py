@@ -20,6 +20,7 @@ from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import Caption
 from jaxdiff.data.images import decode, on_background
 from jaxdiff.data.sources import open_source
+from jaxdiff.evaluation import check_count
 from jaxdiff.evaluation.features import FeaturesFn
 from jaxdiff.generation.pipeline import Pipeline
 
@@ -225,8 +226,7 @@ def images_for(
         seed: of the first image; the next one has the next.
         fields: of requests, such as steps and guidance.
     """
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; it must be at least 1.")
+    check_count("batch", batch)
     drawn, decoded = [], []
     for first in tqdm(range(0, len(chosen), batch), desc="Drawing", unit=" batches", disable=len(chosen) <= batch):
         part = chosen[first : first + batch]

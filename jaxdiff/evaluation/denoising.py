@@ -20,6 +20,7 @@ from jaxdiff.data.record import BadRecord, Source
 from jaxdiff.diffusion.denoiser import make_denoiser
 from jaxdiff.diffusion.prediction import PREDICTIONS
 from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.evaluation import check_count
 from jaxdiff.families import Family
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.types import Params
@@ -53,8 +54,7 @@ def heldout(source: Source, config: DataConfig, n: int, seed: int = 0) -> Heldou
     Raises:
         ValueError: where none can be read, or there are no images but latents.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1 image.")
+    check_count("n", n)
     if config.source == "latents":
         raise ValueError("The error of the guess is measured on images, and the data are latents.")
     n = min(n, len(source))
@@ -116,8 +116,7 @@ def denoising_errors(
     if pipe.networks.inpaints:
         raise ValueError("The denoiser takes a mask and a masked image, too; this measures those that take noisy "
                          "latents alone.")  # fmt: skip
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; it must be at least 1 image.")
+    check_count("batch", batch)
     n = len(data.images)
     batch = min(batch, n)
     rng = np.random.default_rng(seed)
@@ -151,7 +150,7 @@ def _squares(
     networks: Family,
     scheduler: SchedulerConfig,
 ) -> Float[Array, " b"]:
-    """The squared error of each image's guess."""
+    """The squared error of each image's guess. (`Pipeline.denoiser` makes the negative prompt's guess, too.)"""
     weights = jnp.ones((len(tokens), 1, tokens.shape[-1]))
     conditioning = networks.encode_prompts(params["text_encoder"], tokens[:, None], weights, empty)
     prepared = networks.prepare(params["denoiser"], conditioning)

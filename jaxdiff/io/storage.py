@@ -1,5 +1,6 @@
 """Run directories: a folder on a disk, or a place in a bucket that is written to in whole files."""
 
+import hashlib
 import re
 import shutil
 import tempfile
@@ -46,7 +47,7 @@ def write_text(path: epath.Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: epath.Path, data: bytes) -> None:
+def write_bytes(path: epath.Path | Path, data: bytes) -> None:
     """Writes a file, whole or not at all."""
     if is_remote(path):
         path.write_bytes(data)
@@ -54,6 +55,18 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(data)
     partial.replace(path)
+
+
+def read_verified(path: Path, sha256: str) -> bytes:
+    """What a file holds that was fetched.
+
+    Raises:
+        ValueError: where its SHA-256 is another one.
+    """
+    data = path.read_bytes()
+    if (digest := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ValueError(f"{path} has the SHA-256 {digest}, not {sha256}: delete it and run again.")
+    return data
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxdiff.nn.linear import Dense, add
 from jaxdiff.types import Params
 
 SIZE = 224
@@ -59,7 +60,7 @@ class EfficientNetLite0(nn.Module):
                 i += 1
         x = nn.relu6(Conv(FEATURES, name="conv_head")(x))
         features = x.mean((1, 2))
-        return features, nn.Dense(CLASSES, name="fc")(features)
+        return features, Dense(CLASSES, name="fc")(features)
 
 
 class InvertedResidual(nn.Module):
@@ -95,7 +96,7 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
         strides = (self.stride, self.stride)
         y = lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y + jnp.broadcast_to(bias, y.shape)
+        return add(y, bias)
 
 
 class DepthwiseConv(nn.Module):

@@ -154,9 +154,9 @@ def prepare(params: Params) -> Params:
     return out
 
 
-def _plain(x: Array, kernel: Array, padding: Padding, stride: int = 1) -> Array:
+def _plain(x: Array, kernel: Array, padding: Any, stride: int = 1, **dilation: Any) -> Array:
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **dilation
     )
 
 
@@ -218,15 +218,9 @@ def plain_gradients(x: Array, kernel: Array, d_y: Array, padding: Padding, strid
     # A row of the result reads from `stride` times its number, less the padding; what is left at the end is not read.
     over = [n + sum(p) - 3 - stride * (n2 - 1) for n, n2, p in zip((h, w), (h2, w2), padding, strict=True)]
     back = [(2 - first, 2 - last + rest) for (first, last), rest in zip(padding, over, strict=True)]
-    layout = ("NHWC", "HWIO", "NHWC")
-    d_x = jax.lax.conv_general_dilated(
-        d_y, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), back, lhs_dilation=(stride, stride), dimension_numbers=layout
-    )
+    d_x = _plain(d_y, kernel[::-1, ::-1].swapaxes(2, 3), back, lhs_dilation=(stride, stride))
     ends = [(first, last - rest) for (first, last), rest in zip(padding, over, strict=True)]
-    d_kernel = jax.lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0), d_y.transpose(1, 2, 0, 3), (1, 1), ends, rhs_dilation=(stride, stride),
-        dimension_numbers=layout,
-    )  # fmt: skip
+    d_kernel = _plain(x.transpose(3, 1, 2, 0), d_y.transpose(1, 2, 0, 3), ends, rhs_dilation=(stride, stride))
     return d_x, d_kernel.transpose(1, 2, 0, 3)
 
 

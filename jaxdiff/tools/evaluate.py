@@ -15,6 +15,7 @@ from jaxdiff import load
 from jaxdiff.config import DataConfig, VAETask
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.loader import batches, open_source
+from jaxdiff.evaluation import check_count
 from jaxdiff.evaluation.concepts import Gallery, concept_accuracy, images_for, read_drawings, sample
 from jaxdiff.evaluation.denoising import as_metrics, as_table, denoising_errors, heldout
 from jaxdiff.evaluation.features import kept, open_features
@@ -157,8 +158,7 @@ def concepts(
         batch: images drawn together.
         as_json: prints JSON in place of the table.
     """
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; it must be at least 1 image.")
+    check_count("batch", batch)  # before the drawings are read
     folder = features or Path(data_dir) / "features"
     look = open_features(folder)
     pipe = load(model)

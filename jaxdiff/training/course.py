@@ -1,6 +1,5 @@
 """How a run is cut into calls of the compiled step, and when it ends."""
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from jaxdiff.config import TrainConfig
+from jaxdiff.runtime.mesh import place
 from jaxdiff.training.log import WARM_UP, Log
 
 
@@ -46,11 +46,11 @@ class Clock:
         """Starts `before` seconds in, of `limit`. What `log` pauses for is no training."""
         self.seconds = float(before)
         self._limit, self._everywhere, self._log = limit, everywhere, log
-        self._since = time.perf_counter() - log.paused_in_all - self.seconds
+        self._since = log.trained() - self.seconds
 
     def read(self) -> None:
         """Reads the clock; all processes do so together."""
-        seconds = np.float32(time.perf_counter() - self._log.paused_in_all - self._since)
+        seconds = np.float32(self._log.trained() - self._since)
         self.seconds = float(seconds if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(seconds))
 
     @property
@@ -64,5 +64,5 @@ class Clock:
         return self.seconds >= self._limit
 
     def array(self) -> jax.Array:
-        """The time as the step takes it."""
-        return jax.make_array_from_callback((), self._everywhere, lambda _: np.float32(self.seconds))
+        """The time as the state holds it."""
+        return place(np.float32(self.seconds), self._everywhere)

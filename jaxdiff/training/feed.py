@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdiff.runtime.mesh import batch_sharding
+from jaxdiff.runtime.mesh import batch_sharding, place
 from jaxdiff.training.state import Batch
 
 
@@ -34,10 +34,10 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, several: bool = False) 
     held = local_rows(mesh, places)
     narrow = {"int64": np.int32, "float64": np.float32}
 
-    def place(rows: np.ndarray) -> jax.Array:
+    def spread(rows: np.ndarray) -> jax.Array:
         rows = rows.astype(narrow.get(rows.dtype.name, rows.dtype), copy=False)
         if not rows.ndim:
-            return jax.make_array_from_callback((), NamedSharding(mesh, P()), lambda _: rows)
+            return place(rows, NamedSharding(mesh, P()))
         share, rest = divmod(rows.shape[axis], len(held))
         assert not rest, f"{rows.shape[axis]} rows for {len(held)} places"
 
@@ -48,7 +48,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, several: bool = False) 
         shape = (*rows.shape[:axis], share * places, *rows.shape[axis + 1 :])
         return jax.make_array_from_callback(shape, sharding, part)
 
-    return {name: place(rows) for name, rows in batch.items()}
+    return {name: spread(rows) for name, rows in batch.items()}
 
 
 Call = tuple[int, dict[str, np.ndarray]]

@@ -56,15 +56,14 @@ class Log:
             if not is_remote(self._path):
                 self._file = self._path.open("a", encoding="utf-8")
             self._board = _summary_writer(workdir / "tensorboard") if tensorboard else None
-        self.paused_in_all = 0.0
+        self._paused = 0.0
         self._restart()
 
     def _restart(self) -> None:
         self._window: list[tuple[Metrics, int]] = []
         self._uncounted: tuple[Any, int] | None = None
         self._waited = 0.0
-        self._paused = 0.0
-        self._since = time.perf_counter()
+        self._since = self.trained()
 
     def __enter__(self) -> "Log":
         return self
@@ -98,14 +97,17 @@ class Log:
     def pause(self, seconds: float) -> None:
         """Leaves time spent on evaluation and saving out of images/s, and out of a run by the clock."""
         self._paused += seconds
-        self.paused_in_all += seconds
+
+    def trained(self) -> float:
+        """A clock that stands still in pauses, in seconds from no particular time."""
+        return time.perf_counter() - self._paused
 
     def flush(self, step: int, **values: float) -> dict[str, Any]:
         """Writes the means over the updates made since the last flush, and `values`; returns them."""
         self.settle()
         calls = [(jax.tree.map(np.atleast_1d, metrics), n) for metrics, n in jax.device_get(self._window)]
         window = [{name: values[i] for name, values in metrics.items()} for metrics, n in calls for i in range(n)]
-        seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
+        seconds = max(self.trained() - self._since, 1e-9)
         made = [m for m in window if not m["skipped"]]
         means = {name: float(np.mean([m[name] for m in made])) if made else math.nan for name in (window or [{}])[0]}
         line = {

@@ -35,9 +35,10 @@ from jaxdiff.runtime.distributed import leads
 logger = logging.getLogger(__name__)
 
 FREE = re.compile(
-    r"workdir|steps|seconds|steps_per_call|log_every|eval_every|checkpoint_every|keep_checkpoints|keep_every|max_skipped|profile|tensorboard"
-    r"|remat|mesh\..*|distributed\..*|cache"
-    r"|data\.(root|workers|resident|max_bad_share|heldout)|task\.(prompts|guidance|heldout)|optim\.(?!(name|state_dtype|rates)$).*"
+    r"workdir|steps|seconds|steps_per_call|log_every|eval_every|checkpoint_every|keep_checkpoints|keep_every"
+    r"|max_skipped|profile|tensorboard|remat|mesh\..*|distributed\..*|cache"
+    r"|data\.(root|workers|resident|max_bad_share|heldout)|task\.(prompts|guidance|heldout)"
+    r"|optim\.(?!(name|state_dtype|rates)$).*"
 )
 """Fields that may change when a run goes on: how long, where and how it is optimised, and what it shows; not the
 networks, the data and the draws."""

@@ -192,13 +192,12 @@ def make_step(
     dtype: DTypeLike = jnp.float32,
     seconds: float = 0,
     several: bool = False,
-) -> Callable[..., tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Metrics]]:
     """The compiled step for the shardings of `state`, whose buffers each call reuses.
 
-    The step takes (state, frozen, batch, key), and in a run by the clock as the fifth for how many seconds it has gone
-    on. `key` is the run's, the same at every step. Metrics are the task's, and `loss`, `grad_norm` (before the clip)
-    and `skipped`, 1 where loss or gradient was not finite: then params, averages, optimiser and memory stay as they
-    are, and `step` goes on.
+    The step takes (state, frozen, batch, key); `key` is the run's, the same at every step. Metrics are the task's, and
+    `loss`, `grad_norm` (before the clip) and `skipped`, 1 where loss or gradient was not finite: then params, averages,
+    optimiser and memory stay as they are, and `step` goes on. `seconds` stays as it is: the caller has the clock.
 
     Args:
         task: what is trained.
@@ -223,22 +222,19 @@ def make_step(
     stored = jax.tree.map(lambda p: p.sharding, state.params)
     mesh = state.step.sharding.mesh
 
-    def step(
-        state: TrainState, frozen: Params, batch: Batch, key: Key, now: Array | None = None
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Params, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         batch = looked_up(batch, mesh)
         grads, metrics, notes = gradients(state, frozen, batch, jax.random.fold_in(key, state.step))
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        new = either(finite, updated(state, grads, notes, now), replace(state, skipped=state.skipped + 1))
+        new = either(finite, updated(state, grads, notes), replace(state, skipped=state.skipped + 1))
         metrics |= {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
-        return replace(new, step=state.step + 1, seconds=now), metrics
+        return replace(new, step=state.step + 1), metrics
 
-    def steps(
-        state: TrainState, frozen: Params, batches: Batch, key: Key, now: Array | None = None
-    ) -> tuple[TrainState, Metrics]:
-        everywhere = {name: batches[name] for name in (RESIDENT,) if name in batches}
-        rows = {name: value for name, value in batches.items() if name not in (RESIDENT, "steps")}
+    def steps(state: TrainState, frozen: Params, batches: Batch, key: Key) -> tuple[TrainState, Metrics]:
+        rows = dict(batches)
+        count = rows.pop("steps")
+        everywhere = {RESIDENT: rows.pop(RESIDENT)} if RESIDENT in rows else {}
 
         def nth(i: Array) -> Batch:
             return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), rows) | everywhere
@@ -247,13 +243,13 @@ def make_step(
             state, metrics = carry
             # With barriers round it the step is compiled as it is alone, and rounds as it does.
             batch, state = jax.lax.optimization_barrier((nth(i), state))
-            state, found = jax.lax.optimization_barrier(step(state, frozen, batch, key, now))
+            state, found = jax.lax.optimization_barrier(step(state, frozen, batch, key))
             return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), metrics, found)
 
         n = len(jax.tree.leaves(rows)[0])
-        _, shapes = jax.eval_shape(step, state, frozen, nth(jnp.int32(0)), key, now)
+        _, shapes = jax.eval_shape(step, state, frozen, nth(jnp.int32(0)), key)
         metrics = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), shapes)
-        return jax.lax.fori_loop(0, batches["steps"], take, (replace(state, seconds=now), metrics))
+        return jax.lax.fori_loop(0, count, take, (state, metrics))
 
     def gradients(state: TrainState, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Metrics, Notes]:
         frozen = gather_params(frozen, tree_shardings(mesh, frozen), dtype)
@@ -268,8 +264,8 @@ def make_step(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention's kernels are split over it
             return of_part(batch) if accumulate == 1 else in_parts(of_part, batch, accumulate, mesh)
 
-    def updated(state: TrainState, grads: Params, notes: Notes, now: Array | None) -> TrainState:
-        clock = {} if now is None else {"progress": now / seconds}
+    def updated(state: TrainState, grads: Params, notes: Notes) -> TrainState:
+        clock = {} if state.seconds is None else {"progress": state.seconds / seconds}
         updates, opt = tx.update(grads, state.opt, state.params, **clock)
         params = optax.apply_updates(state.params, updates)
         mean = evaluated(params, opt)  # pyright: ignore[reportArgumentType]: optax has its own Params
