@@ -21,6 +21,7 @@ from jaxdiff.generation.batch.store import Store, fingerprint
 from jaxdiff.generation.conditioning import PromptWarning, filled
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import RENAMED, Region, Request, current_name
+from jaxdiff.generation.weights import Memory
 from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_image
 from jaxdiff.model import DTYPES
 from jaxdiff.prompts.wildcards import Wildcards, named
@@ -119,6 +120,8 @@ class Args:
     """Draw every N-th image from the I-th on, for N commands on machines that share the folder."""
     dtype: str | None = None
     """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
+    memory: Memory = "normal"
+    """low keeps one network in memory at a time, and its weights in 16 bits: less than half, a little slower."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
@@ -151,7 +154,7 @@ def main(args: Args) -> int:
         for name in dict.fromkeys(name for prompt in prompts for name in named(prompt)):
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
     devices = jax.local_devices()
-    pipe = jaxdiff.load(args.model, args.dtype, devices if min(len(devices), n) > 1 else None)
+    pipe = jaxdiff.load(args.model, args.dtype, devices if min(len(devices), n) > 1 else None, memory=args.memory)
     if args.like is not None:
         check_like(args, pipe)
     if args.from_file is not None:

@@ -1,7 +1,6 @@
 """A model in memory: its networks by role, and what belongs to them. Loading and saving; nothing is drawn here."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -20,9 +19,9 @@ from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import DEFAULTS, read_index, read_network, tokenizer_folder, write_folder
+from jaxdiff.io.mapped import check_unchanged
 from jaxdiff.io.scheduler import read_sampler, read_scheduler
 from jaxdiff.io.weights import check_params
-from jaxdiff.nn.conv import prepare
 from jaxdiff.runtime.programs import remembered
 from jaxdiff.types import Params
 
@@ -98,13 +97,15 @@ class Model:
             dtype: float32, float16 or bfloat16, the type of the stored weights.
 
         Raises:
-            ValueError: when the folder holds anything that is not ours to replace, or cannot be written, or for
-                another `dtype`.
+            ValueError: when the folder holds anything that is not ours to replace, or cannot be written, for
+                another `dtype`, or where a file that params are mapped from was written to.
         """
         try:
             dtype = jnp.dtype(dtype)
         except TypeError:
             raise ValueError(f"dtype is {dtype!r}; choose float32, float16 or bfloat16.") from None
+        for leaf in jax.tree.leaves(self.params):
+            check_unchanged(leaf)
         networks = {self.family.FOLDERS[role]: (config, params) for role, (config, params) in self.networks.items()}
         write_folder(path, networks, self.scheduler, self.tokenizer, self.defaults, dtype)
 
@@ -139,43 +140,11 @@ def read_model(path: str | Path | None = None, variant: str | None = None) -> Mo
     )
 
 
-# From params as they are read to params on devices: merge, cast, place, prepare ---------------------------------------
-
-
 def merge_adapters(params: dict[str, Params], adapters: Sequence[Adapter] = ()) -> dict[str, Params]:
     """The params by role after each adapter, in order."""
     for adapter in adapters:
         params = adapter(params)
     return params
-
-
-def cast(params: Params, dtype: DTypeLike) -> Params:
-    """The params as the networks would cast them at every step: norms in float32, all else in `dtype`."""
-    kept = np.float32 if "scale" in params else dtype
-    return {
-        name: cast(leaf, dtype) if isinstance(leaf, dict) else leaf.astype(kept, copy=False)
-        for name, leaf in params.items()
-    }
-
-
-def place_params(params: Params, device: Any = None) -> Params:
-    """The params on the default device, or on a device's or a sharding's."""
-    return jax.device_put(params, device)
-
-
-def prepare_kernels(params: Params) -> Params:
-    """The params as sampling uses them: on a CPU with memory for it, kernels also in Winograd's form.
-
-    That takes more than twice their size (`jaxdiff.nn.conv.prepare`); such a tree cannot be saved or trained.
-    """
-    if jax.default_backend() != "cpu" or 4 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) > memory_bytes():
-        return params
-    return prepare(params)
-
-
-def memory_bytes() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_dtype(dtype: str | None) -> str:

@@ -11,7 +11,7 @@ DEVICES = "--xla_force_host_platform_device_count=8"
 # them and wait for each other, until XLA aborts pytest (`jaxdiff.runtime.distributed` has the same cure). XLA reads
 # this once, when the first device is asked for; xdist's workers and the processes that tests start inherit it.
 os.environ.setdefault("NPROC", "32")
-# Tests compile far longer than they compute: LLVM's optimisations would double the time of the short run.
+# Tests compile far longer than they compute: LLVM's optimisations would double their time.
 QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -33,8 +33,8 @@ install_import_hook([name for name in CHECKED if name not in DOORS], "beartype.b
 
 
 def pytest_configure(config):
-    """Slow tests and comparisons have programs as users have them; so has any run that is given XLA_FLAGS."""
-    if "not slow" in config.getoption("markexpr") and not XLA_FLAGS:
+    """Comparisons with other libraries have programs as users have them; so has any run that is given XLA_FLAGS."""
+    if "parity" not in config.getoption("markexpr").replace("not parity", "") and not XLA_FLAGS:
         os.environ["XLA_FLAGS"] = f"{QUICKLY_COMPILED} {DEVICES}"
 
 

@@ -30,12 +30,12 @@ def test_small_networks_multiply_by_xlas_own_products_on_cpus_and_large_ones_by_
     monkeypatch.setattr(compiling, "LARGE", 90_000)
     assert "ynn" in fn.trace(params, x, power=2).lower().compile().as_text()
     np.testing.assert_allclose(fn(params, x, power=2), small, rtol=1e-6)
-    assert fn.count == 2, "one for each"
+    assert fn.count == 3, "a call of each, and one lowered"
 
 
 def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
     monkeypatch.setattr(compiling, "SMALL_ON_CPU", {"xla_cpu_an_experiment_that_ended": ""})
-    assert inspect.unwrap(compiling.for_small)() == {}
+    assert inspect.unwrap(compiling.on_cpu)(False, False) == {}
 
 
 def test_no_device_is_asked_for_before_the_first_call():

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdiff import build
 from jaxdiff.config import UNetConfig
+from jaxdiff.generation.weights import by_module
 from jaxdiff.nn import conv
 from jaxdiff.nn.conv import Conv3x3, conv3x3, prepare, transform_kernel, winograd
 from jaxdiff.runtime.mesh import make_mesh
@@ -187,13 +188,32 @@ def test_a_prepared_network_is_the_plain_one(monkeypatch):
     network, given = unet_and_inputs()
     params = jax.jit(lambda: build.init(network, WIDE, jax.random.key(0)))()
     monkeypatch.setattr(conv, "prepared_tile", lambda c, c2: 2 if min(c, c2) >= 64 else None)
-    prepared = prepare(params)
-    added = len(jax.tree.leaves(prepared)) - len(jax.tree.leaves(params))
-    assert added > 0
+    prepared = by_module(prepare, params)
+    assert len(jax.tree.leaves(prepared)) > len(jax.tree.leaves(params))
     found = jax.jit(network.apply)({"params": prepared}, *given)
-    monkeypatch.setattr(conv, "tile", lambda *shape, **prepared: None)
+    monkeypatch.setattr(conv, "tile", lambda *shape: None)
     wanted = jax.jit(network.apply)({"params": params}, *given)
     assert 0 < relative_error(found, wanted) < 1e-4
+
+
+def test_a_prepared_convolution_has_the_gradient_of_the_plain_one_by_its_input(monkeypatch):
+    x, kernel = inputs(2, 7, 9, 12, 16)
+    monkeypatch.setattr(conv, "prepared_tile", lambda c, c2: 4)
+    module = Conv3x3(16)
+    params = {"kernel": kernel, "bias": jnp.arange(16.0)}
+    prepared = prepare((), params)
+    assert set(prepared) == {"winograd", "bias"}
+
+    def loss(x, params):
+        return jnp.sin(jax.vmap(lambda x: module.apply({"params": params}, x[None])[0])(x)).sum()
+
+    assert relative_error(jax.grad(loss)(x, prepared), jax.grad(loss)(x, params)) < 1e-5
+
+
+def test_the_kernel_of_a_stride_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(conv, "prepared_tile", lambda c, c2: 4)
+    params = {"kernel": inputs(*LARGE)[1]}
+    assert prepare(("downsamplers_0", "conv"), params) is params
 
 
 @pytest.mark.slow
@@ -213,6 +233,6 @@ def test_programs_for_other_platforms_have_the_convolution_alone(monkeypatch):
         return [text.count(f"stablehlo.{op}") for op in ("convolution", "dot_general", "pad", "slice", "while")]
 
     ours, on_cpu = counts(text("tpu")), counts(text("cpu"))
-    monkeypatch.setattr(conv, "tile", lambda *shape, **prepared: None)
+    monkeypatch.setattr(conv, "tile", lambda *shape: None)
     assert counts(text("tpu")) == ours
     assert on_cpu[0] < ours[0]

@@ -16,6 +16,7 @@ from jaxdiff.generation.drawing import Drawing
 from jaxdiff.generation.network import AnyArray, Inputs
 from jaxdiff.generation.programs import Program, denoise, encode_images, encode_prompts, keys_and_noise
 from jaxdiff.generation.request import SEEDS, Region, Request, floats
+from jaxdiff.generation.weights import Weights
 from jaxdiff.prompts.encode import Prompts, Words, encode, fill
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.programs import kept
@@ -31,7 +32,7 @@ class PromptWarning(UserWarning):
 
 
 def make_inputs(
-    drawing: Drawing, tokenizer: Tokenizer, params: dict[str, Params], program: Program
+    drawing: Drawing, tokenizer: Tokenizer, params: Weights, program: Program
 ) -> tuple[Inputs, State, Array]:
     """The denoiser's inputs, the state that sampling starts from, and the keys of the steps' noise.
 

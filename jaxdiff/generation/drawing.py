@@ -17,7 +17,7 @@ from jaxdiff.families import Family
 from jaxdiff.generation.canvas import Size, canvas_of, check_size, image_size, latent_shape
 from jaxdiff.generation.programs import INVERSIONS
 from jaxdiff.generation.request import DEFAULTS, PER_IMAGE, Request
-from jaxdiff.model import memory_bytes
+from jaxdiff.runtime.memory import memory_bytes
 from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas, starts_at_sigma
 from jaxdiff.sampling.sigmas import Sigmas
 

@@ -1,5 +1,6 @@
 """A model that draws: `pipe = jaxdiff.load(); images = pipe(["a red apple"])`."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,20 +19,23 @@ from jaxtyping import Array, Float, Float32, UInt8
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.generation.canvas import check_size, image_size, latent_shape
-from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs, seeded
+from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs, seeded, warn
 from jaxdiff.generation.drawing import Drawing, ModelInfo, checked_defaults, make_drawing, settled
 from jaxdiff.generation.network import Inputs
 from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_prompts
 from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, floats, seed_number, shown
+from jaxdiff.generation.weights import STEPS, Memory, Weights, check_memory
 from jaxdiff.io.images import feathered
-from jaxdiff.model import Adapter, Model, cast, check_dtype, merge_adapters, place_params, prepare_kernels, read_model
+from jaxdiff.model import Adapter, Model, check_dtype, merge_adapters, read_model
 from jaxdiff.prompts.wildcards import Wildcards
+from jaxdiff.runtime.memory import free_bytes, memory_bytes, resident_bytes, temporaries
 from jaxdiff.runtime.mesh import make_mesh, on, spread
-from jaxdiff.runtime.programs import enable_compilation_cache, kept
+from jaxdiff.runtime.programs import enable_compilation_cache, give_back_memory, kept
 from jaxdiff.sampling.loop import State
 from jaxdiff.sampling.samplers import BUILT_IN, SAMPLERS, count_steps, make_sigmas
 from jaxdiff.types import DenoiseFn, Params
 
+logger = logging.getLogger(__name__)
 Images = UInt8[np.ndarray, "b h w 3"]
 Latents = Float32[np.ndarray, "b h w c"]
 
@@ -41,6 +45,7 @@ def load(
     dtype: str | None = None,
     devices: Sequence[Any] | None = None,
     adapters: Sequence[Adapter] = (),
+    memory: Memory = "normal",
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
@@ -49,35 +54,44 @@ def load(
         dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
         devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
         adapters: functions of the params by role, which are applied in order before anything is cast or placed.
+        memory: "low" keeps one network at a time, and its kernels in 16 bits, which costs time and little exactness.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
     """
     check_dtype(dtype)
+    check_memory(memory)
     enable_compilation_cache()
     model = read_model(path)
-    return Pipeline(model.with_params(merge_adapters(model.params, adapters)) if adapters else model, dtype, devices)
+    if adapters:
+        model = model.with_params(merge_adapters(model.params, adapters))
+    return Pipeline(model, dtype, devices, memory)
 
 
 class Pipeline:
     """Requests to images. `load` makes one from files; so does a `Model` in memory."""
 
-    def __init__(self, model: Model, dtype: str | None = None, devices: Sequence[Any] | None = None) -> None:
-        """Puts the params on the default device, or on each of `devices`, in the type that they are computed in.
+    def __init__(
+        self,
+        model: Model,
+        dtype: str | None = None,
+        devices: Sequence[Any] | None = None,
+        memory: Memory = "normal",
+    ) -> None:
+        """The params go to the default device, or to each of `devices`, when they are first used.
 
         Raises:
             ValueError: when the model's networks do not fit together.
         """
+        self.model = model
         self.dtype = check_dtype(dtype)
         self.defaults = checked_defaults(model.defaults, model.scheduler)
         """The settings that stand in for those that a request leaves out."""
         self.networks = model.modules(self._jax_dtype)
         self._mesh = None if devices is None or len(devices) < 2 else make_mesh(devices=devices)
         everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
-        self.params = prepare_kernels(place_params(cast(model.params, self._jax_dtype), everywhere))
-        # Params that are exact on the device need no second copy for `save`.
-        exact = self.dtype == "float32" and jax.default_backend() != "cpu"
-        self.model = model.with_params(self.params) if exact else model
+        self.params = Weights(model.params, self._jax_dtype, everywhere, check_memory(memory))
+        """As the networks take them, by role."""
         self.info = ModelInfo(self.networks, model.scheduler, model.size, self._jax_dtype, self.defaults)
         """What requests need to know of the model."""
 
@@ -188,6 +202,7 @@ class Pipeline:
                 f"{drawing.settings.guidance:g}, sampler {drawing.settings.sampler} and schedule "
                 f"{drawing.settings.schedule}. Use less guidance, or others of these; smaller latents, if you gave any."
             )
+        logger.debug("steps done")
         latents = state.x if inputs.layout_above is None else state.x[:, 1]
         if inputs.mask is not None and inputs.known is not None:
             # The last level may be above 0, and what is kept still noisy there.
@@ -223,9 +238,17 @@ class Pipeline:
         piece = 1 if on_step is not None else math.ceil((steps - first) / 10) if progress is not None else steps - first
         # Features that are kept for some steps are made where a piece starts.
         piece = settings.cache_interval * math.ceil(max(1, piece) / settings.cache_interval)
-        params, sigmas, guidance = self.params["denoiser"], drawing.sigmas, drawing.guidance
         mesh = self._mesh_for(len(keys))
         inputs, state, keys = spread((inputs, state, keys), mesh)
+
+        def arguments(params: Params, start: int, stop: int, state: State) -> tuple[Any, ...]:
+            numbers = np.int32(start), np.int32(stop), drawing.guidance, np.float32(settings.eta), interval
+            return params, inputs, state, keys, drawing.sigmas, *numbers
+
+        with on(mesh):  # compiled before there are params: the compiler wants memory, too
+            run = kept(denoise, *arguments(self.params.shapes(STEPS), first, steps, state), program=program)
+        self._check_fits(run, (len(keys), *drawing.shape))
+        params = self.params[STEPS]
 
         def report(start: int, stop: int, state: State) -> None:
             done = min(stop, settings.steps or steps)
@@ -235,20 +258,45 @@ class Pipeline:
                 state.x.block_until_ready()
                 progress(done)
 
-        run, taken = None, None
+        taken = None
         for start in range(first, max(steps, first + 1), piece):
             stop = min(start + piece, steps)
-            numbers = np.int32(start), np.int32(stop), guidance, np.float32(settings.eta), interval
-            arguments = params, inputs, state, keys, sigmas, *numbers
             with on(mesh):
-                run = run or kept(denoise, *arguments, program=program)  # all pieces have its shapes
-                state = run(*arguments)
+                state = run(*arguments(params, start, stop, state))
             if taken is not None:  # while the device takes the next steps
                 report(*taken)
             taken = start, stop, state
         if taken is not None:
             report(*taken)
         return state
+
+    def _check_fits(self, run: Any, shape: tuple[int, ...]) -> None:
+        """Says so where steps or decoder want more memory than there is, for which systems kill a process unsaid.
+
+        Accelerators say themselves when theirs is short.
+
+        Raises:
+            ValueError: where this machine has less.
+        """
+        there, free = resident_bytes(), free_bytes()
+        if jax.default_backend() != "cpu" or self._mesh is not None or there is None or free is None:
+            return
+        decoder = self._decoder(jax.ShapeDtypeStruct(shape, jnp.float32))
+        give_back_memory()
+        parts = (
+            self.params.missing_bytes(STEPS) + temporaries(run),
+            self.params.missing_bytes("vae") + temporaries(decoder),
+        )
+        more = max(parts) if self.params.memory == "low" else max(parts[0], self.params.missing_bytes(STEPS) + parts[1])
+        told = (
+            f"{shape[0]} x {shape[2] * self.networks.factor}x{shape[1] * self.networks.factor} pixels need about "
+            f"{(there + more) / 1e9:.1f} GB of memory, and {{}}; use a smaller size, fewer prompts at once"
+            + ("." if self.params.memory == "low" else ', or memory="low" (--memory low).')
+        )
+        if there + more > memory_bytes():
+            raise ValueError(told.format(f"this machine has {memory_bytes() / 1e9:.1f} GB"))
+        if more > free:
+            warn([told.format(f"{(there + free) / 1e9:.1f} GB are free")])
 
     def _mesh_for(self, b: int) -> Mesh | None:
         """The devices that a batch is spread over; None where their number does not divide it."""
@@ -339,10 +387,16 @@ class Pipeline:
             raise ValueError(f"latents have the shape {list(np.shape(latents))}; it must be [b, h, w, {channels}].")
         if not np.issubdtype(np.asarray(latents).dtype, np.floating) or not np.isfinite(np.asarray(latents)).all():
             raise ValueError(f"latents are {np.asarray(latents).dtype}, or not finite; they must be finite floats.")
-        mesh, program = self._mesh_for(len(latents)), Program(self.networks, self.model.scheduler)
+        mesh = self._mesh_for(len(latents))
         with on(mesh):
-            arguments = self.params["vae"], spread(jnp.asarray(latents, jnp.float32), mesh)
-            return np.asarray(kept(decode, *arguments, program=program)(*arguments))
+            latents = spread(jnp.asarray(latents, jnp.float32), mesh)
+            run = self._decoder(latents)
+            return np.asarray(run(self.params["vae"], latents))
+
+    def _decoder(self, latents: Any) -> Callable[[Params, Array], Array]:
+        """The decoder's program for latents, or for their shape."""
+        program = Program(self.networks, self.model.scheduler)
+        return kept(decode, self.params.shapes("vae"), latents, program=program)
 
     def preview(self, latents: Float[Array, "b h w c"] | np.ndarray) -> Images:
         """Latents to images of the latents' size by one linear map, in next to no time: colours and shapes are right.

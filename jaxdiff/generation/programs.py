@@ -79,7 +79,7 @@ def encode_prompts(
     return program.family.encode_prompts(params, ids, weights, empty, clip_skip)
 
 
-@partial(Compiled, static_argnames="program")
+@partial(Compiled, least_memory=True, static_argnames="program")
 def encode_images(params: Params, images: UInt8[Array, "b h2 w2 3"], *, program: Program) -> Float[Array, "b h w c"]:
     """The most likely latents of images, at unit variance."""
 
@@ -177,7 +177,7 @@ def guess(
     return jax.vmap(one, in_axes=(mapped_axes(inputs), 0, 0, None))(inputs, prepared, x, sigma)
 
 
-@partial(Compiled, static_argnames="program")
+@partial(Compiled, least_memory=True, static_argnames="program")
 def decode(params: Params, latents: Float[Array, "b h w c"], *, program: Program) -> UInt8[Array, "b h2 w2 3"]:
     """Images of latents at unit variance."""
 

@@ -82,7 +82,7 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
 
 
 def from_torch(tensors: Iterable[tuple[str, np.ndarray]]) -> Params:
-    """The tree of torch's (name, array) pairs, old names included; one array at a time is copied.
+    """The tree of torch's (name, array) pairs, old names included. Leaves are views of the arrays: nothing is read.
 
     Raises:
         ValueError: naming tensors whose name no rule covers, or that appear twice.
@@ -100,8 +100,7 @@ def from_torch(tensors: Iterable[tuple[str, np.ndarray]]) -> Params:
                 raise ValueError(f"The tensor {old_name!r} lies inside another tensor.")
         if path[-1] in node:
             raise ValueError(f"The tensor {name!r} is there twice, the second time as {old_name!r}.")
-        # Copied even where nothing moves: the file's pages may be mapped, and must not outlive the file in our params.
-        node[path[-1]] = np.array(array.transpose(np.argsort(torch_axes(path, array.ndim))), order="C")
+        node[path[-1]] = array.transpose(np.argsort(torch_axes(path, array.ndim)))
     return params
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxdiff.config import load_json
 from jaxdiff.io.convert import leaves, torch_axes, torch_name
+from jaxdiff.io.mapped import map_file, release
 from jaxdiff.types import Params
 
 FLOATS = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
@@ -67,7 +68,7 @@ def open_safetensors(path: Path) -> dict[str, np.ndarray]:
     if promised < size - start or any(begin != end for (begin, _, _), end in zip(spans, ends, strict=False)):
         raise ValueError(f"{path} is damaged: its tensors do not fill it end to end. Download or save it again.")
 
-    data = np.memmap(path, np.uint8, "r")[start:] if promised else np.zeros(0, np.uint8)
+    data = map_file(path)[start:] if promised else np.zeros(0, np.uint8)
     return {
         name: np.asarray(data[begin:end]).view(_DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
         for begin, end, name in spans
@@ -129,11 +130,17 @@ def check_params(params: Params, expected: Params, where: str | Path) -> Params:
         ],
     }
     if not any(faults.values()):
-        faults = {"not finite": [torch_name(path) for path, leaf in leaves(params) if not np.isfinite(leaf).all()]}
+        faults = {"not finite": [torch_name(path) for path, leaf in leaves(params) if not _is_finite(leaf)]}
     if any(faults.values()):
         told = "; ".join(f"{len(names)} {fault}: {_list(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"{where}: the weights do not fit the config ({told}).")
     return params
+
+
+def _is_finite(leaf: Any) -> bool:
+    finite = bool(np.isfinite(leaf).all())
+    release(leaf)  # so that a file that is read from end to end does not stand in memory
+    return finite
 
 
 def _part(params: Params, expected: Params) -> Params:

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.nn.layers import KEPT
-from jaxdiff.nn.linear import add
+from jaxdiff.nn.linear import add, at_width
 from jaxdiff.types import Params
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -44,7 +44,7 @@ both transforms of the pixels are exact in float32.
 class Conv3x3(nn.Module):
     """A 3x3 convolution; padding 1 keeps the size at stride 1. Parameters are those of `flax.linen.Conv`.
 
-    Where `prepare` has put a transformed kernel beside `kernel`, it is used on a CPU.
+    Where `prepare` has put a transformed kernel in the place of `kernel`, that is used.
     """
 
     channels: int
@@ -54,28 +54,26 @@ class Conv3x3(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 {self.channels}"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
-        transformed = self.get_variable("params", "winograd")
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         n = self.padding
         padding = ((n, n), (n, n)) if isinstance(n, int) else n
-        return add(conv3x3(x, kernel, transformed, stride=self.stride, padding=padding), bias)
+        transformed = self.get_variable("params", "winograd")
+        if transformed is None:
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels))
+            y = conv3x3(*at_width(x, kernel, self.dtype), stride=self.stride, padding=padding)
+        else:
+            y = _prepared(x.astype(self.dtype), transformed, padding)
+        return add(y, self.param("bias", nn.initializers.zeros_init(), (self.channels,)))
 
 
 def conv3x3(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "3 3 c c2"],
-    transformed: Transformed | None = None,
     *,
     stride: int = 1,
     padding: Padding = ((1, 1), (1, 1)),
 ) -> Float[Array, "b h2 w2 c2"]:
-    """Convolves as `jax.lax.conv_general_dilated` does, to about 2e-6 of the result's norm.
-
-    Gradients go to `x` and `kernel`; `transformed` is the kernel once more and gets none.
-    """
-    return _conv3x3(x, kernel, transformed, padding, stride)
+    """Convolves as `jax.lax.conv_general_dilated` does, to about 2e-6 of the result's norm."""
+    return _conv3x3(x, kernel, padding, stride)
 
 
 def _is_worth(x: Array, kernel: Array, padding: Padding, stride: int) -> bool:
@@ -117,10 +115,8 @@ FEW = 32
 """Tiles; so many or fewer are right operands."""
 
 
-def tile(pixels: int, c: int, c2: int, *, prepared: bool = False) -> int | None:
+def tile(pixels: int, c: int, c2: int) -> int | None:
     """The m of F(m x m, 3 x 3) for so many pixels of the result and channels; None where XLA's convolution stands."""
-    if prepared:
-        return prepared_tile(c, c2)
     if min(c, c2) < 64 or pixels < 512:
         return None
     return prepared_tile(c, c2) or (4 if pixels >= 64 * 64 else 2)
@@ -136,22 +132,24 @@ def prepared_tile(c: int, c2: int) -> int | None:
     return 4 if c * c2 < 1280 * 1280 else 2
 
 
-def prepare(params: Params) -> Params:
-    """The same tree with 3x3 kernels in Winograd's form beside them, made once for all calls.
+def prepare(path: tuple[str, ...], module: Params) -> Params:
+    """A module's arrays, with the float32 kernel of a 3x3 convolution of stride 1 in Winograd's form where that pays.
 
-    For drawing on a CPU. It is no tree to save, convert or train: keep the one it was made from.
+    It is made once for all calls, for drawing on a CPU, and takes the kernel's place: such a tree cannot be saved,
+    converted or trained.
+
+    Args:
+        path: the module's; those of downsamplers have stride 2.
+        module: its arrays by name.
     """
-    out: Params = {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            out[name] = prepare(value)
-            continue
-        out[name] = value
-        if name == "kernel" and value.ndim == 4 and value.shape[:2] == (3, 3) and value.dtype == jnp.float32:
-            m = prepared_tile(*value.shape[2:])
-            if m is not None:
-                out["winograd"] = _transform_kernel(value, m)
-    return out
+    kernel = module.get("kernel")
+    if kernel is None or kernel.ndim != 4 or kernel.shape[:2] != (3, 3) or kernel.dtype != jnp.float32:
+        return module
+    m = prepared_tile(*kernel.shape[2:])
+    if m is None or any(name.startswith("downsamplers") for name in path):
+        return module
+    others = {name: leaf for name, leaf in module.items() if name != "kernel"}
+    return others | {"winograd": _transform_kernel(kernel, m)}
 
 
 def _plain(x: Array, kernel: Array, padding: Any, stride: int = 1, **dilation: Any) -> Array:
@@ -160,41 +158,39 @@ def _plain(x: Array, kernel: Array, padding: Any, stride: int = 1, **dilation: A
     )
 
 
-def _on_cpu(x: Array, kernel: Array, transformed: Transformed | None, *, padding: Padding, stride: int = 1) -> Array:
+def _on_cpu(x: Array, kernel: Array, *, padding: Padding, stride: int = 1) -> Array:
     if not _is_worth(x, kernel, padding, stride):
         return _plain(x, kernel, padding, stride)
     if stride != 1:
         return im2col(x, kernel, padding, stride)
     b, h, w = _size(x, padding)
-    m = tile(b * h * w, *kernel.shape[2:], prepared=transformed is not None)
+    m = tile(b * h * w, *kernel.shape[2:])
     if m is None:
         return _plain(x, kernel, padding)
-    return winograd(x, transformed or transform_kernel(kernel, m), padding=padding)
+    return winograd(x, transform_kernel(kernel, m), padding=padding)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _conv3x3(x: Array, kernel: Array, transformed: Transformed | None, padding: Padding, stride: int) -> Array:
-    return _conv3x3_fwd(x, kernel, transformed, padding, stride)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv3x3(x: Array, kernel: Array, padding: Padding, stride: int) -> Array:
+    return _conv3x3_fwd(x, kernel, padding, stride)[0]
 
 
-def _conv3x3_fwd(
-    x: Array, kernel: Array, transformed: Transformed | None, padding: Padding, stride: int
-) -> tuple[Array, tuple[Array, Array]]:
-    def elsewhere(x: Array, kernel: Array, transformed: Transformed | None) -> Array:
+def _conv3x3_fwd(x: Array, kernel: Array, padding: Padding, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    def elsewhere(x: Array, kernel: Array) -> Array:
         return _plain(x, kernel, padding, stride)
 
     on_cpu = _fold(partial(_on_cpu, padding=padding, stride=stride))
-    y = jax.lax.platform_dependent(x, kernel, transformed, cpu=on_cpu, default=elsewhere)
+    y = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
     return checkpoint_name(y, KEPT), (x, kernel)
 
 
-def _conv3x3_bwd(padding: Padding, stride: int, kept: tuple[Array, Array], d_y: Array) -> tuple[Array, Array, None]:
+def _conv3x3_bwd(padding: Padding, stride: int, kept: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
     def on_cpu(x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
         if stride != 1 or not _is_worth(x, kernel, padding, stride):
             return plain_gradients(x, kernel, d_y, padding, stride)
         (top, bottom), (left, right) = padding
         d_padding = (2 - top, 2 - bottom), (2 - left, 2 - right)
-        d_x = _fold(partial(_on_cpu, padding=d_padding))(d_y, kernel[::-1, ::-1].swapaxes(2, 3), None)
+        d_x = _fold(partial(_on_cpu, padding=d_padding))(d_y, kernel[::-1, ::-1].swapaxes(2, 3))
         b, h, w, _ = d_y.shape
         m = tile(b * h * w, *kernel.shape[2:])
         if m is None:
@@ -204,8 +200,7 @@ def _conv3x3_bwd(padding: Padding, stride: int, kept: tuple[Array, Array], d_y: 
     def elsewhere(x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
         return jax.vjp(lambda x, kernel: _plain(x, kernel, padding, stride), x, kernel)[1](d_y)
 
-    d_x, d_kernel = jax.lax.platform_dependent(*kept, d_y, cpu=on_cpu, default=elsewhere)
-    return d_x, d_kernel, None
+    return jax.lax.platform_dependent(*kept, d_y, cpu=on_cpu, default=elsewhere)
 
 
 def plain_gradients(x: Array, kernel: Array, d_y: Array, padding: Padding, stride: int) -> tuple[Array, Array]:
@@ -227,16 +222,36 @@ def plain_gradients(x: Array, kernel: Array, d_y: Array, padding: Padding, strid
 _conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
 
 
-def _fold(f: Callable[[Array, Array, Any], Array]) -> Callable[[Array, Array, Any], Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _prepared(x: Array, transformed: Transformed, padding: Padding) -> Array:
+    """The convolution by a kernel in Winograd's form. Gradients go to `x` alone."""
+    return _fold(partial(winograd, padding=padding))(x, transformed)
+
+
+def _prepared_fwd(x: Array, transformed: Transformed, padding: Padding) -> tuple[Array, Any]:
+    return _prepared(x, transformed, padding), transformed
+
+
+def _prepared_bwd(padding: Padding, transformed: Transformed, d_y: Array) -> tuple[Array, None]:
+    b, h, w = (n - less for n, less in zip(d_y.shape, (0, sum(padding[0]) - 2, sum(padding[1]) - 2), strict=False))
+    x = jax.ShapeDtypeStruct((b, h, w, transformed[0].shape[2]), d_y.dtype)
+    (d_x,) = jax.linear_transpose(lambda x: winograd(x, transformed, padding=padding), x)(d_y)
+    return d_x, None
+
+
+_prepared.defvjp(_prepared_fwd, _prepared_bwd)
+
+
+def _fold(f: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Array]:
     """`f` for which images that `vmap` adds are a larger batch, as long as they share the kernel."""
     folded = custom_vmap(f)
 
     @folded.def_vmap
-    def rule(n: int, mapped: Any, x: Array, kernel: Array, transformed: Any) -> tuple[Array, bool]:
-        if any(jax.tree.leaves(mapped[1:])):
+    def rule(n: int, mapped: Any, x: Array, kernel: Any) -> tuple[Array, bool]:
+        if any(jax.tree.leaves(mapped[1])):
             axes = jax.tree.map(lambda one: 0 if one else None, tuple(mapped))
-            return jax.vmap(f, in_axes=axes, axis_size=n)(x, kernel, transformed), True
-        y = _fold(f)(x.reshape(-1, *x.shape[2:]), kernel, transformed)
+            return jax.vmap(f, in_axes=axes, axis_size=n)(x, kernel), True
+        y = _fold(f)(x.reshape(-1, *x.shape[2:]), kernel)
         return y.reshape(n, -1, *y.shape[1:]), True
 
     return folded

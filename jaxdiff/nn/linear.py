@@ -5,6 +5,7 @@ bits of precision, such a sum stops growing at 256 times its summands: of 16,384
 """
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -39,6 +40,13 @@ def _repeat_bwd(shape: tuple[int, ...], dtype: DTypeLike, y: Array, d: Array) ->
 _repeat.defvjp(_repeat_fwd, _repeat_bwd)
 
 
+def at_width(x: Any, kernel: Any, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Both in `dtype`. A kernel stored in less is widened once `x` is there, and not for all steps of a loop."""
+    if jnp.dtype(kernel.dtype).itemsize < jnp.dtype(dtype).itemsize:
+        x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+
+
 class Dense(nn.Module):
     """x W + b. Parameters are those of `flax.linen.Dense`."""
 
@@ -49,7 +57,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b {self.features}"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        x, kernel = at_width(x, kernel, self.dtype)
+        y = x @ kernel
         if not self.use_bias:
             return y
         return add(y, self.param("bias", nn.initializers.zeros_init(), (self.features,)))
@@ -65,7 +74,8 @@ class Conv1x1(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w {self.channels}"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (1, 1, x.shape[-1], self.channels))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
-        return add(x.astype(self.dtype) @ kernel[0, 0].astype(self.dtype), bias)
+        x, kernel = at_width(x, kernel, self.dtype)
+        return add(x @ kernel[0, 0], bias)
 
 
 class Embed(nn.Module):

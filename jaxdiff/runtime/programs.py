@@ -24,6 +24,7 @@ import jax
 import jax.export
 
 from jaxdiff.runtime.compile import Compiled
+from jaxdiff.runtime.memory import temporaries
 
 PACKAGE = Path(__file__).parents[1]
 MOST = 64
@@ -102,22 +103,34 @@ def kept(fn: Callable[..., Any], *args: Any, **static: Any) -> Callable[..., Any
 
     Args:
         fn: a jitted function, whose arguments and results are arrays in containers that `jax.export` can serialise.
-        args: what `fn` is to be called with, or arrays like it.
+        args: what `fn` is to be called with, or arrays or `jax.ShapeDtypeStruct`s like it.
         static: `fn`'s static arguments.
 
     Returns:
         A function of `args`.
     """
     leaves, tree = jax.tree.flatten(args)
-    if _folder is None or any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
+    if any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
         return functools.partial(fn, **static)
-    signature = tree, tuple(jax.typeof(leaf) for leaf in leaves), tuple(static.items())
-    if signature not in _compiled:
-        _compiled[signature] = _from_trace(fn, args, static, signature)
-    return _compiled[signature]
+    signature = tree, tuple(map(_aval, leaves)), tuple(static.items())
+    settings = jax.config.jax_default_device, jax.config.jax_default_matmul_precision
+    if (fn, signature, settings) not in _compiled:
+        make = _compiled_here if _folder is None else _from_trace
+        program = _compiled[fn, signature, settings] = make(fn, args, static, signature)
+        logger.debug("%s compiled: %.2f GB of temporaries", fn.__name__, temporaries(program) / 1e9)
+    return _compiled[fn, signature, settings]
 
 
 _compiled: dict[Any, Callable[..., Any]] = {}
+
+
+def _aval(leaf: Any) -> Any:
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jax.core.ShapedArray(leaf.shape, leaf.dtype) if is_shape else jax.typeof(leaf)
+
+
+def _compiled_here(fn: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any) -> Callable[..., Any]:
+    return fn.lower(*args, **static).compile()
 
 
 def _from_trace(fn: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any) -> Callable[..., Any]:
@@ -134,13 +147,14 @@ def _from_trace(fn: Callable[..., Any], args: Any, static: dict[str, Any], signa
         if "custom call" not in str(error):
             raise
         logger.info("The trace of %s is not kept: %s", name, error)
-        return functools.partial(fn, **static)
+        return _compiled_here(fn, args, static, signature)
 
     def call(*args: Any) -> Any:
         return exported.call(*args)
 
     call.__name__ = name
-    return Compiled(call).lower(*args).compile()  # the same for whatever layout the results of a call have
+    # The same for whatever layout the results of a call have.
+    return Compiled(call, getattr(fn, "least_memory", False)).lower(*args).compile()
 
 
 def _surroundings() -> str:

@@ -12,9 +12,10 @@ import jax
 import tyro
 
 from jaxdiff.config import DataConfig, MeshConfig
+from jaxdiff.generation.weights import Memory
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.runtime.mesh import make_mesh
-from jaxdiff.tools.bench import measure, result, run
+from jaxdiff.tools.bench import measure, memory, result, run
 from jaxdiff.tools.bench.models import ModelSizes, find_model
 from jaxdiff.tools.bench.targets import Setting
 from jaxdiff.tools.bench.versus import check_torch
@@ -101,6 +102,9 @@ class Sample(Program):
     """Of the sampler."""
     guidance: float = 7.5
     """Scale of classifier-free guidance."""
+    memory: Memory | None = None
+    """Tell where a process's memory goes that draws one batch, for the first time, with this `--memory` of sample.py:
+    normal or low. Nothing is timed."""
     name: ClassVar[str] = "sample"
 
     def options(self) -> dict[str, Any]:
@@ -186,6 +190,11 @@ def main(args: Shared | Compare) -> None:
     _check(args, model, size)
     machine = measure.machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
+    if isinstance(args, Sample) and args.memory is not None:
+        for batch in args.batch:
+            phases = memory.measure(model, size, batch, args.steps, args.guidance, args.dtype, args.memory)
+            print(f"\n{batch} x {size}x{size}\n{memory.report(phases)}", flush=True)
+        return
     results = []
     for batch in args.batch:
         if isinstance(args, Program):

@@ -13,10 +13,11 @@ from jax.typing import DTypeLike
 
 from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.generation.weights import STEPS, Weights
 from jaxdiff.io.folder import find_part, read_config, read_network
 from jaxdiff.io.scheduler import read_scheduler
 from jaxdiff.io.weights import check_params
-from jaxdiff.model import EMBEDDED, cast, place_params, prepare_kernels
+from jaxdiff.model import EMBEDDED
 from jaxdiff.runtime.mesh import place, tree_shardings
 from jaxdiff.types import Params
 
@@ -133,7 +134,9 @@ def random_params(shapes: Any) -> Any:
 def ready(params: dict[str, Params], mesh: Mesh, dtype: DTypeLike) -> dict[str, Params]:
     """The params as they are computed with, on the devices: on one, what `jaxdiff.load` makes of them."""
     if mesh.size == 1:
-        return prepare_kernels(place_params(cast(params, dtype)))
+        roles = {part: STEPS if part == "unet" else part for part in params}
+        placed = Weights({roles[part]: tree for part, tree in params.items()}, dtype)
+        return {part: placed[role] for part, role in roles.items()}
     return place(params, tree_shardings(mesh, params))
 
 

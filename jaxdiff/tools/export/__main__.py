@@ -19,9 +19,9 @@ import jaxdiff
 from jaxdiff.generation.canvas import image_size
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import Request
+from jaxdiff.generation.weights import cast
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import MARK, replaced
-from jaxdiff.model import cast
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.sampling.samplers import starts_at_sigma
 from jaxdiff.tools.export import load

@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 import jaxdiff
+from jaxdiff.generation.weights import Memory
 from jaxdiff.runtime.cli import check_writable, exit_code
 from jaxdiff.tools.serve.requests import Limits
 
@@ -33,6 +34,8 @@ class Args:
     """Host names besides localhost that browsers may reach it by."""
     dtype: str | None = None
     """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
+    memory: Memory = "normal"
+    """low keeps one network in memory at a time, and its weights in 16 bits: less than half, a little slower."""
     out: Path | None = None
     """Write the images into this folder, too; without it nothing is written."""
     limits: Limits = field(default_factory=Limits)
@@ -62,7 +65,7 @@ def main(args: Args) -> None:
     with listen(args.host, args.port) as listener:  # before the model is read, which takes longer
         if args.out is not None:
             check_writable(args.out)
-        worker = Worker(jaxdiff.load(args.model, args.dtype), args.limits, args.out)
+        worker = Worker(jaxdiff.load(args.model, args.dtype, memory=args.memory), args.limits, args.out)
         worker.start()
         host, port, *_ = listener.getsockname()
         is_open = not ipaddress.ip_address(host).is_loopback

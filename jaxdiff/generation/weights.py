@@ -1,0 +1,173 @@
+"""From params as they are read to params on devices: cast, placed, and for CPUs put in the form that is fastest."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxdiff.io.mapped import check_unchanged, release
+from jaxdiff.nn.conv import prepare
+from jaxdiff.runtime.compile import is_large
+from jaxdiff.runtime.memory import memory_bytes
+from jaxdiff.types import Params
+
+Memory = Literal["normal", "low"]
+ALIGNED = 64
+"""Bytes; where memory has to begin for XLA's CPU devices to use it without a copy."""
+STEPS = "denoiser"
+"""The role of the network that is called at every step, for which a faster form is worth its memory."""
+
+Path = tuple[str, ...]
+logger = logging.getLogger(__name__)
+
+
+def check_memory(memory: Any) -> Memory:
+    """How much memory to use.
+
+    Raises:
+        ValueError: where it is neither "normal" nor "low".
+    """
+    if memory not in get_args(Memory):
+        raise ValueError(f"memory is {memory!r}; choose {' or '.join(get_args(Memory))}.")
+    return memory
+
+
+class Weights:
+    """A model's params by role, each put on the devices when it is first asked for."""
+
+    def __init__(
+        self, params: Mapping[str, Params], dtype: DTypeLike, device: Any = None, memory: Memory = "normal"
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            params: on the host, or mapped from files.
+            dtype: what the networks compute in.
+            device: a device or a sharding; None is the default device.
+            memory: "low" keeps kernels in 16 bits, which are widened where they are used, and one network at a time.
+        """
+        self._params, self._dtype, self._device, self.memory = params, dtype, device, memory
+        self._placed: dict[str, Params] = {}
+        self._shapes: dict[str, Params] = {}
+
+    def __getitem__(self, role: str) -> Params:
+        """The role's params. Those of other roles go, as soon as nothing else uses them, where memory is worth more.
+
+        Raises:
+            ValueError: where a file that they are mapped from was written to.
+        """
+        if role not in self._placed:
+            self._placed = {other: params for other, params in self._placed.items() if self._stays(other)}
+            self._placed[role] = place_params(self._params[role], self._type, self._device, self._finish(role))
+            logger.debug("%s's weights: %.2f GB on the device", role, _bytes(self._placed[role]) / 1e9)
+        return self._placed[role]
+
+    def shapes(self, role: str) -> Params:
+        """The shapes and types of the role's params, for which programs can be compiled before the params are there."""
+        if role not in self._shapes:
+            finish = self._finish(role) or (lambda _, module: module)
+
+            def module(path: Path, arrays: Params) -> Params:
+                types = {name: jax.ShapeDtypeStruct(a.shape, self._type(arrays, a)) for name, a in arrays.items()}
+                return jax.eval_shape(partial(finish, path), types)
+
+            self._shapes[role] = by_module(module, self._params[role])
+        return self._shapes[role]
+
+    def missing_bytes(self, role: str) -> int:
+        """Bytes that putting the role's params on the devices will take."""
+        return 0 if role in self._placed else _bytes(self.shapes(role))
+
+    def __iter__(self) -> Iterator[str]:
+        """The roles."""
+        return iter(self._params)
+
+    def _type(self, module: Params, leaf: Any) -> DTypeLike:
+        wide = type_of(module, self._dtype)
+        if self.memory == "normal" or leaf.ndim < 2 or np.dtype(wide).itemsize == 2:
+            return wide
+        return leaf.dtype if leaf.dtype.itemsize == 2 else np.float16
+
+    def _stays(self, role: str) -> bool:
+        """Whether its params stay when others come. What is large, and wanted once an image, a CPU fetches again."""
+        on_cpu = jax.default_backend() == "cpu"
+        return self.memory == "normal" and not (on_cpu and role != STEPS and is_large(self._params[role]))
+
+    def _finish(self, role: str) -> Callable[[Path, Params], Params] | None:
+        # Both forms of SD1.5's kernels together are 1.7 times its weights; other things need memory, too.
+        weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(self._params[role]))
+        enough = self.memory == "normal" and 2 * weights < memory_bytes()
+        return prepare if role == STEPS and enough and jax.default_backend() == "cpu" else None
+
+
+def _bytes(params: Params) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+def place_params(
+    params: Params,
+    type_of: Callable[[Params, Any], DTypeLike],
+    device: Any = None,
+    finish: Callable[[Path, Params], Params] | None = None,
+) -> Params:
+    """The params on devices, one module after the other, so that little is there twice.
+
+    Args:
+        params: of any float type; those that are mapped from a file leave no pages of it in memory.
+        type_of: the type of a leaf, from its module and itself.
+        device: a device or a sharding; None is the default device.
+        finish: what to make of each module's path and arrays once they are there, such as `jaxdiff.nn.conv.prepare`.
+
+    Raises:
+        ValueError: where a file that they are mapped from was written to; for numbers that the type cannot hold.
+    """
+
+    def place(path: Path, module: Params) -> Params:
+        placed = {name: _put(leaf, type_of(module, leaf), device) for name, leaf in module.items()}
+        return placed if finish is None else jax.block_until_ready(finish(path, placed))
+
+    return by_module(place, params)
+
+
+def cast(params: Params, dtype: DTypeLike) -> Params:
+    """The params as the networks would cast them at every step: norms in float32, all else in `dtype`."""
+
+    def module(_: Path, arrays: Params) -> Params:
+        return {name: leaf.astype(type_of(arrays, dtype), copy=False) for name, leaf in arrays.items()}
+
+    return by_module(module, params)
+
+
+def type_of(module: Params, dtype: DTypeLike) -> DTypeLike:
+    """The type that a module's arrays are computed with, in a network that computes in `dtype`."""
+    return np.float32 if "scale" in module else dtype
+
+
+def by_module(fn: Callable[[Path, Params], Params], params: Params, path: Path = ()) -> Params:
+    """`fn` of each module's path and its own arrays by name, in a new tree."""
+    own = {name: leaf for name, leaf in params.items() if not isinstance(leaf, dict)}
+    children = {name: by_module(fn, leaf, (*path, name)) for name, leaf in params.items() if isinstance(leaf, dict)}
+    return (fn(path, own) if own else {}) | children
+
+
+def _put(leaf: Any, dtype: DTypeLike, device: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+        return jax.device_put(leaf.astype(dtype), device)
+    check_unchanged(leaf)
+    # A CPU's device takes a host's array as it is, if it begins where its instructions want it.
+    size = leaf.size * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNED, np.uint8)
+    start = -memory.ctypes.data % ALIGNED
+    aligned = memory[start : start + size].view(dtype).reshape(leaf.shape)
+    with np.errstate(over="ignore"):
+        np.copyto(aligned, leaf, casting="unsafe")
+    release(leaf)
+    if np.dtype(dtype) == np.float16 and not np.isfinite(aligned).all():
+        raise ValueError(
+            f"A weight is beyond {np.finfo(np.float16).max:g}, the most that memory 'low' holds; leave it out."
+        )
+    return jax.device_put(aligned, device)

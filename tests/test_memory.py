@@ -1,0 +1,107 @@
+"""Weights take memory once, from files or in less width, and drawing needs no more than it says."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdiff.generation import pipeline, weights
+from jaxdiff.generation.pipeline import Pipeline
+from jaxdiff.generation.weights import Weights
+from jaxdiff.io.convert import leaves
+from jaxdiff.io.mapped import check_unchanged
+from jaxdiff.model import EMBEDDED, read_model
+
+SETTINGS = {"steps": 3, "guidance": 3.0, "seed": 1}
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """The tiny model, in files."""
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(folder):
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes())  # in place
+
+
+def test_what_is_read_are_views_of_the_file(folder):
+    for _, leaf in leaves(read_model(folder).params):
+        assert not leaf.flags.owndata
+        assert not leaf.flags.writeable
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(folder):
+    pipe = Pipeline(read_model(folder))
+    rewrite(folder)
+    with pytest.raises(ValueError, match="safetensors was written to"):
+        pipe("a dog", **SETTINGS)
+    with pytest.raises(ValueError, match="safetensors was written to"):
+        pipe.save(folder.parent / "again")
+
+
+def test_a_file_that_is_replaced_or_deleted_stays_what_it_was(folder):
+    wanted = Pipeline(read_model(folder))("a dog", **SETTINGS)
+    pipe = Pipeline(read_model(folder))
+    shutil.move(folder, folder.parent / "old")
+    shutil.copytree(EMBEDDED, folder)
+    np.testing.assert_array_equal(pipe("a dog", **SETTINGS), wanted)
+    shutil.rmtree(folder.parent / "old")
+    pipe.save(folder.parent / "again")
+    np.testing.assert_array_equal(Pipeline(read_model(folder.parent / "again"))("a dog", **SETTINGS), wanted)
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_shapes_are_those_of_the_weights_to_come(model, memory, monkeypatch):
+    monkeypatch.setattr("jaxdiff.nn.conv.prepared_tile", lambda c, c2: 4)
+    placed = Weights(model.params, np.float32, memory=memory)
+    for role in placed:
+        shapes, found = placed.shapes(role), placed[role]
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    assert (memory == "normal") == any("winograd" in path for path, _ in leaves(placed.shapes("denoiser")))
+
+
+def test_with_little_memory_one_network_is_there_at_a_time(model):
+    placed = Weights(model.params, np.float32, memory="low")
+    sizes = {role: placed.missing_bytes(role) for role in placed}
+    for role in placed:
+        placed[role]
+        assert [placed.missing_bytes(other) for other in placed] == [0 if o == role else sizes[o] for o in placed]
+
+
+def test_with_little_memory_images_are_nearly_the_same(model, pipe):
+    wanted = pipe(["a dog", "a cat"], **SETTINGS).astype(int)
+    found = Pipeline(model, memory="low")(["a dog", "a cat"], **SETTINGS)
+    assert 0 < np.abs(found - wanted).max() <= 4
+
+
+def test_half_width_that_a_weight_does_not_fit_is_refused(model):
+    params = jax.tree.map(lambda leaf: leaf * 0 + 1e6, model.params["vae"])
+    with pytest.raises(ValueError, match="65504"):
+        Weights({"vae": params}, np.float32, memory="low")["vae"]
+
+
+def test_another_word_for_memory_is_refused(model):
+    with pytest.raises(ValueError, match=r"memory.*'high'.*normal or low"):
+        Pipeline(model, memory="high")
+
+
+def test_what_does_not_fit_is_refused_before_it_starts(model, monkeypatch):
+    monkeypatch.setattr(pipeline, "memory_bytes", lambda: 10**6)
+    with pytest.raises(ValueError, match=r"need about .* GB of memory.*--memory low"):
+        Pipeline(model)("a dog", **SETTINGS)
+
+
+def test_what_may_not_fit_is_told(model, monkeypatch):
+    monkeypatch.setattr(pipeline, "free_bytes", lambda: 10)
+    with pytest.warns(UserWarning, match="GB are free"):
+        Pipeline(model)("a dog", **SETTINGS)
+
+
+def test_arrays_of_no_file_are_never_refused():
+    check_unchanged(np.zeros(3)[1:])
+    check_unchanged(jax.numpy.zeros(3))
+    assert weights.by_module(lambda _, module: module, {"a": {"b": 1}, "c": 2}) == {"a": {"b": 1}, "c": 2}
