@@ -372,10 +372,12 @@ def test_settings_that_diffusers_pipeline_overrides_are_told(bundle, tmp_path, c
         (UNET, "class_embed_type", "timestep", "null"),
         (UNET, "dual_cross_attention", True, "false"),
         (UNET, "mid_block_type", None, "text"),
-        (UNET, "act_fn", "gelu", "silu"),
+        (UNET, "act_fn", "elu", "mish"),
+        (UNET, "mid_block_scale_factor", 0, "divided"),
+        (UNET, "resnet_time_scale_shift", "spatial", "scale_shift"),
         (UNET, "down_block_types", ["AttnDownBlock2D", "DownBlock2D"], "CrossAttnDownBlock2D"),
         (UNET, "sample_size", "large", "whole number"),
-        (VAE, "use_quant_conv", False, "true"),
+        (VAE, "use_quant_conv", "no", "true or false"),
         (TEXT, "hidden_act", "tanh", "quick_gelu"),
         (TEXT, "use_attention_mask", True, "false"),
         (TEXT, "model_type", "t5", "clip_text_model"),
@@ -430,6 +432,26 @@ def test_other_spellings_and_settings_of_training_change_nothing(folder, bundle,
         read(folder)
     assert not caplog.records
     assert [read_config(folder, name) for name in NETWORKS] == list(bundle.configs.values())
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        (UNET, {"act_fn": "mish", "center_input_sample": True, "mid_block_scale_factor": 1.5}),
+        (VAE, {"act_fn": "relu", "use_quant_conv": False, "use_post_quant_conv": False}),
+        (VAE, {"mid_block_add_attention": False}),
+    ],
+)
+def test_networks_of_another_make_are_read_saved_and_draw_other_images(folder, tmp_path, bundle, file, values):
+    edit(folder / file, **values)
+    model = read_model(folder)
+    model.save(tmp_path / "again")
+    again = read_model(tmp_path / "again")
+    assert again.configs == model.configs != bundle.configs
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    images = [Pipeline(m)("a dog", steps=2, seed=3) for m in (bundle, model, again)]
+    assert (images[0] != images[1]).any()
+    np.testing.assert_array_equal(images[1], images[2])
 
 
 def test_a_config_nested_in_that_of_a_whole_clip_model_is_read(folder, bundle):

@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from pairs import nchw, nhwc, randomise
 from safetensors.torch import load_file, save_file
 
 from jaxdiff.diffusion.schedule import make_schedule
@@ -51,6 +53,12 @@ SPELLINGS = [
     (UNET, {"conv_in_kernel": 3}),
     (UNET, {"time_embedding_type": "positional"}),
     (UNET, {"dual_cross_attention": None}),
+    (UNET, {"act_fn": "SiLU"}),
+    (UNET, {"resnet_skip_time_act": True}),
+    (UNET, {"resnet_out_scale_factor": 2.0}),
+    (UNET, {"cross_attention_norm": "layer_norm"}),
+    (UNET, {"mid_block_only_cross_attention": True}),
+    (UNET, {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}),
     (VAE, {"sample_size": [32, 32]}),
     (VAE, {"act_fn": "swish"}),
     (VAE, {"force_upcast": True}),
@@ -100,6 +108,23 @@ SPELLINGS = [
     (SCHEDULE, {"sample_max_value": 2.0}),
     (SCHEDULE, {"rescale_betas_zero_snr": False}),
     (SCHEDULE, {"timestep_spacing": "leading"}),
+]
+# Networks of another make, with the weights of the first: (file, values).
+MAKES = [
+    (UNET, {"act_fn": "mish"}),
+    (UNET, {"act_fn": "gelu"}),
+    (UNET, {"act_fn": "ReLU"}),
+    (UNET, {"mid_block_scale_factor": 1.4142135}),
+    (UNET, {"mid_block_scale_factor": -0.5}),
+    (UNET, {"center_input_sample": True}),
+    (UNET, {"resnet_time_scale_shift": "scale_shift"}),
+    (VAE, {"act_fn": "mish"}),
+    (VAE, {"act_fn": "gelu"}),
+    (VAE, {"act_fn": "relu"}),
+    (VAE, {"use_quant_conv": False}),
+    (VAE, {"use_post_quant_conv": False}),
+    (VAE, {"use_quant_conv": False, "use_post_quant_conv": False}),
+    (VAE, {"mid_block_add_attention": False}),
 ]
 CLASSES = [name for name in SCHEDULERS if not name.startswith("FlowMatch")]
 OPTIONS = [
@@ -169,6 +194,34 @@ def test_a_folder_that_says_the_same_in_other_words_is_the_same_model(sd1, fresh
     assert np.abs(got - base_image).max() <= 0.51
 
 
+@pytest.mark.parametrize(("file", "values"), MAKES, ids=lambda value: str(value)[:60])
+def test_a_network_of_another_make_draws_diffusers_image(sd1, fresh, base_image, file, values):
+    name = Path(file).parent.name
+    first = getattr(sd1.torch, name)
+    torch.manual_seed(0)
+    options = {n: value for n, value in first.config.items() if n[0] != "_"} | values
+    network = randomise(type(first)(**options), 1)
+    own = network.state_dict()
+    network.load_state_dict({n: w for n, w in first.state_dict().items() if n in own and w.shape == own[n].shape},
+                            strict=False)  # fmt: skip
+    shutil.rmtree(fresh / name)
+    network.save_pretrained(fresh / name)
+    reference, pipe = theirs(fresh), Pipeline(read_model(fresh))
+    expected = image_of(reference)
+    got = pipe("a dog", seed=5, rng="torch", steps=3, guidance=4.0, size=(32, 32))
+    assert np.abs(got - expected).max() <= 0.51
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    latent, before = (
+        nhwc(vae.encode(nchw(image / 127.5 - 1).float()).latent_dist.mode()) * vae.config.scaling_factor
+        for vae in (reference.vae, sd1.torch.vae)
+    )
+    np.testing.assert_allclose(pipe.encode(image), latent, atol=1e-5)
+    changed = max(np.abs(expected - base_image).max(), 255 * np.abs(latent - before).max())
+    assert changed > 0.1, "the variation changes nothing"
+    pipe.save(fresh.parent / "saved")
+    np.testing.assert_allclose(image_of(theirs(fresh.parent / "saved")), expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"])
 def test_a_text_encoder_of_another_activation_gives_transformers_features(fresh, act):
     edit(fresh / TEXT, {"hidden_act": act})
@@ -236,4 +289,4 @@ def test_a_folders_own_sampler_draws_diffusers_image(sd1, fresh, cls):
 
 
 def test_the_zoo_is_large():
-    assert len(SPELLINGS) + len(CLASSES) * len(OPTIONS) >= 150
+    assert len(SPELLINGS) + len(MAKES) + len(CLASSES) * len(OPTIONS) >= 150
