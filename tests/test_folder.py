@@ -302,6 +302,8 @@ FOREIGN = {"_written_by": None}
             "",
         ),
         ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2m", None, "DPMSolverSinglestepScheduler"),
+        ({"_class_name": "SASolverScheduler", "predictor_order": 3}, "dpmpp_2m_sde", None, "SASolverScheduler"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "ddpm", None, ""),
         ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "unipc", None, "bh1"),
         ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0}, "flow_heun", None, ""),
         ({}, "ddim", None, ""),
@@ -320,6 +322,47 @@ def test_a_folders_scheduler_names_the_sampler_that_is_its_default(folder, caplo
     pipe = Pipeline(read_model(folder))
     assert pipe.requests("a")[0].sampler is None
     assert settled(Request(), pipe.info).sampler == sampler
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [
+        ("PNDMScheduler", {"rescale_betas_zero_snr": True, "thresholding": True, "skip_prk_steps": True}),
+        ("HeunDiscreteScheduler", {"final_sigmas_type": "sigma_min", "use_flow_sigmas": True}),
+        ("TCDScheduler", {"thresholding": True}),
+        ("DDIMScheduler", {"timestep_type": "continuous"}),
+    ],
+)
+def test_settings_that_a_scheduler_has_not_are_left_out_with_a_warning(folder, caplog, cls, values):
+    edit(folder / "model_index.json", **FOREIGN, scheduler=["diffusers", cls])
+    own = {"_class_name": cls} | {name: value for name, value in values.items() if name == "skip_prk_steps"}
+    (folder / SCHEDULE).write_text(json.dumps(own))
+    plain = read_scheduler(folder)
+    assert not caplog.records
+    (folder / SCHEDULE).write_text(json.dumps(own | {"final_sigmas_type": "zero"} | values))
+    assert read_scheduler(folder) == plain
+    (record,) = caplog.records
+    assert all(name in record.getMessage() for name in values if name not in own)
+
+
+@pytest.mark.parametrize("cls", ["DDIMScheduler", "UniPCMultistepScheduler", "SASolverScheduler"])
+def test_thresholding_is_refused_where_it_would_be_obeyed(folder, cls):
+    edit(folder / "model_index.json", **FOREIGN, scheduler=["diffusers", cls])
+    (folder / SCHEDULE).write_text(json.dumps({"_class_name": cls, "thresholding": True}))
+    with pytest.raises(ValueError, match="thresholding is true; supported: false"):
+        read_scheduler(folder)
+
+
+@pytest.mark.parametrize(
+    ("betas", "cls"),
+    [("squaredcos_cap_v2", "DDIM"), ("sigmoid", "DDPM"), ("laplace", "DDPM"), ("exp", "HeunDiscrete")],
+)
+def test_betas_come_back_and_are_written_for_a_class_that_has_them(bundle, tmp_path, betas, cls):
+    scheduler = replace(tiny.SCHEDULER, beta_schedule=betas)
+    replace(bundle, scheduler=scheduler).save(tmp_path / "model")
+    assert read_scheduler(tmp_path / "model") == scheduler
+    written = json.loads((tmp_path / "model" / SCHEDULE).read_text())["_class_name"]
+    assert written == json.loads((tmp_path / "model/model_index.json").read_text())["scheduler"][1] == f"{cls}Scheduler"
 
 
 def test_the_scheduler_is_of_the_class_that_the_index_names(folder):

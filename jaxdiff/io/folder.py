@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, to_dict
 from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch, to_torch
-from jaxdiff.io.scheduler import MARK, scheduler_values
+from jaxdiff.io.scheduler import MARK, scheduler_class, scheduler_values
 from jaxdiff.io.weights import FLOATS, open_weights
 from jaxdiff.types import Params
 
@@ -206,7 +206,7 @@ def write_folder(
             (new / name).mkdir()
             _write_network(new / name, NETWORKS[name], config, params, dtype)
         (new / "scheduler").mkdir()
-        cls = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+        cls = scheduler_class(scheduler)
         values = {"_class_name": cls} | _VERSION | scheduler_values(scheduler)
         _write_json(new / "scheduler" / "scheduler_config.json", values)
         (new / "tokenizer").mkdir()

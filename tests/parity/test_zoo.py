@@ -131,10 +131,11 @@ OPTIONS = [
     {}, {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}, {"timestep_spacing": "leading"},
     {"steps_offset": 0, "timestep_spacing": "leading"}, {"clip_sample": True}, {"prediction_type": "v_prediction"},
     {"use_karras_sigmas": True}, {"use_beta_sigmas": True},
+    {"final_sigmas_type": "sigma_min"},
     {"trained_betas": np.linspace(1e-4, 0.015, 1000).tolist()},
 ]  # fmt: skip
 # Classes whose steps no sampler here takes, which a warning says.
-OTHERS = ("DPMSolverSinglestepScheduler",)
+OTHERS = ("DPMSolverSinglestepScheduler", "SASolverScheduler")
 FOREIGN = {"_written_by": None}
 
 
@@ -262,6 +263,7 @@ def test_a_scheduler_of_any_class_visits_its_own_levels(sd1, fresh, cls, options
         n = count_steps(sigmas)
         if hasattr(reference.scheduler, "sigmas"):
             expected = list(dict.fromkeys(float(s) for s in reference.scheduler.sigmas if s > 0))
+            assert sigmas.sigmas_next[n - 1] == pytest.approx(float(reference.scheduler.sigmas[-1]), rel=2e-4)
         else:
             alpha_bar = reference.scheduler.alphas_cumprod[reference.scheduler.timesteps.long()].double()
             expected = ((1 - alpha_bar) / alpha_bar).sqrt().tolist()
@@ -276,10 +278,21 @@ def test_a_scheduler_of_any_class_visits_its_own_levels(sd1, fresh, cls, options
 OWN_NOISE = ("DPMSolverSDEScheduler", "KDPM2AncestralDiscreteScheduler", "TCDScheduler")
 
 
-@pytest.mark.parametrize("cls", [name for name in CLASSES if name not in (*OTHERS, *OWN_NOISE)])
-def test_a_folders_own_sampler_draws_diffusers_image(sd1, fresh, cls):
+# Betas that one class alone has, and settings that a class has not.
+SCHEDULES_OF_ONE = [("DDPMScheduler", {"beta_schedule": "sigmoid"}), ("DDPMScheduler", {"beta_schedule": "laplace"}),
+                ("HeunDiscreteScheduler", {"beta_schedule": "exp"}),
+                ("EulerDiscreteScheduler", {"thresholding": True, "use_flow_sigmas": True}),
+                ("PNDMScheduler", {"rescale_betas_zero_snr": True, "thresholding": True})]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [*((name, {}) for name in CLASSES if name not in (*OTHERS, *OWN_NOISE)), *SCHEDULES_OF_ONE],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_folders_own_sampler_draws_diffusers_image(sd1, fresh, cls, values):
     skip = {"skip_prk_steps": True} if cls == "PNDMScheduler" else {}
-    (fresh / SCHEDULE).write_text(json.dumps({"_class_name": cls} | BETAS | skip))
+    (fresh / SCHEDULE).write_text(json.dumps({"_class_name": cls} | BETAS | skip | values))
     edit(fresh / INDEX, {"scheduler": ["diffusers", cls]})
     expected = image_of(theirs(fresh), steps=6)
     pipe = Pipeline(read_model(fresh))
@@ -289,4 +302,4 @@ def test_a_folders_own_sampler_draws_diffusers_image(sd1, fresh, cls):
 
 
 def test_the_zoo_is_large():
-    assert len(SPELLINGS) + len(MAKES) + len(CLASSES) * len(OPTIONS) >= 150
+    assert len(SPELLINGS) + len(MAKES) + len(SCHEDULES_OF_ONE) + len(CLASSES) * len(OPTIONS) >= 150
