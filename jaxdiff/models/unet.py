@@ -100,8 +100,9 @@ class UNet2DConditionModel(nn.Module):
             for i in range(last + 1):
                 x, new_skips = down(i)(x, emb, context)
                 skips += new_skips
-            sizes = stage(last, self.mid_depth) | {"divisor": self.mid_divisor}
-            x = CrossAttentionMiddle(layers=1, name="mid_block", **sizes)(x, emb, context)
+            sizes = stage(last, self.mid_depth)
+            middle = CrossAttentionMiddle(layers=1, divisor=self.mid_divisor, name="mid_block", **sizes)
+            x = middle(x, emb, context)
             for i in range(last):
                 layers = self.layers[last - i] + 1
                 skips, used = skips[:-layers], skips[-layers:]
