@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask, to_dict
+from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask, to_name
 from jaxdiff.data.loader import Batches, batches, open_source, sample_captions
 from jaxdiff.data.record import Source
 from jaxdiff.data.resident import Resident
@@ -319,7 +319,7 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
             weights[name] = read_part(task.init, name, getattr(task, name), "DiffusionTask.init")[1]
     data = config.data
     captions = source = open_source(data)
-    contents = {"task.vae": digest(vae_params, to_dict(vae)), "task.tokenizer": digest({}, tokenizer.identity)}
+    contents = {"task.vae": digest(vae_params, to_name(vae)), "task.tokenizer": digest({}, tokenizer.identity)}
     if task.init:
         contents["task.init"] = digest({name: weights[name] for name in ("unet", "text_encoder") if name in weights})
     contents[DATA] = records_of(captions, every=task.latent_variants > 0)

@@ -37,6 +37,10 @@ def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "non
         eps=config.norm_eps,
         flip_sin_to_cos=config.flip_sin_to_cos,
         freq_shift=config.freq_shift,
+        activation=config.act_fn,
+        scale_shift=config.resnet_time_scale_shift == "scale_shift",
+        mid_divisor=config.mid_block_scale_factor,
+        center_input=config.center_input_sample,
         dtype=dtype,
         remat=remat,
     )
@@ -50,6 +54,10 @@ def vae(config: VAEConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
         channels=config.block_out_channels,
         layers=config.layers_per_block,
         groups=config.norm_num_groups,
+        activation=config.act_fn,
+        attends=config.mid_block_add_attention,
+        quant=config.use_quant_conv,
+        post_quant=config.use_post_quant_conv,
         dtype=dtype,
         remat=remat,
     )

@@ -356,6 +356,7 @@ def test_a_cache_is_named_after_all_that_its_content_depends_on(monkeypatch):
         "tokenizer": cache_name(monkeypatch, tokenizer=Tokenizer.train(["other words"] * 9, 520, 24)),
         "its length": cache_name(monkeypatch, tokenizer=Tokenizer(tiny.tokenizer()._backend, 12)),
         "vae": cache_name(monkeypatch, vae=dataclasses.replace(tiny.VAE, norm_num_groups=2)),
+        "vae of a younger field": cache_name(monkeypatch, vae=dataclasses.replace(tiny.VAE, use_quant_conv=False)),
         "seed": cache_name(monkeypatch, seed=1),
         "variants": cache_name(monkeypatch, settings={"latent_variants": 2}),
     }

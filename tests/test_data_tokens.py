@@ -55,6 +55,9 @@ LAYOUTS = {
     "none": lambda i: {},
     "added_tokens": lambda i: {"added_tokens.json": {"<cat-toy>": i}},
     "two added_tokens": lambda i: {"added_tokens.json": {"dog": i + 1, "<cat-toy>": i}},
+    "ids with gaps": lambda i: {"added_tokens.json": {"dog": i + 7, "<cat-toy>": i + 3}},
+    "an id inside the vocabulary": lambda i: {"added_tokens.json": {"<cat-toy>": 5}},
+    "a decoder with a gap": lambda i: decoder()(i + 5),
     "special added_tokens": lambda i: {
         "added_tokens.json": {"<cat-toy>": i},
         "special_tokens_map.json": {"additional_special_tokens": ["<cat-toy>"]},
@@ -133,7 +136,6 @@ def test_tokens_beside_the_vocabulary_are_transformers_in_every_layout(tokenizer
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
-        ("added_tokens.json", {"<toy>": 5000}, "<toy>.* 5000.* \\d+"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"900": 5}}, "5 is not a token"),
         ("tokenizer_config.json", {"additional_special_tokens": [""]}, "is not a token"),
         ("tokenizer_config.json", {"padding_side": "left"}, "padding_side is 'left'"),
@@ -148,6 +150,19 @@ def test_added_tokens_that_cannot_be_are_named(folder, tmp_path, name, values, w
     (tmp_path / name).write_text(json.dumps(values))
     with pytest.raises(ValueError, match=words):
         Tokenizer.load(tmp_path)
+
+
+def test_an_added_token_that_takes_another_id_than_its_file_says_is_told(tokenizer, folder, tmp_path, caplog):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / name, tmp_path / name)
+    for i, told in ((len(tokenizer), False), (5000, True)):
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<toy>": i}))
+        loaded = Tokenizer.load(tmp_path)
+        assert loaded.encode(["<toy>"]) == [[len(tokenizer)]]
+        assert (f"'<toy>' is {len(tokenizer)}, not {i}" in caplog.text) == told == bool(caplog.records)
+    loaded.save(tmp_path / "saved")
+    Tokenizer.load(tmp_path / "saved")
+    assert len(caplog.records) == 1, "what we write has no gap"
 
 
 def test_saving_and_loading_changes_nothing(tokenizer, folder, tmp_path):

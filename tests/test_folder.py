@@ -302,6 +302,8 @@ FOREIGN = {"_written_by": None}
             "",
         ),
         ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2m", None, "DPMSolverSinglestepScheduler"),
+        ({"_class_name": "SASolverScheduler", "predictor_order": 3}, "dpmpp_2m_sde", None, "SASolverScheduler"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "ddpm", None, ""),
         ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "unipc", None, "bh1"),
         ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0}, "flow_heun", None, ""),
         ({}, "ddim", None, ""),
@@ -320,6 +322,47 @@ def test_a_folders_scheduler_names_the_sampler_that_is_its_default(folder, caplo
     pipe = Pipeline(read_model(folder))
     assert pipe.requests("a")[0].sampler is None
     assert settled(Request(), pipe.info).sampler == sampler
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [
+        ("PNDMScheduler", {"rescale_betas_zero_snr": True, "thresholding": True, "skip_prk_steps": True}),
+        ("HeunDiscreteScheduler", {"final_sigmas_type": "sigma_min", "use_flow_sigmas": True}),
+        ("TCDScheduler", {"thresholding": True}),
+        ("DDIMScheduler", {"timestep_type": "continuous"}),
+    ],
+)
+def test_settings_that_a_scheduler_has_not_are_left_out_with_a_warning(folder, caplog, cls, values):
+    edit(folder / "model_index.json", **FOREIGN, scheduler=["diffusers", cls])
+    own = {"_class_name": cls} | {name: value for name, value in values.items() if name == "skip_prk_steps"}
+    (folder / SCHEDULE).write_text(json.dumps(own))
+    plain = read_scheduler(folder)
+    assert not caplog.records
+    (folder / SCHEDULE).write_text(json.dumps(own | {"final_sigmas_type": "zero"} | values))
+    assert read_scheduler(folder) == plain
+    (record,) = caplog.records
+    assert all(name in record.getMessage() for name in values if name not in own)
+
+
+@pytest.mark.parametrize("cls", ["DDIMScheduler", "UniPCMultistepScheduler", "SASolverScheduler"])
+def test_thresholding_is_refused_where_it_would_be_obeyed(folder, cls):
+    edit(folder / "model_index.json", **FOREIGN, scheduler=["diffusers", cls])
+    (folder / SCHEDULE).write_text(json.dumps({"_class_name": cls, "thresholding": True}))
+    with pytest.raises(ValueError, match="thresholding is true; supported: false"):
+        read_scheduler(folder)
+
+
+@pytest.mark.parametrize(
+    ("betas", "cls"),
+    [("squaredcos_cap_v2", "DDIM"), ("sigmoid", "DDPM"), ("laplace", "DDPM"), ("exp", "HeunDiscrete")],
+)
+def test_betas_come_back_and_are_written_for_a_class_that_has_them(bundle, tmp_path, betas, cls):
+    scheduler = replace(tiny.SCHEDULER, beta_schedule=betas)
+    replace(bundle, scheduler=scheduler).save(tmp_path / "model")
+    assert read_scheduler(tmp_path / "model") == scheduler
+    written = json.loads((tmp_path / "model" / SCHEDULE).read_text())["_class_name"]
+    assert written == json.loads((tmp_path / "model/model_index.json").read_text())["scheduler"][1] == f"{cls}Scheduler"
 
 
 def test_the_scheduler_is_of_the_class_that_the_index_names(folder):
@@ -372,10 +415,12 @@ def test_settings_that_diffusers_pipeline_overrides_are_told(bundle, tmp_path, c
         (UNET, "class_embed_type", "timestep", "null"),
         (UNET, "dual_cross_attention", True, "false"),
         (UNET, "mid_block_type", None, "text"),
-        (UNET, "act_fn", "gelu", "silu"),
+        (UNET, "act_fn", "elu", "mish"),
+        (UNET, "mid_block_scale_factor", 0, "divided"),
+        (UNET, "resnet_time_scale_shift", "spatial", "scale_shift"),
         (UNET, "down_block_types", ["AttnDownBlock2D", "DownBlock2D"], "CrossAttnDownBlock2D"),
         (UNET, "sample_size", "large", "whole number"),
-        (VAE, "use_quant_conv", False, "true"),
+        (VAE, "use_quant_conv", "no", "true or false"),
         (TEXT, "hidden_act", "tanh", "quick_gelu"),
         (TEXT, "use_attention_mask", True, "false"),
         (TEXT, "model_type", "t5", "clip_text_model"),
@@ -430,6 +475,26 @@ def test_other_spellings_and_settings_of_training_change_nothing(folder, bundle,
         read(folder)
     assert not caplog.records
     assert [read_config(folder, name) for name in NETWORKS] == list(bundle.configs.values())
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        (UNET, {"act_fn": "mish", "center_input_sample": True, "mid_block_scale_factor": 1.5}),
+        (VAE, {"act_fn": "relu", "use_quant_conv": False, "use_post_quant_conv": False}),
+        (VAE, {"mid_block_add_attention": False}),
+    ],
+)
+def test_networks_of_another_make_are_read_saved_and_draw_other_images(folder, tmp_path, bundle, file, values):
+    edit(folder / file, **values)
+    model = read_model(folder)
+    model.save(tmp_path / "again")
+    again = read_model(tmp_path / "again")
+    assert again.configs == model.configs != bundle.configs
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    images = [Pipeline(m)("a dog", steps=2, seed=3) for m in (bundle, model, again)]
+    assert (images[0] != images[1]).any()
+    np.testing.assert_array_equal(images[1], images[2])
 
 
 def test_a_config_nested_in_that_of_a_whole_clip_model_is_read(folder, bundle):

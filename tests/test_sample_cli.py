@@ -291,6 +291,7 @@ def test_settings_that_nobody_vouches_for_are_checked(sample, told, part):
     ("--from-file", "gone.txt"),
     ("--from-file", "prompts.txt", "--trajectory"),
     ("a", "--frames", "0", "--to-seed", "1"),
+    ("a", "--frames", "100000", "--to-seed", "1"),
     ("a", "--frames", "4"),
     ("a", "--frames", "4", "--to-seed", "1", "--trajectory"),
     ("a AND b", "--to-prompt", "b"),

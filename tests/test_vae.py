@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jaxdiff import build
-from jaxdiff.config import VAEConfig, VAETask
+from jaxdiff.config import DataConfig, VAEConfig, VAETask
 from jaxdiff.nn.slices import in_slices
 from jaxdiff.tools.bench.models import random_params
-from jaxdiff.training.tasks.vae import vae_task
+from jaxdiff.training.tasks.vae import vae_inputs, vae_task
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
 
@@ -30,6 +30,15 @@ def test_psnr_is_a_mean_over_images_and_the_same_in_micro_batches() -> None:
     halves = of(slice(0, 2)), of(slice(2, 4))
     assert abs(halves[0] - halves[1]) > 0.1
     assert of(slice(0, 4)) == pytest.approx(np.mean(halves), rel=1e-5)
+
+
+def test_an_autoencoder_without_quant_conv_trains_its_decoder_alone() -> None:
+    config = VAEConfig(
+        block_out_channels=(4,), norm_num_groups=2, use_quant_conv=False, use_post_quant_conv=False, **BLOCKS
+    )
+    task = VAETask(config, init="somewhere", train_encoder=False)
+    inputs = vae_inputs(task, DataConfig(size=8, batch_size=2))
+    assert (set(inputs.frozen), inputs.trained) == ({"encoder"}, ("decoder",))
 
 
 def test_slices_are_the_images_of_the_whole_batch_and_take_less_memory() -> None:

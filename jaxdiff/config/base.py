@@ -38,6 +38,8 @@ class Checked:
 
     written: ClassVar[frozenset[str]]
     """The fields that were given when it was made, if only their defaults; no part of its value."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Fields that are younger than names made of the others (see `to_name`)."""
 
     def __new__(cls, *args: Any, **values: Any):
         """Remembers which fields are given."""
@@ -74,6 +76,13 @@ def to_dict(config: Any) -> dict[str, Any]:
             value = kind | to_dict(value)
         out[f.name] = list(value) if isinstance(value, tuple) else value
     return out
+
+
+def to_name(config: Checked) -> dict[str, Any]:
+    """`to_dict` for digests: a younger field with its default value is left out, so that older names stay valid."""
+    defaults = {f.name: f.default for f in fields(config)}
+    values = to_dict(config)
+    return {name: v for name, v in values.items() if name not in config.later or v != defaults[name]}
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:

@@ -7,6 +7,8 @@ from jaxdiff.config.base import Checked, one_of, positive, require
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+Activation = Literal["silu", "mish", "gelu", "relu"]
+"""An activation of residual blocks, of those that diffusers has."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,13 @@ class UNetConfig(Checked):
     downsample_padding: int = 1
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
-    act_fn: Literal["silu"] = "silu"
+    act_fn: Activation = "silu"
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    """Whether the timestep's embedding is added to a residual block's features, or scales and shifts them."""
+    mid_block_scale_factor: float = 1.0
+    """What the sums of the middle's residual blocks are divided by."""
+    center_input_sample: bool = False
+    """Whether the network reads 2 x - 1 in place of x."""
 
     def _check(self) -> None:
         n = len(self.block_out_channels)
@@ -75,6 +83,10 @@ class UNetConfig(Checked):
         one_of("UNetConfig.mid_block_type", self.mid_block_type, ("UNetMidBlock2DCrossAttn",))
         one_of("UNetConfig.downsample_padding", self.downsample_padding, (1,))
         one_of("UNetConfig.only_cross_attention", self.only_cross_attention, (False,))
+        require(
+            self.mid_block_scale_factor != 0,
+            "UNetConfig.mid_block_scale_factor is 0; sums are divided by it, so make it 1, or any number but 0.",
+        )
         half = self.block_out_channels[0] // 2
         require(
             self.freq_shift < half,
@@ -123,7 +135,14 @@ class VAEConfig(Checked):
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
-    act_fn: Literal["silu"] = "silu"
+    act_fn: Activation = "silu"
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    """Whether a 1x1 convolution follows the encoder."""
+    use_post_quant_conv: bool = True
+    """Whether a 1x1 convolution goes before the decoder."""
+
+    later = ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv")
 
     def _check(self) -> None:
         n = len(self.block_out_channels)
@@ -202,7 +221,7 @@ class SchedulerConfig(Checked):
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp"] = "linear"
     trained_betas: tuple[float, ...] | None = None
     """The betas of all training steps themselves, in place of `beta_schedule`."""
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"

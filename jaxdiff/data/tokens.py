@@ -1,6 +1,7 @@
 """The CLIP tokenizer: byte-level BPE over lower-cased text, in the files that transformers reads and writes."""
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,8 @@ from jaxtyping import Bool, Int
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 
 from jaxdiff.config import load_json
+
+logger = logging.getLogger(__name__)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -86,10 +89,14 @@ class Tokenizer:
                 raise ValueError(f"{folder}: the tokenizer's vocabulary lacks {mark!r}.")
         backend.add_tokens([added[i] for i in sorted(added)])
         backend.add_special_tokens([*tokens.values(), *(token for token in extra if token.content not in by_content)])
-        for i, token in added.items():
-            if (found := backend.token_to_id(token.content)) != i:
-                raise ValueError(f"{folder}: the added token {token.content!r} has the id {i}; it must be {found}, "
-                                 "the first that is free after the vocabulary.")  # fmt: skip
+        moved = {token.content: (i, backend.token_to_id(token.content)) for i, token in added.items()}
+        if moved := {content: ids for content, ids in moved.items() if ids[0] != ids[1]}:
+            logger.warning(
+                "%s: added tokens take the first ids that are free after the vocabulary, as in transformers, and not "
+                "those of the files: %s. A model that was trained with the files' ids reads other words.",
+                folder,
+                ", ".join(f"{content!r} is {found}, not {i}" for content, (i, found) in moved.items()),
+            )
         pad, bos, eos = (tokens[f"{name}_token"].content for name in ("pad", "bos", "eos"))
         return cls(backend, max_length, pad, bos, eos)
 

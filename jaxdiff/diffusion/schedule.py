@@ -15,6 +15,9 @@ from jaxdiff.diffusion.prediction import PREDICTIONS
 # and adds less than float32 resolves: diffusers, which has an exact zero there, draws the same images.
 TERMINAL_ALPHA_BAR = 1e-12
 
+# (the first beta, the last, how many) -> betas.
+BetasFn = Callable[[float, float, int], Float64[np.ndarray, " t"]]
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -80,14 +83,43 @@ def scaled_linear(start: float, end: float, steps: int) -> Float64[np.ndarray, "
     return np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
 
 
-def squaredcos_cap_v2(start: float, end: float, steps: int) -> Float64[np.ndarray, " t"]:
-    """alpha_bar is a squared cosine and betas stay under 0.999; no start or end (Nichol & Dhariwal 2021, eq. 17)."""
-    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+def sigmoid(start: float, end: float, steps: int) -> Float64[np.ndarray, " t"]:
+    """Betas on a sigmoid over [-6, 6], from start to end (Xu et al. 2022, GeoDiff)."""
+    return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps)))
 
 
-BETAS: dict[str, Callable[[float, float, int], Float64[np.ndarray, " t"]]] = {
+def squaredcos_cap_v2(t: Float64[np.ndarray, " t"]) -> Float64[np.ndarray, " t"]:
+    """A squared cosine (Nichol & Dhariwal 2021, eq. 17)."""
+    return np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def laplace(t: Float64[np.ndarray, " t"]) -> Float64[np.ndarray, " t"]:
+    """The square root of the share of x_0 where log SNR is Laplace's quantile function (Hang et al. 2024, table 1), as
+    diffusers has it."""
+    log_snr = -0.5 * np.copysign(1, 0.5 - t) * np.log(1 - 2 * np.abs(0.5 - t) + 1e-6)
+    return np.sqrt(1 / (1 + np.exp(-log_snr)))
+
+
+def exp(t: Float64[np.ndarray, " t"]) -> Float64[np.ndarray, " t"]:
+    """Falls by exp(-12)."""
+    return np.exp(-12 * t)
+
+
+def falling(alpha_bar: Callable[[Float64[np.ndarray, " t"]], Float64[np.ndarray, " t"]]) -> BetasFn:
+    """The betas, under 0.999, of an alpha_bar that is a function of time in [0, 1]; it needs no start and no end."""
+
+    def betas(start: float, end: float, steps: int) -> Float64[np.ndarray, " t"]:
+        values = alpha_bar(np.arange(steps + 1) / steps)
+        return np.minimum(1 - values[1:] / values[:-1], 0.999)
+
+    return betas
+
+
+BETAS: dict[str, BetasFn] = {
     "linear": linear,
     "scaled_linear": scaled_linear,
-    "squaredcos_cap_v2": squaredcos_cap_v2,
+    "sigmoid": sigmoid,
+    "squaredcos_cap_v2": falling(squaredcos_cap_v2),
+    "laplace": falling(laplace),
+    "exp": falling(exp),
 }

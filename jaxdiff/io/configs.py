@@ -62,7 +62,7 @@ def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values in the one spelling that the dataclasses have, of several that mean the same.
 
     transformers nests the text encoder's config of a whole CLIP model; a square's sides may be two numbers; "swish" is
-    SiLU; one width of the prompt's features may be said for each level.
+    SiLU, and activations may be in capitals; one width of the prompt's features may be said for each level.
     """
     out = dict(values)
     if isinstance(nested := out.get("text_config"), dict) and "hidden_size" not in out:
@@ -72,6 +72,6 @@ def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
         out["sample_size"] = size[0]
     if isinstance(width, list) and width and width.count(width[0]) == len(width):
         out["cross_attention_dim"] = width[0]
-    if out.get("act_fn") == "swish":
-        out["act_fn"] = "silu"
+    if isinstance(act := out.get("act_fn"), str):
+        out["act_fn"] = "silu" if act.lower() == "swish" else act.lower()
     return out

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, to_dict
 from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch, to_torch
-from jaxdiff.io.scheduler import MARK, scheduler_values
+from jaxdiff.io.scheduler import MARK, scheduler_class, scheduler_values
 from jaxdiff.io.weights import FLOATS, open_weights
 from jaxdiff.types import Params
 
@@ -53,8 +53,6 @@ class _Network(NamedTuple):
 
 
 _UNET_ONLY: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False,),
-    "mid_block_scale_factor": (1,),
     "reverse_transformer_layers_per_block": (None,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -62,10 +60,6 @@ _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
     "addition_embed_type": (None,),
-    "addition_time_embed_dim": (None,),
-    "resnet_time_scale_shift": ("default",),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1,),
     "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,),
@@ -73,26 +67,22 @@ _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "projection_class_embeddings_input_dim": (None,),
     "attention_type": ("default",),
     "class_embeddings_concat": (False,),
-    "mid_block_only_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
-}
-_VAE_ONLY: dict[str, tuple[Any, ...]] = {
-    "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,),
-    "mid_block_add_attention": (True,),
 }
 _TEXT_ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model", "clip"),
     "use_attention_mask": (False,),
 }
 NETWORKS = {
-    # Softmax is always float32 here, so `upcast_attention` asks for nothing.
+    # Softmax is always float32 here, so `upcast_attention` asks for nothing. The other fields belong to training, or to
+    # blocks and embeddings that are refused by their types.
     "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", _UNET_ONLY,
-                     frozenset({"upcast_attention", "addition_embed_type_num_heads", "dropout"})),
-    "vae": _Network(VAEConfig, "diffusers", "AutoencoderKL", "diffusion_pytorch_model", _VAE_ONLY,
+                     frozenset({"upcast_attention", "dropout", "addition_embed_type_num_heads",
+                                "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+                                "resnet_skip_time_act", "resnet_out_scale_factor", "cross_attention_norm",
+                                "mid_block_only_cross_attention"})),
+    "vae": _Network(VAEConfig, "diffusers", "AutoencoderKL", "diffusion_pytorch_model", {},
                     # Of these diffusers' pipeline for Stable Diffusion takes no notice.
                     frozenset({"force_upcast", "shift_factor", "latents_mean", "latents_std"}),
                     {"layers_per_block": 1}),
@@ -216,7 +206,7 @@ def write_folder(
             (new / name).mkdir()
             _write_network(new / name, NETWORKS[name], config, params, dtype)
         (new / "scheduler").mkdir()
-        cls = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+        cls = scheduler_class(scheduler)
         values = {"_class_name": cls} | _VERSION | scheduler_values(scheduler)
         _write_json(new / "scheduler" / "scheduler_config.json", values)
         (new / "tokenizer").mkdir()

@@ -1,5 +1,6 @@
 """`scheduler/scheduler_config.json` of a model folder: its noise schedule, and the sampler that it names."""
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ SCHEDULERS = {
     ),
     "DPMSolverMultistepScheduler": Scheduler("dpmpp_2m", _LINSPACE, _DPM, spaced=True),
     "DPMSolverSinglestepScheduler": Scheduler("dpmpp_2m", _LINSPACE, exact=False, spaced=True),
+    "SASolverScheduler": Scheduler("dpmpp_2m_sde", _LINSPACE, exact=False, spaced=True),
     "DPMSolverSDEScheduler": Scheduler("dpmpp_sde", _LINSPACE | _BETAS, spaced=True),
     "UniPCMultistepScheduler": Scheduler("unipc", _LINSPACE, _UNIPC, spaced=True),
     "HeunDiscreteScheduler": Scheduler("heun", _LINSPACE | _BETAS, spaced=True),
@@ -69,6 +71,18 @@ SCHEDULERS = {
     "FlowMatchEulerDiscreteScheduler": Scheduler("euler", _FLOW, spaced=True),
     "FlowMatchHeunDiscreteScheduler": Scheduler("flow_heun", _FLOW),
 }
+_DPMS = "DEISMultistep DPMSolverMultistep DPMSolverSinglestep UniPCMultistep"
+# Settings that some of the classes have, without "Scheduler" in the names of these. Where others' files have them, they
+# are left out, as diffusers leaves them out. (TCDScheduler has thresholding, and its steps take no notice.)
+SOME_HAVE = {
+    "rescale_betas_zero_snr": "DDIM DDIMParallel DDPM DDPMParallel EulerDiscrete EulerAncestralDiscrete "
+                              "DPMSolverMultistep UniPCMultistep LCM TCD",
+    "final_sigmas_type": "EulerDiscrete DPMSolverMultistep DPMSolverSinglestep UniPCMultistep",
+    "thresholding": f"DDIM DDIMParallel DDPM DDPMParallel LCM SASolver {_DPMS}",
+    "use_flow_sigmas": f"SASolver {_DPMS}",
+    "use_dynamic_shifting": f"FlowMatchEulerDiscrete {_DPMS}",
+    "timestep_type": "EulerDiscrete",
+}  # fmt: skip
 # (algorithm_type, solver_order) of DPMSolverMultistepScheduler
 DPM_SAMPLERS = {
     ("dpmsolver++", 2): "dpmpp_2m",
@@ -76,6 +90,8 @@ DPM_SAMPLERS = {
     ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
 }
 SCHEDULES = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+# Betas that one class alone has.
+_OWN_BETAS = {"sigmoid": "DDPMScheduler", "laplace": "DDPMScheduler", "exp": "HeunDiscreteScheduler"}
 # What diffusers' StableDiffusionPipeline sets, whatever the scheduler's class and file say.
 PIPELINE = {"steps_offset": 1, "clip_sample": False}
 # How a scheduler takes its steps, and what plays no part in drawing.
@@ -85,8 +101,9 @@ _IGNORED = frozenset({
     "use_lu_lambdas", "interpolation_type", "sigma_min", "sigma_max", "predict_x0", "disable_corrector", "solver_p",
     "flow_shift", "time_shift_type", "dynamic_thresholding_ratio", "sample_max_value", "base_shift", "max_shift",
     "base_image_seq_len", "max_image_seq_len", "original_inference_steps", "timestep_scaling", "tensor_format",
-    "noise_sampler_seed", "use_noise_sampler", "predict_epsilon",
+    "noise_sampler_seed", "use_noise_sampler", "predict_epsilon", "predictor_order", "corrector_order",
 })  # fmt: skip
+# Thresholding is for pixels in [-1, 1], as diffusers says; latents would lose most of their range.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "use_flow_sigmas": (False,),
@@ -108,6 +125,8 @@ def read_scheduler(path: Path | str) -> SchedulerConfig:
     known = SCHEDULERS[cls]
     if values.get("predict_epsilon") is False:
         logger.warning("%s: predict_epsilon is false, which diffusers reads no more; prediction_type counts.", file)
+    if not ours:
+        values = _own(file, values, cls)
     config = read_values(file, values, SchedulerConfig, _ONLY, _IGNORED, dict(known.defaults) | PIPELINE)
     if ours or config.prediction_type == "flow_prediction":
         return config
@@ -153,8 +172,26 @@ def read_sampler(path: Path | str) -> dict[str, str]:
     return {"sampler": sampler} | ({"schedule": schedules[0]} if schedules else {})
 
 
+def _own(file: Path, values: dict[str, Any], cls: str) -> dict[str, Any]:
+    """The values that the class has."""
+    strange = {name for name, classes in SOME_HAVE.items() if cls.removesuffix("Scheduler") not in classes.split()}
+    asking = {
+        name: value for name in sorted(strange) if (value := values.get(name)) not in (None, False, "zero", "discrete")
+    }
+    if asking:
+        logger.warning("%s: %s has no %s; diffusers leaves that out, and so does this package.", file, cls,
+                       " and no ".join(f"{name} ({json.dumps(value)})" for name, value in asking.items()))  # fmt: skip
+    return {name: value for name, value in values.items() if name not in strange}
+
+
+def scheduler_class(config: SchedulerConfig) -> str:
+    """The diffusers scheduler that has this noise schedule: its flow matching one, or DDIM, which has most betas."""
+    flow = config.prediction_type == "flow_prediction"
+    return "FlowMatchEulerDiscreteScheduler" if flow else _OWN_BETAS.get(config.beta_schedule, "DDIMScheduler")
+
+
 def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
-    """The arguments of the diffusers scheduler that draws as `config` says: its flow matching one, or DDIM."""
+    """The arguments of `scheduler_class` with which it has the noise schedule of `config`."""
     flow = config.prediction_type == "flow_prediction"
     names = {"num_train_timesteps", "shift"}
     off = {"final_sigmas_type": "zero", "trained_betas": None}

@@ -1,35 +1,13 @@
 """CLIP's text transformer (Radford et al. 2021, section 2.4), named as in transformers."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdiff.nn.attention import attend
-from jaxdiff.nn.layers import LayerNorm, Remat, remat
+from jaxdiff.nn.layers import ACTIVATIONS, LayerNorm, Remat, remat
 from jaxdiff.nn.linear import Dense, Embed, add
-
-
-def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x): the approximation that OpenAI's CLIP was trained with."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def gelu(x: Array) -> Array:
-    """The exact Gaussian error linear unit."""
-    return nn.gelu(x, approximate=False)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": gelu,
-    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), nn.gelu),  # by a hyperbolic tangent
-    **dict.fromkeys(("silu", "swish"), nn.silu),
-    "relu": nn.relu,
-}
 
 
 class CLIPAttention(nn.Module):

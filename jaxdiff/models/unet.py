@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdiff.nn.attention import CONTEXT_KEYS
 from jaxdiff.nn.blocks import CrossAttentionMiddle, DownStage, UpStage
 from jaxdiff.nn.conv import Conv3x3
-from jaxdiff.nn.layers import GroupNorm, Remat, TimestepMLP, timestep_embedding
+from jaxdiff.nn.layers import ACTIVATIONS, GroupNorm, Remat, TimestepMLP, timestep_embedding
 from jaxdiff.nn.linear import Dense
 from jaxdiff.types import Context, Params
 
@@ -21,7 +21,8 @@ class UNet2DConditionModel(nn.Module):
 
     Each tuple has one entry a level, from the finest. `depths` counts transformer blocks after each residual block on
     the way down and (in the same order of levels) on the way up; 0 is a level without attention, and `mid_depth` is the
-    middle's.
+    middle's. `activation` and `scale_shift` are those of all residual blocks, `mid_divisor` is the middle's divisor
+    (see `ResnetBlock`). With `center_input` the network reads 2 x - 1.
     """
 
     out_channels: int
@@ -36,6 +37,10 @@ class UNet2DConditionModel(nn.Module):
     eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
+    activation: str = "silu"
+    scale_shift: bool = False
+    mid_divisor: float = 1.0
+    center_input: bool = False
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
 
@@ -58,7 +63,7 @@ class UNet2DConditionModel(nn.Module):
         emb = timestep_embedding(
             t, self.channels[0], flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
         ).astype(self.dtype)
-        emb = TimestepMLP(4 * self.channels[0], self.dtype, name="time_embedding")(emb)
+        emb = TimestepMLP(4 * self.channels[0], self.dtype, self.activation, name="time_embedding")(emb)
         context = context.astype(self.dtype)
         last = len(self.channels) - 1
 
@@ -72,6 +77,8 @@ class UNet2DConditionModel(nn.Module):
                 "linear_projection": self.linear_projection,
                 "dtype": self.dtype,
                 "remat": self.remat,
+                "activation": self.activation,
+                "scale_shift": self.scale_shift,
             }
 
         def down(i: int) -> DownStage:
@@ -83,6 +90,8 @@ class UNet2DConditionModel(nn.Module):
             sizes = stage(level, self.up_depths[level])
             return UpStage(layers=self.layers[level] + 1, name=f"up_blocks_{i}", **sizes)
 
+        if self.center_input:
+            x = 2 * x - 1
         x = Conv3x3(self.channels[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
         skips = (x,)
         outermost = up(last)
@@ -91,7 +100,9 @@ class UNet2DConditionModel(nn.Module):
             for i in range(last + 1):
                 x, new_skips = down(i)(x, emb, context)
                 skips += new_skips
-            x = CrossAttentionMiddle(layers=1, name="mid_block", **stage(last, self.mid_depth))(x, emb, context)
+            sizes = stage(last, self.mid_depth)
+            middle = CrossAttentionMiddle(layers=1, divisor=self.mid_divisor, name="mid_block", **sizes)
+            x = middle(x, emb, context)
             for i in range(last):
                 layers = self.layers[last - i] + 1
                 skips, used = skips[:-layers], skips[-layers:]
@@ -103,7 +114,7 @@ class UNet2DConditionModel(nn.Module):
             return deep
         x = outermost(deep, emb, context, skips=skips, part=range(inner, outermost.layers))
 
-        x = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="conv_norm_out")(x))
+        x = ACTIVATIONS[self.activation](GroupNorm(self.groups, self.eps, self.dtype, name="conv_norm_out")(x))
         return Conv3x3(self.out_channels, dtype=self.dtype, name="conv_out")(x)
 
 

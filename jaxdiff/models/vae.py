@@ -22,11 +22,14 @@ class Encoder(nn.Module):
     groups: int
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
+    activation: str = "silu"
+    attends: bool = True
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         x = Conv3x3(self.channels[0], dtype=self.dtype, name="conv_in")(image.astype(self.dtype))
         shared = {"groups": self.groups, "eps": EPS, "dtype": self.dtype, "remat": self.remat}
+        shared |= {"activation": self.activation}
         for i, channels in enumerate(self.channels):
             down = DownStage(
                 channels=channels,
@@ -37,7 +40,8 @@ class Encoder(nn.Module):
                 **shared,
             )
             x, _ = down(x)
-        x = AttentionMiddle(channels=self.channels[-1], layers=1, name="mid_block", **shared)(x)
+        middle = AttentionMiddle(channels=self.channels[-1], layers=1, attends=self.attends, name="mid_block", **shared)
+        x = middle(x)
         x = nn.silu(GroupNorm(self.groups, EPS, self.dtype, name="conv_norm_out")(x))
         return Conv3x3(2 * self.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
@@ -51,12 +55,16 @@ class Decoder(nn.Module):
     groups: int
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
+    activation: str = "silu"
+    attends: bool = True
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         x = Conv3x3(self.channels[-1], dtype=self.dtype, name="conv_in")(z.astype(self.dtype))
         shared = {"groups": self.groups, "eps": EPS, "dtype": self.dtype, "remat": self.remat}
-        x = AttentionMiddle(channels=self.channels[-1], layers=1, name="mid_block", **shared)(x)
+        shared |= {"activation": self.activation}
+        middle = AttentionMiddle(channels=self.channels[-1], layers=1, attends=self.attends, name="mid_block", **shared)
+        x = middle(x)
         for i, channels in enumerate(reversed(self.channels)):
             size = (2 * x.shape[1], 2 * x.shape[2]) if i < len(self.channels) - 1 else None
             x = UpStage(channels=channels, layers=self.layers + 1, name=f"up_blocks_{i}", **shared)(x, size=size)
@@ -67,7 +75,9 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """`encode` gives the Gaussian of an image's latent, `decode` the image of a latent; both unscaled.
 
-    The moments are the mean and the log-variance, side by side in the channels. Images lie in [-1, 1].
+    The moments are the mean and the log-variance, side by side in the channels. Images lie in [-1, 1]. `activation` is
+    that of the residual blocks, `attends` says whether their middles have attention, `quant` and `post_quant` whether a
+    1x1 convolution follows the encoder and goes before the decoder.
     """
 
     out_channels: int
@@ -75,23 +85,29 @@ class AutoencoderKL(nn.Module):
     channels: tuple[int, ...]
     layers: int
     groups: int = 32
+    activation: str = "silu"
+    attends: bool = True
+    quant: bool = True
+    post_quant: bool = True
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
 
     def setup(self) -> None:
-        sizes = (self.channels, self.layers, self.groups, self.dtype, self.remat)
+        sizes = (self.channels, self.layers, self.groups, self.dtype, self.remat, self.activation, self.attends)
         self.encoder = Encoder(self.latent_channels, *sizes)
         self.decoder = Decoder(self.out_channels, *sizes)
-        self.quant_conv = Conv1x1(2 * self.latent_channels, dtype=self.dtype)
-        self.post_quant_conv = Conv1x1(self.latent_channels, dtype=self.dtype)
+        self.quant_conv = Conv1x1(2 * self.latent_channels, dtype=self.dtype) if self.quant else None
+        self.post_quant_conv = Conv1x1(self.latent_channels, dtype=self.dtype) if self.post_quant else None
 
     def encode(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 {2*self.latent_channels}"]:
         """Image to moments: the latent's mean and log-variance."""
-        return self.quant_conv(self.encoder(image)).astype(jnp.float32)
+        moments = self.encoder(image)
+        return (moments if self.quant_conv is None else self.quant_conv(moments)).astype(jnp.float32)
 
     def decode(self, z: Float[Array, "b h w {self.latent_channels}"]) -> Float[Array, "b h2 w2 {self.out_channels}"]:
         """Latent to image, which may overshoot [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z.astype(self.dtype))).astype(jnp.float32)
+        z = z.astype(self.dtype)
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)).astype(jnp.float32)
 
     def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Encodes, takes the mean, decodes: what initialisation and reconstruction figures use."""

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.nn.attention import Attention, Transformer2D
 from jaxdiff.nn.conv import Conv3x3
-from jaxdiff.nn.layers import GroupNorm, Remat, remat, upsample_nearest
+from jaxdiff.nn.layers import ACTIVATIONS, GroupNorm, Remat, remat, upsample_nearest
 from jaxdiff.nn.linear import Conv1x1, Dense, add
 from jaxdiff.types import Context
 
@@ -18,30 +18,43 @@ Embedding = Float[Array, "b d"]
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice; the timestep embedding, where there is one, is added between them.
+    """GroupNorm-activation-conv twice; the timestep embedding, where there is one, is added between them.
 
-    The collection "rows" may say which row's features each row takes (`source`).
+    With `scale_shift` the embedding scales and shifts what the second norm gives instead (Dhariwal & Nichol 2021,
+    AdaGN). The sum is divided by `divisor`. The collection "rows" may say which row's features each row takes
+    (`source`).
     """
 
     channels: int
     groups: int
     eps: float
     dtype: DTypeLike = jnp.float32
+    activation: str = "silu"
+    scale_shift: bool = False
+    divisor: float = 1.0
 
     @nn.compact
     def __call__(self, x: Features, emb: Embedding | None = None) -> Float[Array, "b h w c2"]:
-        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        act = ACTIVATIONS[self.activation]
+        h = act(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
         h = Conv3x3(self.channels, dtype=self.dtype, name="conv1")(h)
-        if emb is not None:
-            emb = Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(emb))
-            h = add(h, emb[:, None, None, :])
-        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
-        h = Conv3x3(self.channels, dtype=self.dtype, name="conv2")(h)
+        norm2 = GroupNorm(self.groups, self.eps, self.dtype, name="norm2")
+        if emb is None:
+            h = norm2(h)
+        else:
+            width = 2 * self.channels if self.scale_shift else self.channels
+            emb = Dense(width, dtype=self.dtype, name="time_emb_proj")(act(emb))[:, None, None, :]
+            if self.scale_shift:
+                scale, shift = jnp.split(emb, 2, axis=-1)
+                h = norm2(h) * (1 + scale) + shift
+            else:
+                h = norm2(add(h, emb))
+        h = Conv3x3(self.channels, dtype=self.dtype, name="conv2")(act(h))
         if self.has_variable("rows", "source"):
             h = h[self.get_variable("rows", "source")]
         if x.shape[-1] != self.channels:
             x = Conv1x1(self.channels, dtype=self.dtype, name="conv_shortcut")(x)
-        return x + h
+        return x + h if self.divisor == 1 else (x + h) / self.divisor
 
 
 class Downsample(nn.Module):
@@ -70,7 +83,8 @@ class Stage(nn.Module):
     """What the stages of one resolution share: their width, their norms and how they make their children.
 
     `depth` is the number of transformer blocks after each residual block; 0 means no attention. `remat` is what
-    the backward pass computes again in each child: see `jaxdiff.nn.layers.remat`.
+    the backward pass computes again in each child: see `jaxdiff.nn.layers.remat`. `activation` (of `ACTIVATIONS`),
+    `scale_shift` and `divisor` are those of its residual blocks.
     """
 
     channels: int
@@ -82,11 +96,15 @@ class Stage(nn.Module):
     linear_projection: bool = False
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
+    activation: str = "silu"
+    scale_shift: bool = False
+    divisor: float = 1.0
 
     def resnet(self, i: int) -> ResnetBlock:
         """Residual block number `i`."""
         cls = remat(ResnetBlock, self.remat)
-        return cls(self.channels, self.groups, self.eps, self.dtype, name=f"resnets_{i}")
+        act, scale_shift, divisor = self.activation, self.scale_shift, self.divisor
+        return cls(self.channels, self.groups, self.eps, self.dtype, act, scale_shift, divisor, name=f"resnets_{i}")
 
     def transformer(self, i: int) -> Transformer2D:
         """The transformer after residual block number `i`."""
@@ -158,11 +176,16 @@ class CrossAttentionMiddle(Stage):
 
 
 class AttentionMiddle(Stage):
-    """Residual block, single-head attention over all pixels, residual block: the autoencoder's middle."""
+    """Residual block, single-head attention over all pixels (unless `attends` is off), residual block: the
+    autoencoder's middle."""
+
+    attends: bool = True
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
         x = self.resnet(0)(x)
-        b, h, w, c = x.shape
-        attention = Attention(1, qkv_bias=True, norm_groups=self.groups, dtype=self.dtype, name="attentions_0")
-        return self.resnet(1)(x + attention(x.reshape(b, h * w, c)).reshape(b, h, w, c))
+        if self.attends:
+            b, h, w, c = x.shape
+            attention = Attention(1, qkv_bias=True, norm_groups=self.groups, dtype=self.dtype, name="attentions_0")
+            x = x + attention(x.reshape(b, h * w, c)).reshape(b, h, w, c)
+        return self.resnet(1)(x)

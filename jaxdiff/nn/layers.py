@@ -1,6 +1,7 @@
 """Normalisations and embeddings: NHWC, compute in `dtype`, statistics in float32."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
@@ -15,6 +16,16 @@ M = TypeVar("M", bound=type[nn.Module])
 
 Remat = Literal["none", "norms", "blocks"]
 """What a backward pass computes again instead of keeping it; see `remat`."""
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    **dict.fromkeys(("silu", "swish"), nn.silu),
+    "mish": jax.nn.mish,
+    "relu": nn.relu,
+    "gelu": partial(nn.gelu, approximate=False),
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), nn.gelu),  # by a hyperbolic tangent
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # the approximation that OpenAI's CLIP was trained with
+}
+"""Activations, by the names that configs of diffusers and transformers have for them."""
 
 KEPT = "costly"
 """The name (`jax.ad_checkpoint.checkpoint_name`) of what is costly to compute again, where no primitive tells."""
@@ -88,11 +99,12 @@ class TimestepMLP(nn.Module):
 
     dim: int
     dtype: DTypeLike = jnp.float32
+    activation: str = "silu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.dim}"]:
         x = Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
-        return Dense(self.dim, dtype=self.dtype, name="linear_2")(nn.silu(x))
+        return Dense(self.dim, dtype=self.dtype, name="linear_2")(ACTIVATIONS[self.activation](x))
 
 
 def upsample_nearest(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, to_dict
+from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, to_dict, to_name
 from jaxdiff.data.latents import cache_latents, identity
 from jaxdiff.data.record import Source
 from jaxdiff.data.tokens import Tokenizer
@@ -71,8 +71,8 @@ def encode_once(
     task, data, dtype = config.task, config.data, jnp.dtype(config.dtype)
     made = {name: value for name, value in to_dict(data).items() if not FREE.fullmatch(f"data.{name}")}
     made |= {"format": FORMAT, "variants": task.latent_variants, "seed": config.seed, "dtype": config.dtype}
-    made |= {"records": records, "vae": to_dict(replace(vae, scaling_factor=1.0))}  # moments are not scaled
-    makers = {name: weights["vae"][name] for name in ENCODER}
+    made |= {"records": records, "vae": to_name(replace(vae, scaling_factor=1.0))}  # moments are not scaled
+    makers = {name: weights["vae"][name] for name in ENCODER if name in weights["vae"]}
     text_fn: Callable[[list[str]], np.ndarray] | None = None
     empty, cut = {}, set[str]()
     if task.text_variants:

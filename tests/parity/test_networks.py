@@ -1,6 +1,7 @@
 """Every network's output and parameter gradients are diffusers' and transformers', in float32."""
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.activations import get_activation
 from pairs import MAX_TOKENS, SD1_UNET, TEXTS, nhwc, randomise, relative_error
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -17,6 +19,7 @@ from jaxdiff.config import UNetConfig, from_dict
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.io.convert import from_torch
 from jaxdiff.io.weights import check_params
+from jaxdiff.nn.layers import ACTIVATIONS
 
 TOLERANCE = 1e-4
 
@@ -58,6 +61,10 @@ UNETS = {
     "other sinusoids and norms, and remat": {
         "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-3, "norm_num_groups": 4,
     },
+    "mish, a centred input, embeddings that scale and shift, and a middle's divisor": {
+        "act_fn": "mish", "center_input_sample": True, "resnet_time_scale_shift": "scale_shift",
+        "mid_block_scale_factor": 1.5,
+    },
     "nine channels in, one level": {
         "in_channels": 9, "block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",),
         "up_block_types": ("CrossAttnUpBlock2D",),
@@ -95,18 +102,40 @@ def test_unets_of_every_make(what, figures):
     compare_unet(figures, f"UNet, {what}", module, params, ours, config.in_channels, config.cross_attention_dim, size)
 
 
-def test_vae(pair, figures, request):
-    (config, params), vae = pair.network("vae"), pair.torch.vae
-    ours = build.vae(config)
+def compare_vae(figures, what, vae, params, ours):
     image, z = random(2, 3, 24, 32), random(2, 4, 6, 8, seed=1)
     encoded = vae.encode(image).latent_dist.parameters.permute(0, 2, 3, 1)
-    compare(figures, f"VAE encode {request.node.callspec.id}",
-            lambda p: ours.apply({"params": p}, nhwc(image), method="encode"), params, encoded, vae,
-            random(*encoded.shape, seed=2))  # fmt: skip
+    compare(figures, f"VAE encode {what}", lambda p: ours.apply({"params": p}, nhwc(image), method="encode"), params,
+            encoded, vae, random(*encoded.shape, seed=2))  # fmt: skip
     decoded = vae.decode(z).sample.permute(0, 2, 3, 1)
-    compare(figures, f"VAE decode {request.node.callspec.id}",
-            lambda p: ours.apply({"params": p}, nhwc(z), method="decode"), params, decoded, vae,
-            random(*decoded.shape, seed=3))  # fmt: skip
+    compare(figures, f"VAE decode {what}", lambda p: ours.apply({"params": p}, nhwc(z), method="decode"), params,
+            decoded, vae, random(*decoded.shape, seed=3))  # fmt: skip
+
+
+def test_vae(pair, figures, request):
+    config, params = pair.network("vae")
+    compare_vae(figures, request.node.callspec.id, pair.torch.vae, params, build.vae(config))
+
+
+VAES = {
+    "gelu, and no convolution after the encoder": {"act_fn": "gelu", "use_quant_conv": False},
+    "no attention in the middle, and no convolution before the decoder": {
+        "mid_block_add_attention": False,
+        "use_post_quant_conv": False,
+    },
+}
+
+
+@pytest.mark.parametrize("what", VAES)
+def test_vaes_of_every_make(what, figures, sd1):
+    options = {n: value for n, value in sd1.torch.vae.config.items() if n[0] != "_"} | VAES[what]
+    torch.manual_seed(0)
+    module = randomise(AutoencoderKL(**options), 1)
+    config = replace(sd1.network("vae").config, **VAES[what])
+    params = from_torch((name, np.asarray(tensor)) for name, tensor in module.state_dict().items())
+    ours = build.vae(config)
+    check_params(params, build.param_shapes(ours, config), what)
+    compare_vae(figures, what, module, params, ours)
 
 
 def test_text_encoder(pair, figures, request):
@@ -127,6 +156,12 @@ def test_the_penultimate_layer_is_transformers_penultimate_layer_normed(sd1):
     ours = build.text_encoder(config, skip_layers=1)
     out = ours.apply({"params": params}, jnp.asarray(tokens.numpy(), jnp.int32))
     assert relative_error(out, theirs.detach()) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["silu", "swish", "mish", "gelu", "relu"])
+def test_activations_are_torchs(name):
+    x = torch.linspace(-30, 30, 1001)
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x.numpy())), get_activation(name)(x), rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])

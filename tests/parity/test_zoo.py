@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from pairs import nchw, nhwc, randomise
 from safetensors.torch import load_file, save_file
 
 from jaxdiff.diffusion.schedule import make_schedule
@@ -51,6 +53,12 @@ SPELLINGS = [
     (UNET, {"conv_in_kernel": 3}),
     (UNET, {"time_embedding_type": "positional"}),
     (UNET, {"dual_cross_attention": None}),
+    (UNET, {"act_fn": "SiLU"}),
+    (UNET, {"resnet_skip_time_act": True}),
+    (UNET, {"resnet_out_scale_factor": 2.0}),
+    (UNET, {"cross_attention_norm": "layer_norm"}),
+    (UNET, {"mid_block_only_cross_attention": True}),
+    (UNET, {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}),
     (VAE, {"sample_size": [32, 32]}),
     (VAE, {"act_fn": "swish"}),
     (VAE, {"force_upcast": True}),
@@ -101,15 +109,33 @@ SPELLINGS = [
     (SCHEDULE, {"rescale_betas_zero_snr": False}),
     (SCHEDULE, {"timestep_spacing": "leading"}),
 ]
+# Networks of another make, with the weights of the first: (file, values).
+MAKES = [
+    (UNET, {"act_fn": "mish"}),
+    (UNET, {"act_fn": "gelu"}),
+    (UNET, {"act_fn": "ReLU"}),
+    (UNET, {"mid_block_scale_factor": 1.4142135}),
+    (UNET, {"mid_block_scale_factor": -0.5}),
+    (UNET, {"center_input_sample": True}),
+    (UNET, {"resnet_time_scale_shift": "scale_shift"}),
+    (VAE, {"act_fn": "mish"}),
+    (VAE, {"act_fn": "gelu"}),
+    (VAE, {"act_fn": "relu"}),
+    (VAE, {"use_quant_conv": False}),
+    (VAE, {"use_post_quant_conv": False}),
+    (VAE, {"use_quant_conv": False, "use_post_quant_conv": False}),
+    (VAE, {"mid_block_add_attention": False}),
+]
 CLASSES = [name for name in SCHEDULERS if not name.startswith("FlowMatch")]
 OPTIONS = [
     {}, {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}, {"timestep_spacing": "leading"},
     {"steps_offset": 0, "timestep_spacing": "leading"}, {"clip_sample": True}, {"prediction_type": "v_prediction"},
     {"use_karras_sigmas": True}, {"use_beta_sigmas": True},
+    {"final_sigmas_type": "sigma_min"},
     {"trained_betas": np.linspace(1e-4, 0.015, 1000).tolist()},
 ]  # fmt: skip
 # Classes whose steps no sampler here takes, which a warning says.
-OTHERS = ("DPMSolverSinglestepScheduler",)
+OTHERS = ("DPMSolverSinglestepScheduler", "SASolverScheduler")
 FOREIGN = {"_written_by": None}
 
 
@@ -169,6 +195,34 @@ def test_a_folder_that_says_the_same_in_other_words_is_the_same_model(sd1, fresh
     assert np.abs(got - base_image).max() <= 0.51
 
 
+@pytest.mark.parametrize(("file", "values"), MAKES, ids=lambda value: str(value)[:60])
+def test_a_network_of_another_make_draws_diffusers_image(sd1, fresh, base_image, file, values):
+    name = Path(file).parent.name
+    first = getattr(sd1.torch, name)
+    torch.manual_seed(0)
+    options = {n: value for n, value in first.config.items() if n[0] != "_"} | values
+    network = randomise(type(first)(**options), 1)
+    own = network.state_dict()
+    network.load_state_dict({n: w for n, w in first.state_dict().items() if n in own and w.shape == own[n].shape},
+                            strict=False)  # fmt: skip
+    shutil.rmtree(fresh / name)
+    network.save_pretrained(fresh / name)
+    reference, pipe = theirs(fresh), Pipeline(read_model(fresh))
+    expected = image_of(reference)
+    got = pipe("a dog", seed=5, rng="torch", steps=3, guidance=4.0, size=(32, 32))
+    assert np.abs(got - expected).max() <= 0.51
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    latent, before = (
+        nhwc(vae.encode(nchw(image / 127.5 - 1).float()).latent_dist.mode()) * vae.config.scaling_factor
+        for vae in (reference.vae, sd1.torch.vae)
+    )
+    np.testing.assert_allclose(pipe.encode(image), latent, atol=1e-5)
+    changed = max(np.abs(expected - base_image).max(), 255 * np.abs(latent - before).max())
+    assert changed > 0.1, "the variation changes nothing"
+    pipe.save(fresh.parent / "saved")
+    np.testing.assert_allclose(image_of(theirs(fresh.parent / "saved")), expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"])
 def test_a_text_encoder_of_another_activation_gives_transformers_features(fresh, act):
     edit(fresh / TEXT, {"hidden_act": act})
@@ -209,6 +263,7 @@ def test_a_scheduler_of_any_class_visits_its_own_levels(sd1, fresh, cls, options
         n = count_steps(sigmas)
         if hasattr(reference.scheduler, "sigmas"):
             expected = list(dict.fromkeys(float(s) for s in reference.scheduler.sigmas if s > 0))
+            assert sigmas.sigmas_next[n - 1] == pytest.approx(float(reference.scheduler.sigmas[-1]), rel=2e-4)
         else:
             alpha_bar = reference.scheduler.alphas_cumprod[reference.scheduler.timesteps.long()].double()
             expected = ((1 - alpha_bar) / alpha_bar).sqrt().tolist()
@@ -223,10 +278,21 @@ def test_a_scheduler_of_any_class_visits_its_own_levels(sd1, fresh, cls, options
 OWN_NOISE = ("DPMSolverSDEScheduler", "KDPM2AncestralDiscreteScheduler", "TCDScheduler")
 
 
-@pytest.mark.parametrize("cls", [name for name in CLASSES if name not in (*OTHERS, *OWN_NOISE)])
-def test_a_folders_own_sampler_draws_diffusers_image(sd1, fresh, cls):
+# Betas that one class alone has, and settings that a class has not.
+SCHEDULES_OF_ONE = [("DDPMScheduler", {"beta_schedule": "sigmoid"}), ("DDPMScheduler", {"beta_schedule": "laplace"}),
+                ("HeunDiscreteScheduler", {"beta_schedule": "exp"}),
+                ("EulerDiscreteScheduler", {"thresholding": True, "use_flow_sigmas": True}),
+                ("PNDMScheduler", {"rescale_betas_zero_snr": True, "thresholding": True})]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [*((name, {}) for name in CLASSES if name not in (*OTHERS, *OWN_NOISE)), *SCHEDULES_OF_ONE],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_folders_own_sampler_draws_diffusers_image(sd1, fresh, cls, values):
     skip = {"skip_prk_steps": True} if cls == "PNDMScheduler" else {}
-    (fresh / SCHEDULE).write_text(json.dumps({"_class_name": cls} | BETAS | skip))
+    (fresh / SCHEDULE).write_text(json.dumps({"_class_name": cls} | BETAS | skip | values))
     edit(fresh / INDEX, {"scheduler": ["diffusers", cls]})
     expected = image_of(theirs(fresh), steps=6)
     pipe = Pipeline(read_model(fresh))
@@ -236,4 +302,4 @@ def test_a_folders_own_sampler_draws_diffusers_image(sd1, fresh, cls):
 
 
 def test_the_zoo_is_large():
-    assert len(SPELLINGS) + len(CLASSES) * len(OPTIONS) >= 150
+    assert len(SPELLINGS) + len(MAKES) + len(SCHEDULES_OF_ONE) + len(CLASSES) * len(OPTIONS) >= 150

@@ -37,7 +37,7 @@ def vae_inputs(config: VAETask, data: DataConfig) -> LossInputs:
     """A batch holds "image" [b, h, w, 3] and "index" [b]; `ENCODER` is frozen where the decoder is trained alone."""
     b, (height, width) = data.batch_size, data.shapes[0]
     shapes = build.param_shapes(build.vae(config.vae), config.vae)
-    frozen = {} if config.train_encoder else {name: shapes[name] for name in ENCODER}
+    frozen = {} if config.train_encoder else {name: shapes[name] for name in ENCODER if name in shapes}
     return LossInputs(
         batch={
             "index": jax.ShapeDtypeStruct((b,), jnp.int32),
