@@ -5,22 +5,20 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import ml_dtypes  # noqa: F401  (teaches NumPy and safetensors bfloat16)
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, to_dict
 from jaxdiff.io.configs import one_spelling, read_values
-from jaxdiff.io.convert import from_torch, to_torch
+from jaxdiff.io.convert import from_torch, torch_views
 from jaxdiff.io.scheduler import MARK, scheduler_values
-from jaxdiff.io.weights import FLOATS, open_weights
+from jaxdiff.io.weights import open_weights, stored, write_safetensors
 from jaxdiff.types import Params
 
 NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
@@ -306,27 +304,21 @@ def _check_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def _write_network(folder: Path, network: _Network, config: NetworkConfig, params: Params, dtype: DTypeLike) -> None:
-    dtype = np.dtype(dtype)
-    if dtype not in FLOATS.values():
-        raise ValueError(f"Weights cannot be written as {dtype}; choose float32, float16 or bfloat16.")
-    tensors = to_torch(params)
-    for name, array in tensors.items():
-        with np.errstate(over="ignore"):
-            tensors[name] = array.astype(dtype)
-        if not np.isfinite(tensors[name]).all():
-            raise ValueError(f"{name} has values that are not finite as {dtype}; nothing was written.")
+def _write_network(
+    folder: Path, network: _Network, config: NetworkConfig, params: Params, dtype: DTypeLike | None
+) -> None:
+    tensors = stored(torch_views(params), dtype)
     values = to_dict(config)
     if isinstance(config, UNetConfig):  # diffusers reads heads from `attention_head_dim` only
         values |= {"attention_head_dim": list(config.heads), "num_attention_heads": None}
     if network.library == "diffusers":
         values = {"_class_name": network.cls} | _VERSION | MARK | values
     else:
-        values |= {"architectures": [network.cls], "model_type": "clip_text_model", "dtype": dtype.name} | MARK
+        kinds = Counter(one.dtype.name for one in tensors.values())
+        most = kinds.most_common(1)[0][0]
+        values |= {"architectures": [network.cls], "model_type": "clip_text_model", "dtype": most} | MARK
     _write_json(folder / "config.json", values)
-    weights = folder / f"{network.stem}.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", weights)  # safetensors lets nobody but the owner read
+    write_safetensors(folder / f"{network.stem}.safetensors", tensors, {"format": "pt"})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -383,7 +375,7 @@ def replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
         if path.exists():
             path.rename(old)
         new.rename(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
         if old.exists() and not path.exists():  # stopped between the two, perhaps by the user
