@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, to_dict
 from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch, torch_views
-from jaxdiff.io.scheduler import MARK, scheduler_values
+from jaxdiff.io.scheduler import MARK, read_scheduler, scheduler_values
+from jaxdiff.io.single_file import is_single, open_single
 from jaxdiff.io.weights import open_weights, stored, write_safetensors
 from jaxdiff.types import Params
 
@@ -141,7 +142,7 @@ def read_index(path: Path | str) -> dict[str, Any]:
 
 
 def read_network(path: Path | str, name: str, variant: str | None = None) -> tuple[Any, Params]:
-    """The config and the params of one network ("unet", "vae" or "text_encoder") of a folder, in the type stored there.
+    """The config and the params of one network ("unet", "vae" or "text_encoder") of a model, in the type stored there.
 
     The shapes are not checked here: `jaxdiff.io.weights.check_params` compares them with what the network wants.
 
@@ -153,6 +154,10 @@ def read_network(path: Path | str, name: str, variant: str | None = None) -> tup
     Raises:
         ValueError: in one sentence, naming the file and, for a setting that is not supported, the field and its value.
     """
+    if is_single(path):
+        file = open_single(path)
+        file.warn_of_unknown()
+        return file.network(name)
     config = read_config(path, name)
     folder = find_part(path, name)
     tensors = open_weights(folder, NETWORKS[name].stem, variant)
@@ -163,11 +168,13 @@ def read_network(path: Path | str, name: str, variant: str | None = None) -> tup
 
 
 def read_config(path: Path | str, name: str) -> Any:
-    """The config of one network ("unet", "vae" or "text_encoder") of a folder, without its weights.
+    """The config of one network ("unet", "vae" or "text_encoder") of a model, without its weights.
 
     Raises:
         ValueError: as `read_network`.
     """
+    if is_single(path):
+        return open_single(path).config(name)
     network = NETWORKS[name]
     file = find_part(path, name) / "config.json"
     values = one_spelling(load_json(file))
@@ -252,22 +259,31 @@ def write_network(
         _write_network(new, network, config, params, dtype)
 
 
+TOKENIZER_WANTED = (
+    "name a folder with vocab.json and merges.txt, or any diffusers folder of Stable Diffusion, which has one: "
+    "tokenizer= in Python, --tokenizer in the shell, --task.tokenizer for train.py."
+)
 # A file that a part's folder holds, whatever the folder is called.
 _OWN_FILES = {name: ("config.json",) for name in NETWORKS}
 _OWN_FILES |= {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "vocab.json")}
 
 
 def find_part(path: Path | str, name: str) -> Path:
-    """The folder of one part: "unet", "vae", "text_encoder", "scheduler" or "tokenizer".
+    """The folder of one part: "unet", "vae", "text_encoder", "scheduler" or "tokenizer"; or the file that it is in.
 
     Args:
-        path: a model's folder, a run directory that has exported a model, or the part's own folder.
+        path: a model's folder, a run directory that has exported a model, the part's own folder, or a single file,
+            which has no tokenizer.
         name: the part.
 
     Raises:
         ValueError: where it is none of these, or the folder of another part.
     """
     path = Path(path)
+    if is_single(path):
+        if name == "tokenizer":
+            raise ValueError(f"{path} is a single file, which has no tokenizer; {TOKENIZER_WANTED}")
+        return path
     for folder in (path / name, path / "export" / name):
         if folder.is_dir():
             return folder
@@ -283,6 +299,17 @@ def find_part(path: Path | str, name: str) -> Path:
                 f"{path} is the folder of {cls!r}, and a {name} is a {NETWORKS[name].cls}; name its folder."
             )
     return path
+
+
+def model_schedule(path: Path | str) -> SchedulerConfig:
+    """The noise schedule of a model: a folder, a run directory that has exported one, or a single file.
+
+    Raises:
+        ValueError: as `find_part`, `read_scheduler` and `open_single` do.
+    """
+    if is_single(path):
+        return open_single(path).scheduler
+    return read_scheduler(find_part(path, "scheduler").parent)
 
 
 def tokenizer_folder(path: Path | str) -> Path:

@@ -155,17 +155,15 @@ def translate(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
-def from_ldm(tensors: Mapping[str, np.ndarray], table: Table) -> tuple[dict[str, tuple[str, np.ndarray]], set[str]]:
-    """The tensors by diffusers' names, each with the original name it came from, as views; and the names left over."""
+def from_ldm(tensors: Mapping[str, np.ndarray], table: Table) -> dict[str, tuple[str, np.ndarray]]:
+    """The tensors by diffusers' names, as views, each with the original name it came from; without what has no name."""
     inverse = {theirs: ours for ours, theirs in table.items()}
-    found, left = {}, set()
+    found = {}
     for original, array in tensors.items():
         for name, part in _apart(original, array):
-            if (ours := translate(name, inverse)) is None:
-                left.add(original)
-            else:
+            if (ours := translate(name, inverse)) is not None:
                 found[ours] = original, _as_linear(ours, part)
-    return found, left
+    return found
 
 
 def to_ldm(tensors: Mapping[str, np.ndarray], table: Table) -> Tensors:

@@ -97,7 +97,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     if strange := [name for name, one in tensors.items() if one.dtype not in names]:
-        raise ValueError(f"{_list(strange)} cannot be stored as {tensors[strange[0]].dtype}.")
+        raise ValueError(f"{listed(strange)} cannot be stored as {tensors[strange[0]].dtype}.")
     # As safetensors itself orders them: wide types first, so that all are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, str(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -162,7 +162,7 @@ def check_params(params: Params, expected: Params, where: str | Path) -> Params:
     got, want = shapes(params), shapes(expected)
     if extra := got.keys() - want.keys():
         logger.warning(
-            "%s: %d tensors are left out, which the network has no use for: %s.", where, len(extra), _list(extra)
+            "%s: %d tensors are left out, which the network has no use for: %s.", where, len(extra), listed(extra)
         )
         params = _part(params, expected)
     floats = {*FLOATS.values(), np.dtype(np.float64)}
@@ -176,7 +176,7 @@ def check_params(params: Params, expected: Params, where: str | Path) -> Params:
     if not any(faults.values()):
         faults = {"not finite": [torch_name(path) for path, leaf in leaves(params) if not np.isfinite(leaf).all()]}
     if any(faults.values()):
-        told = "; ".join(f"{len(names)} {fault}: {_list(names)}" for fault, names in faults.items() if names)
+        told = "; ".join(f"{len(names)} {fault}: {listed(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"{where}: the weights do not fit the config ({told}).")
     return params
 
@@ -206,11 +206,11 @@ def _find(folder: Path, stem: str, variant: str | None) -> Path:
             return folder / name
     wanted = names(variant)[0]
     if words:
-        raise ValueError(f"{folder} has no {wanted}, but {_list(f'{stem}.{word}.safetensors' for word in words)}; "
+        raise ValueError(f"{folder} has no {wanted}, but {listed(f'{stem}.{word}.safetensors' for word in words)}; "
                          "give the one that is meant the plain name.")  # fmt: skip
     pickles = [p.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern)]
     if pickles:
-        raise ValueError(f"{folder} has only pickled weights ({_list(pickles)}), which can run code and are not read; "
+        raise ValueError(f"{folder} has only pickled weights ({listed(pickles)}), which can run code and are not read; "
                          f"it needs {wanted}.")  # fmt: skip
     raise ValueError(f"{folder} has no weights: {wanted} is missing.")
 
@@ -225,9 +225,9 @@ def _open_shards(index: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{index} names the file {file!r}; only .safetensors files beside it are read.")
         shard = open_safetensors(index.parent / file)
         if twice := shard.keys() & tensors.keys():
-            raise ValueError(f"{index}: tensors are in more than one file: {_list(twice)}.")
+            raise ValueError(f"{index}: tensors are in more than one file: {listed(twice)}.")
         if lost := {name for name, owner in weight_map.items() if owner == file} ^ shard.keys():
-            raise ValueError(f"{index} and {file} disagree about tensors: {_list(lost)}.")
+            raise ValueError(f"{index} and {file} disagree about tensors: {listed(lost)}.")
         tensors |= shard
     return tensors
 
@@ -250,7 +250,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         values = dict(pairs)
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"{path} names tensors twice: {_list({n for n in names if names.count(n) > 1})}.")
+            raise ValueError(f"{path} names tensors twice: {listed({n for n in names if names.count(n) > 1})}.")
         return values
 
     try:
@@ -286,7 +286,8 @@ def _not_safetensors(path: Path) -> str:
     return f"{path} is not a safetensors file, or is cut short; download or save it again."
 
 
-def _list(names: Any) -> str:
+def listed(names: Any) -> str:
+    """Names in a sentence, the first ten and how many more."""
     names = sorted(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -112,7 +112,7 @@ def abstract_task(config: TrainConfig) -> tuple[Task, dict[str, jax.ShapeDtypeSt
 
 
 def _vae_config(task: DiffusionTask) -> VAEConfig:
-    return read_network_config(task.vae, "vae") if task.vae and Path(task.vae).is_dir() else VAEConfig()
+    return read_network_config(task.vae, "vae") if task.vae and Path(task.vae).exists() else VAEConfig()
 
 
 def placed(tree: Any, shardings: Any) -> Any:
