@@ -21,7 +21,7 @@ from jaxdiff.families import FAMILIES, Family
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import DEFAULTS, find_part, read_index, read_network, tokenizer_folder, write_folder
 from jaxdiff.io.scheduler import read_sampler, read_scheduler
-from jaxdiff.io.single_file import is_single, open_single
+from jaxdiff.io.single_file import SingleFile, is_single, open_single
 from jaxdiff.io.weights import check_params
 from jaxdiff.nn.conv import prepare
 from jaxdiff.runtime.programs import remembered
@@ -165,22 +165,31 @@ def _read_file(path: Path, family: type[Family], options: FileOptions) -> Model:
     file = open_single(path, options.prediction_type, options.ema)
     if missing := [name for name in family.FOLDERS.values() if name not in file.places]:
         raise ValueError(f"{path} is {file.seems}; a model to draw with has a {' and a '.join(missing)}, too.")
-    tokenizer = find_part(path if options.tokenizer is None else options.tokenizer, "tokenizer")
+    tokenizer = file_tokenizer(file, options.tokenizer)
     file.warn_of_unknown()
     networks = {}
     for role, name in family.FOLDERS.items():
         config, params = file.network(name)
         networks[role] = Network(config, check_network(name, config, params, f"{path} ({name})"))
-    text: Any = networks["text_encoder"].config
-    length = declared_length(tokenizer, text.max_position_embeddings)
     return Model(
         networks=networks,
         scheduler=file.scheduler,
-        tokenizer=Tokenizer.load(tokenizer, length).padded_with(file.pad_id),
+        tokenizer=tokenizer,
         family=family,
         defaults=file.defaults,
         name=path.resolve().name,
     )
+
+
+def file_tokenizer(file: SingleFile, path: Path | None) -> Tokenizer:
+    """The tokenizer of a model in a single file, from a folder of its own or of another model.
+
+    Raises:
+        ValueError: where `path` is None, saying what to name, or no such folder.
+    """
+    folder = find_part(file.path if path is None else path, "tokenizer")
+    length = file.config("text_encoder").max_position_embeddings
+    return Tokenizer.load(folder, declared_length(folder, length)).padded_with(file.pad_id)
 
 
 def check_network(name: str, config: NetworkConfig, params: Params, where: str | Path) -> Params:
@@ -242,14 +251,18 @@ def check_dtype(dtype: str | None) -> str:
     return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def exported(path: Path) -> Path:
-    """The diffusers folder that `path` is, or that the run directory `path` has exported."""
+def exported(path: Path, whole: bool = True) -> Path:
+    """The diffusers folder that `path` is, or that the run directory `path` has exported.
+
+    Raises:
+        ValueError: where a run has exported none yet, or, with `whole`, no more than an autoencoder.
+    """
     if (path / "model_index.json").exists() or not _is_run(path):
         return path
     folder = path / "export"
     if not folder.exists():
         raise ValueError(f"{path} is a run that has not exported a model yet; train on to its first evaluation.")
-    if not (folder / "model_index.json").exists():
+    if whole and not (folder / "model_index.json").exists():
         raise ValueError(
             f"{path} is a run that has exported no whole text-to-image model; train one with a DiffusionTask, until "
             "its first evaluation."

@@ -116,12 +116,13 @@ class Tokenizer:
         return cls(_backend({token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges), max_length)
 
     def padded_with(self, index: int | None) -> "Tokenizer":
-        """This tokenizer, which fills up with the token of this number; None leaves it as it is.
+        """This tokenizer, which fills up with the token of this number; None is the end token.
 
         Raises:
             ValueError: where there is no such token.
         """
-        if index is None or index == self.pad_id:
+        index = self.eos_id if index is None else index
+        if index == self.pad_id:
             return self
         if (token := self._backend.id_to_token(index)) is None:
             raise ValueError(f"The tokenizer has no token {index}, with which prompts are to be filled up.")

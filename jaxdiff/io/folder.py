@@ -19,7 +19,7 @@ from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch, torch_views
 from jaxdiff.io.scheduler import MARK, read_scheduler, scheduler_values
 from jaxdiff.io.single_file import is_single, open_single
-from jaxdiff.io.weights import open_weights, stored, write_safetensors
+from jaxdiff.io.weights import Stored, open_safetensors, open_weights, read_metadata, stored, write_safetensors
 from jaxdiff.types import Params
 
 NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
@@ -107,6 +107,19 @@ NETWORKS = {
                               "projection_dim": 512}),
 }  # fmt: skip
 
+UNMAPPED = "unmapped.safetensors"
+"""In a folder that was made of a single file, the tensors that have no place in a folder."""
+
+
+class Unmapped(NamedTuple):
+    """What a single file had beside its networks."""
+
+    tensors: Mapping[str, np.ndarray]
+    """By the file's names."""
+    metadata: Mapping[str, str]
+    """Texts of the file's header."""
+
+
 # Other classes of which a part serves as the network.
 ALSO = {"text_encoder": (["transformers", "CLIPTextModelWithProjection"],)}
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -187,7 +200,8 @@ def write_folder(
     scheduler: SchedulerConfig,
     tokenizer: Path | TokenizerFiles,
     defaults: Mapping[str, Any] | None = None,
-    dtype: DTypeLike = np.float32,
+    dtype: DTypeLike | None = np.float32,
+    unmapped: Unmapped | None = None,
 ) -> None:
     """Writes what `diffusers.StableDiffusionPipeline.from_pretrained` loads; all of it, or nothing.
 
@@ -200,7 +214,8 @@ def write_folder(
         scheduler: the noise schedule.
         tokenizer: a folder of its files, or a tokenizer that can write them.
         defaults: settings that the model is sampled with where a user gives none, as JSON values.
-        dtype: float32, float16 or bfloat16, the type of the stored weights.
+        dtype: float32, float16 or bfloat16, the type of the stored weights; None is each one's own.
+        unmapped: what a single file had that has no place in a folder.
 
     Raises:
         ValueError: when the folder holds anything else or cannot be written, a weight does not fit into the type, or
@@ -244,10 +259,16 @@ def write_folder(
             **{name: [NETWORKS[name].library, NETWORKS[name].cls] for name in networks},
         }
         _write_json(new / "model_index.json", index)
+        _write_unmapped(new, unmapped)
 
 
 def write_network(
-    path: Path | str, name: str, config: NetworkConfig, params: Params, dtype: DTypeLike = np.float32
+    path: Path | str,
+    name: str,
+    config: NetworkConfig,
+    params: Params,
+    dtype: DTypeLike | None = np.float32,
+    unmapped: Unmapped | None = None,
 ) -> None:
     """Writes one network ("unet", "vae" or "text_encoder") as `path/name/`; `read_network` and diffusers load it.
 
@@ -257,6 +278,24 @@ def write_network(
     network = NETWORKS[name]
     with replaced(*_target(Path(path), name)) as new:
         _write_network(new, network, config, params, dtype)
+        _write_unmapped(new, unmapped)
+
+
+def read_unmapped(folder: Path) -> Unmapped:
+    """What `write_folder` or `write_network` wrote into a folder as `unmapped`; of another folder nothing.
+
+    Raises:
+        ValueError: where the file is damaged.
+    """
+    if not (file := folder / UNMAPPED).is_file():
+        return Unmapped({}, {})
+    return Unmapped(open_safetensors(file), read_metadata(file))
+
+
+def _write_unmapped(folder: Path, unmapped: Unmapped | None) -> None:
+    if unmapped is not None and unmapped.tensors:
+        tensors = {name: Stored(array, array.dtype, checked=False) for name, array in unmapped.tensors.items()}
+        write_safetensors(folder / UNMAPPED, tensors, unmapped.metadata)
 
 
 TOKENIZER_WANTED = (
@@ -364,8 +403,8 @@ def check_target(path: Path | str, name: str | None = None) -> None:
 def _target(path: Path, name: str | None = None) -> tuple[Path, str, set[str]]:
     """Where a model, or one network of it, is written, and what may be there; the arguments of `replaced`."""
     if name is None:
-        return path.absolute(), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}
-    return path.absolute() / name, "config.json", {f"{NETWORKS[name].stem}.safetensors"}
+        return path.absolute(), "model_index.json", {*NETWORKS, "scheduler", "tokenizer", UNMAPPED}
+    return path.absolute() / name, "config.json", {f"{NETWORKS[name].stem}.safetensors", UNMAPPED}
 
 
 def _check_replaceable(path: Path, marked: str, others: set[str]) -> None:

@@ -92,7 +92,7 @@ class _Layout(NamedTuple):
     """Channels of a head of the denoiser's attention; None is 8 heads at every level."""
     activation: str
     pad_id: int | None
-    """The token that fills up prompts; None is the tokenizer's own."""
+    """The token that fills up prompts; None is the end token."""
 
 
 _SD1 = _Layout("Stable Diffusion 1", None, "quick_gelu", None)
@@ -173,9 +173,9 @@ class SingleFile:
 
     @property
     def pad_id(self) -> int | None:
-        """The token that fills up prompts; None is the tokenizer's own."""
+        """The token that fills up prompts; None is the end token."""
         pad = self.said.get("pad_id", self.layout.pad_id)
-        if pad is not None and type(pad) is not int:
+        if pad is not None and not (type(pad) is int and 0 <= pad < 2**31):
             raise ValueError(f"{self.path} is damaged: pad_id of its metadata is {pad!r}, not a token's number.")
         return pad
 
@@ -209,7 +209,7 @@ class SingleFile:
                 f"{self.path} does not say how many heads its {name} has; in {self.layout.name} they have "
                 f"{_HEAD_CHANNELS} channels each, of which its widths are no multiples."
             )
-        return from_dict(_CLASSES[name], values, f"{self.path}: {name}")
+        return self._made(_CLASSES[name], values)
 
     def _values(self, name: str) -> dict[str, Any]:
         """The values of a network's config, by its shapes and the layout."""
@@ -237,7 +237,13 @@ class SingleFile:
                 self.path, self.layout.name, found, "epsilon" if found == "v_prediction" else "v_prediction",
             )  # fmt: skip
         values = to_dict(_SCHEDULER) | self.said.get("scheduler", {}) | {"prediction_type": found}
-        return from_dict(SchedulerConfig, values, f"{self.path}: scheduler")
+        return self._made(SchedulerConfig, values)
+
+    def _made(self, cls: type, values: Mapping[str, Any]) -> Any:
+        try:
+            return from_dict(cls, dict(values), cls.__name__)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
     @cached_property
     def _prediction(self) -> tuple[str, bool]:
@@ -404,7 +410,7 @@ def write_single(
         path: a new file, or one that this function wrote.
         networks: config and params of each, by the name of its folder; of one alone the names have no prefix.
         scheduler: the noise schedule.
-        pad_id: the token that fills up prompts.
+        pad_id: the token that fills up prompts; None is the end token.
         spare: further tensors, stored as they are, unless a network has one of the name.
         metadata: further texts for the file's header.
         defaults: settings that the model is sampled with where a user gives none, as JSON values.
@@ -423,7 +429,8 @@ def write_single(
         place = _place(name, openclip, alone=len(networks) == 1)
         named = ldm.to_ldm(torch_views(params), _table(config, openclip))
         tensors |= {f"{place.prefix}{original}": array for original, array in named.items()}
-    alike = SingleFile(Path(path), tensors, {})
+    metadata = {name: text for name, text in (metadata or {}).items() if name != _SAID}
+    alike = SingleFile(Path(path), tensors, metadata)  # as others read it
     said: dict[str, Any] = {}
     for name, (config, _) in networks.items():
         usual = {field.name: field.default for field in fields(config)} | alike._values(name)
@@ -441,14 +448,14 @@ def write_single(
     said = {name: values for name, values in said.items() if values}
     if defaults:
         said["defaults"] = dict(defaults)
-    if pad_id is not None and pad_id != alike.layout.pad_id:
+    if "text_encoder" in networks and pad_id != alike.layout.pad_id:
         said["pad_id"] = pad_id
     rest = {name: array for name, array in (spare or {}).items() if name not in tensors}
     with replaced_file(Path(path)) as new:
         write_safetensors(
             new,
             stored(tensors, dtype) | {name: Stored(array, array.dtype, checked=False) for name, array in rest.items()},
-            dict(metadata or {}) | _MARK | ({_SAID: json.dumps(said)} if said else {}),
+            metadata | _MARK | ({_SAID: json.dumps(said)} if said else {}),
         )
     return said
 
