@@ -193,7 +193,7 @@ def file_tokenizer(file: SingleFile, path: Path | None) -> Tokenizer:
 
 
 def check_network(name: str, config: NetworkConfig, params: Params, where: str | Path) -> Params:
-    """The params of "unet", "vae" or "text_encoder" that a network of this config has, once they are known to fit.
+    """The params that a network of this config has, once they are known to fit; it is named by its folder.
 
     Raises:
         ValueError: as `check_params` does.

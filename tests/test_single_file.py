@@ -1,7 +1,6 @@
 """Models in one file: sizes are found from shapes, files go there and back bit for bit, and others are told."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from test_convert import SD1, SD2, published
 
 import jaxdiff
 from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, SchedulerConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, DiffusionTask, SchedulerConfig, TrainConfig, VAEConfig
 from jaxdiff.io import ldm
 from jaxdiff.io.folder import UNMAPPED, find_part, model_schedule, read_config, read_network
 from jaxdiff.io.single_file import SingleFile, open_single, write_single
@@ -23,9 +22,8 @@ from jaxdiff.io.weights import open_safetensors, read_metadata
 from jaxdiff.model import FileOptions, Model, read_model
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.tools import convert
-from jaxdiff.training.parts import read_part
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from jaxdiff.training.options import resolve
+from jaxdiff.training.parts import read_part, read_tokenizer
 
 BETAS = SchedulerConfig(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False,
@@ -257,6 +255,18 @@ def test_parts_are_read_from_a_file_wherever_a_part_is_asked_for(models, files, 
     assert model_schedule(files["sd1"]) == BETAS
     with pytest.raises(ValueError, match=r"is a single file, which has no tokenizer; name a folder"):
         find_part(files["sd1"], "tokenizer")
+
+
+def test_training_starts_from_a_file(models, files, tokenizer):
+    task = DiffusionTask(tokenizer=str(tokenizer), scheduler=SchedulerConfig(prediction_type="epsilon"))
+    task = resolve(TrainConfig("runs/x", task, model=str(files["sd2"]))).task
+    assert isinstance(task, DiffusionTask)
+    assert (task.unet, task.text_encoder) == tuple(models["sd2"].configs[r] for r in ("denoiser", "text_encoder"))
+    assert (task.vae, task.init) == (str(files["sd2"]),) * 2
+    assert task.scheduler == BETAS
+    assert read_tokenizer(task).pad_id == 0
+    with pytest.raises(ValueError, match=r"--task\.tokenizer for train\.py"):
+        resolve(TrainConfig("runs/x", DiffusionTask(), model=str(files["sd2"])))
 
 
 def test_a_model_whose_sizes_no_layout_has_comes_back_by_its_metadata(model, tmp_path):

@@ -300,7 +300,8 @@ def _write_unmapped(folder: Path, unmapped: Unmapped | None) -> None:
 
 TOKENIZER_WANTED = (
     "name a folder with vocab.json and merges.txt, or any diffusers folder of Stable Diffusion, which has one: "
-    "tokenizer= in Python, --tokenizer in the shell, --task.tokenizer for train.py."
+    "tokenizer= in Python, --tokenizer in the shell, --task.tokenizer for train.py. Commands that lack it take the "
+    "folder that jaxdiff.tools.convert makes."
 )
 # A file that a part's folder holds, whatever the folder is called.
 _OWN_FILES = {name: ("config.json",) for name in NETWORKS}

@@ -404,7 +404,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.batch is not None and options.batch < 1:
         raise ValueError(f"--batch {options.batch}: it must be above 0.")
     config = read_config(options.config, overrides)
-    if not config.model or Path(config.model).is_dir():
+    if not config.model or Path(config.model).exists():
         config = resolve(config)
     else:
         print(f"{config.model} is not here: sizes are those of {options.config}.", file=sys.stderr)
