@@ -34,8 +34,7 @@ class ModelSizes:
     @property
     def tokenizer(self) -> Path:
         """The model's own, or the embedded model's, whose tokens every larger vocabulary has."""
-        of_a_folder = self.folder is not None and self.folder.is_dir()
-        return find_part(self.folder if of_a_folder else EMBEDDED, "tokenizer")
+        return find_part(self.folder if self.folder is not None and self.folder.is_dir() else EMBEDDED, "tokenizer")
 
     @property
     def size(self) -> int:
