@@ -251,18 +251,18 @@ def check_dtype(dtype: str | None) -> str:
     return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def exported(path: Path, whole: bool = True) -> Path:
+def exported(path: Path) -> Path:
     """The diffusers folder that `path` is, or that the run directory `path` has exported.
 
     Raises:
-        ValueError: where a run has exported none yet, or, with `whole`, no more than an autoencoder.
+        ValueError: where a run has exported none yet, or no more than an autoencoder.
     """
     if (path / "model_index.json").exists() or not _is_run(path):
         return path
     folder = path / "export"
     if not folder.exists():
         raise ValueError(f"{path} is a run that has not exported a model yet; train on to its first evaluation.")
-    if whole and not (folder / "model_index.json").exists():
+    if not (folder / "model_index.json").exists():
         raise ValueError(
             f"{path} is a run that has exported no whole text-to-image model; train one with a DiffusionTask, until "
             "its first evaluation."

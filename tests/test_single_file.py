@@ -346,6 +346,23 @@ def test_a_vae_alone_goes_there_and_back(models, tmp_path):
     same(open_safetensors(tmp_path / "back.safetensors"), tensors)
 
 
+def test_a_run_is_what_it_exported(model, tmp_path, capsys):
+    run_folder = tmp_path / "run"
+    (run_folder / "export").mkdir(parents=True)
+    (run_folder / "config.json").write_text('{"task": {}}')
+    assert run(run_folder, tmp_path / "a.safetensors") == 2
+    assert "is a run that has exported no vae" in capsys.readouterr().err
+    model.save(run_folder / "export")
+    assert run(run_folder, tmp_path / "a.safetensors") == 0
+    _, params = read_network(tmp_path / "a.safetensors", "unet")
+    jax.tree.map(np.testing.assert_array_equal, params, model.params["denoiser"])
+    (run_folder / "export" / "model_index.json").unlink()
+    assert run(run_folder, tmp_path / "vae.safetensors") == 2
+    (run_folder / "export" / "unet").rename(tmp_path / "elsewhere")
+    assert run(run_folder, tmp_path / "vae.safetensors") == 0
+    assert open_single(tmp_path / "vae.safetensors").config("vae") == model.configs["vae"]
+
+
 def test_only_our_own_files_give_way(files, model, tmp_path, capsys):
     model.save(tmp_path / "folder")
     mine = tmp_path / "mine.safetensors"
@@ -365,6 +382,7 @@ def test_only_our_own_files_give_way(files, model, tmp_path, capsys):
         (files["sd1"], tmp_path / "new", "has no tokenizer"),
         (tmp_path / "nothing.safetensors", tmp_path / "new", "cannot be read"),
         (tmp_path / "nothing", tmp_path / "new", "not a diffusers model folder"),
+        (tmp_path / "folder", mine / "a.safetensors", "cannot be written"),
     ]:
         assert run(src, dst) == 2
         said = capsys.readouterr().err

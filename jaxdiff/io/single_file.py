@@ -1,20 +1,19 @@
 """Models in one file, in the original layout of Stable Diffusion 1 and 2: `.safetensors`, and `.ckpt` of torch.save.
 
 Such a file holds tensors by their names in the original code and nothing else. Its networks' sizes are found from the
-names and shapes. What these do not say (`_UNSAID`) is what the two known layouts have; a file that was written here
-says in its metadata where it differs.
+names and shapes. What these do not say is what the two known layouts have (`jaxdiff.io.layouts`); a file that was
+written here says in its metadata where it differs.
 """
 
 import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -22,100 +21,33 @@ from jax.typing import DTypeLike
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, from_dict, to_dict
 from jaxdiff.io import ldm
 from jaxdiff.io.convert import from_torch, torch_views
+from jaxdiff.io.layouts import (
+    CLASSES,
+    EMA,
+    HEAD_CHANNELS,
+    IGNORED,
+    PLACES,
+    SCHEDULER,
+    SD1,
+    SD2,
+    UNSAID,
+    VALUES,
+    Layout,
+    NotThere,
+    Place,
+    one_value,
+    place_to_write,
+    seems_to_be,
+    used_layers,
+)
 from jaxdiff.io.torch_files import open_torch
 from jaxdiff.io.weights import Stored, listed, open_safetensors, read_metadata, stored, write_safetensors
 from jaxdiff.types import Params
 
 NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
-Shapes = Mapping[str, tuple[int, ...]]
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 logger = logging.getLogger(__name__)
-
-
-class _Place(NamedTuple):
-    """Where a network's tensors are in a file."""
-
-    network: str
-    prefix: str
-    anchor: str
-    """A tensor that tells, after the prefix, that the network is there."""
-    openclip: bool = False
-
-
-_PLACES = (
-    _Place("unet", "model.diffusion_model.", "input_blocks.0.0.weight"),
-    _Place("unet", "", "input_blocks.0.0.weight"),
-    _Place("vae", "first_stage_model.", "decoder.mid.block_1.norm1.weight"),
-    _Place("vae", "vae.", "decoder.mid.block_1.norm1.weight"),
-    _Place("vae", "", "decoder.mid.block_1.norm1.weight"),
-    _Place("text_encoder", "cond_stage_model.transformer.", "text_model.embeddings.token_embedding.weight"),
-    _Place("text_encoder", "cond_stage_model.transformer.", "embeddings.token_embedding.weight"),  # as some merges do
-    _Place("text_encoder", "cond_stage_model.model.", "token_embedding.weight", openclip=True),
-)
-NETWORKS = ("unet", "vae", "text_encoder")
-
-# What a file seems to be that is not read, by names that it has; the first that is found.
-_OTHERS = (
-    (r"conditioner\.embedders\.[01]\.(transformer|model)\.", "an SDXL model, and SDXL is not supported yet"),
-    (r"(^|\.)(lora_|lora\.|hada_w1|lokr_w1|lora_[AB]\.)|\.(hada_|lokr_|lora_)|dora_scale$",
-     "a LoRA or one of its kin, which are not supported yet"),
-    (r"^(control_model|input_hint_block|zero_convs|controlnet_)", "a ControlNet, which are not supported yet"),
-    (r"(^|\.)double_blocks\.", "a Flux model, and Flux is not supported yet"),
-    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model, and that is not supported yet"),
-    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which are not supported yet"),
-    (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter, which are not supported yet"),
-    (r"^(emb_params|clip_l|clip_g|string_to_param.*)$", "a textual inversion, which are not supported yet"),
-    (r"^(model\.diffusion_model\.)?label_emb\.",
-     "a denoiser with labels or vectors beside its prompts (SDXL, unCLIP or an upscaler), which are not supported yet"),
-    (r"^(down_blocks|encoder\.down_blocks|text_model|encoder\.layers|embeddings)\.",
-     "a network of a diffusers folder; name the folder that it belongs to"),
-    (r"^(vision_model|visual)\.", "an image encoder, which are not supported yet"),
-    (r"^(encoder\.block|shared\.weight)", "a T5 text encoder, which are not supported yet"),
-)  # fmt: skip
-_EMA = "model_ema."
-
-# What is no network's and says nothing about what is drawn: buffers of the noise schedule, counters, weights of losses,
-# tensors of CLIP that a text encoder has no use for, and other averages of the same weights.
-_IGNORED = re.compile(
-    r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|lvlb_weights|logvar|scale_factor"
-    r"|denoiser\.sigmas|global_step|model_ema\..*|(first_stage_model\.|vae\.)?(loss|model_ema)\..*"
-    r"|.*\.position_ids|cond_stage_model\..*\.(logit_scale|attn_mask|text_projection(\.weight)?))"
-)
-
-
-class _Layout(NamedTuple):
-    """What a published layout has where shapes do not say it."""
-
-    name: str
-    head_channels: int | None
-    """Channels of a head of the denoiser's attention; None is 8 heads at every level."""
-    activation: str
-    pad_id: int | None
-    """The token that fills up prompts; None is the end token."""
-
-
-_SD1 = _Layout("Stable Diffusion 1", None, "quick_gelu", None)
-_HEADS = 8
-_HEAD_CHANNELS = 64  # of CLIP's text towers, too
-_SD2 = _Layout("Stable Diffusion 2", _HEAD_CHANNELS, "gelu", 0)
-_OPENCLIP_LAYERS = 24
-_SCHEDULER = SchedulerConfig(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    steps_offset=1,
-    set_alpha_to_one=False,
-    clip_sample=False,
-)
-# Fields that shapes do not say; of a file that was written here its metadata do, where they differ from the layout's.
-_UNSAID = {
-    "unet": ("sample_size", "attention_head_dim", "norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift"),
-    "vae": ("sample_size", "norm_num_groups", "scaling_factor"),
-    "text_encoder": ("num_attention_heads", "hidden_act", "layer_norm_eps", "projection_dim", "bos_token_id",
-                     "eos_token_id", "pad_token_id"),
-    "scheduler": tuple(field.name for field in fields(SchedulerConfig)),
-}  # fmt: skip
 _SAID = "jaxdiff"
 _MARK = {"format": "pt", "written_by": "jaxdiff"}
 
@@ -134,24 +66,24 @@ class SingleFile:
     """Takes the denoiser's averaged weights in place of the last ones; other networks have none."""
 
     @cached_property
-    def places(self) -> dict[str, _Place]:
+    def places(self) -> dict[str, Place]:
         """Where each network is that the file has."""
         found = {}
-        for place in _PLACES:
+        for place in PLACES:
             if place.prefix + place.anchor in self.tensors:
                 found.setdefault(place.network, place)
         return found
 
     @cached_property
-    def layout(self) -> _Layout:
+    def layout(self) -> Layout:
         """The layout that the file seems to have: it is told by the denoiser's projections, or the text tower."""
         if "unet" in self.places:
             prefix = self.places["unet"].prefix
             flat = [
                 a.ndim == 2 for n, a in self.tensors.items() if n.startswith(prefix) and n.endswith("proj_in.weight")
             ]
-            return _SD2 if flat and flat[0] else _SD1
-        return _SD2 if "text_encoder" in self.places and self.places["text_encoder"].openclip else _SD1
+            return SD2 if flat and flat[0] else SD1
+        return SD2 if "text_encoder" in self.places and self.places["text_encoder"].openclip else SD1
 
     @cached_property
     def said(self) -> dict[str, Any]:
@@ -161,7 +93,7 @@ class SingleFile:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path} is damaged: {_SAID!r} of its metadata is not JSON.") from error
         if not isinstance(said, dict) or not all(
-            isinstance(said.get(part, {}), dict) for part in (*_UNSAID, "defaults")
+            isinstance(said.get(part, {}), dict) for part in (*UNSAID, "defaults")
         ):
             raise ValueError(f"{self.path} is damaged: {_SAID!r} of its metadata is no object of objects.")
         return said
@@ -200,22 +132,22 @@ class SingleFile:
         Raises:
             ValueError: as `network`.
         """
-        values = self._values(name) | {key: v for key, v in self.said.get(name, {}).items() if key in _UNSAID[name]}
+        values = self._values(name) | {key: v for key, v in self.said.get(name, {}).items() if key in UNSAID[name]}
         if name == "unet" and isinstance(heads := values["attention_head_dim"], list | tuple):
-            values["attention_head_dim"] = _one(tuple(heads))
+            values["attention_head_dim"] = one_value(tuple(heads))
         heads = values["num_attention_heads"] if name == "text_encoder" else values.get("attention_head_dim")
         if 0 in (heads if isinstance(heads, tuple) else (heads,)):
             raise ValueError(
                 f"{self.path} does not say how many heads its {name} has; in {self.layout.name} they have "
-                f"{_HEAD_CHANNELS} channels each, of which its widths are no multiples."
+                f"{HEAD_CHANNELS} channels each, of which its widths are no multiples."
             )
-        return self._made(_CLASSES[name], values)
+        return self._made(CLASSES[name], values)
 
     def _values(self, name: str) -> dict[str, Any]:
         """The values of a network's config, by its shapes and the layout."""
         try:
-            values = _VALUES[name]({ours: array.shape for ours, (_, array) in self._found(name).items()}, self.layout)
-        except _NotThere as missing:
+            values = VALUES[name]({ours: array.shape for ours, (_, array) in self._found(name).items()}, self.layout)
+        except NotThere as missing:
             raise ValueError(
                 f"{self.path}: the {name} is not whole: {missing} is missing, or of no shape that a {name} has. "
                 "Download or save it again."
@@ -236,7 +168,7 @@ class SingleFile:
                 "prediction_type (--prediction-type) as %s.",
                 self.path, self.layout.name, found, "epsilon" if found == "v_prediction" else "v_prediction",
             )  # fmt: skip
-        values = to_dict(_SCHEDULER) | self.said.get("scheduler", {}) | {"prediction_type": found}
+        values = to_dict(SCHEDULER) | self.said.get("scheduler", {}) | {"prediction_type": found}
         return self._made(SchedulerConfig, values)
 
     def _made(self, cls: type, values: Mapping[str, Any]) -> Any:
@@ -255,7 +187,7 @@ class SingleFile:
             return str(said["prediction_type"]), False
         if (word := self.metadata.get("modelspec.prediction_type")) in told:  # by the standard of Stability AI
             return told[word], False
-        if self.layout is _SD1:
+        if self.layout is SD1:
             return "epsilon", False
         inpaints = "unet" in self.places and self.tensors[self._anchor("unet")].shape[1:2] == (9,)
         return ("epsilon" if inpaints else "v_prediction"), True
@@ -263,7 +195,7 @@ class SingleFile:
     @property
     def _side(self) -> int:
         """Latent pixels along each side that the published model of the layout was trained at."""
-        return 96 if self.layout is _SD2 and self._prediction[0] == "v_prediction" else 64
+        return 96 if self.layout is SD2 and self._prediction[0] == "v_prediction" else 64
 
     @cached_property
     def spare(self) -> dict[str, np.ndarray]:
@@ -284,9 +216,9 @@ class SingleFile:
             prefix = self.places["text_encoder"].prefix
             names = [name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)]
             blocks = tuple(
-                f"{prefix}transformer.resblocks.{i}." for i in range(_used_layers(names), ldm.openclip_layers(names))
+                f"{prefix}transformer.resblocks.{i}." for i in range(used_layers(names), ldm.openclip_layers(names))
             )
-        return [name for name in self.spare if not _IGNORED.fullmatch(name) and not name.startswith(blocks or "\0")]
+        return [name for name in self.spare if not IGNORED.fullmatch(name) and not name.startswith(blocks or "\0")]
 
     def warn_of_unknown(self) -> None:
         """Says in a warning which tensors are left out that nobody here knows."""
@@ -303,7 +235,7 @@ class SingleFile:
         """A network's tensors by diffusers' names, each with the file's own name."""
         if name not in self._networks:
             if name not in self.places:
-                wanted = next(place for place in _PLACES if place.network == name)
+                wanted = next(place for place in PLACES if place.network == name)
                 raise ValueError(
                     f"{self.path} has no {name}: {wanted.prefix}{wanted.anchor} is missing. It seems to be "
                     f"{self.seems}."
@@ -315,7 +247,7 @@ class SingleFile:
             elif name == "vae":
                 table = ldm.vae_table(*ldm.vae_sizes(inside))
             elif place.openclip:
-                table = ldm.openclip_table(_used_layers(inside))
+                table = ldm.openclip_table(used_layers(inside))
             else:
                 head = "text_model." if place.anchor.startswith("text_model.") else ""
                 table = {f"text_model.{part}": f"{head}{part}" for part in _CLIP_PARTS}
@@ -333,12 +265,14 @@ class SingleFile:
         """What the file seems to be, in words."""
         if self.places:
             return " and ".join(f"a {name}" for name in self.places) + " alone"
-        return _seems(self.tensors) or f"none that is known, with tensors such as {listed(sorted(self.tensors)[:3])}"
+        return (
+            seems_to_be(self.tensors) or f"none that is known, with tensors such as {listed(sorted(self.tensors)[:3])}"
+        )
 
     def _flat(self, original: str) -> str:
-        """The name of a weight's average: LDM leaves out `model.` and all dots."""
+        """The name of a weight's average."""
         name = original.removeprefix(self.places["unet"].prefix)
-        return f"{_EMA}diffusion_model{name.replace('.', '')}"
+        return f"{EMA}diffusion_model{name.replace('.', '')}"
 
     def _average(self, original: str) -> np.ndarray:
         if (array := self.tensors.get(self._flat(original))) is None:
@@ -346,10 +280,6 @@ class SingleFile:
                 f"{self.path} has no averaged (EMA) weights: {self._flat(original)} is missing; load it without ema."
             )
         return array
-
-
-class _NotThere(Exception):
-    """The name of a tensor that a config is found from."""
 
 
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
@@ -381,7 +311,7 @@ def open_single(path: Path | str, prediction_type: str | None = None, ema: bool 
         file = SingleFile(path, open_torch(path), {}, prediction_type, ema)
     else:
         file = SingleFile(path, open_safetensors(path), read_metadata(path), prediction_type, ema)
-    if other := _seems(file.tensors):
+    if other := seems_to_be(file.tensors):
         raise ValueError(f"{path} seems to be {other}.")
     if not file.places:
         raise ValueError(
@@ -426,7 +356,7 @@ def write_single(
     openclip = "unet" in networks and getattr(networks["unet"][0], "use_linear_projection", False)
     tensors: dict[str, np.ndarray] = {}
     for name, (config, params) in networks.items():
-        place = _place(name, openclip, alone=len(networks) == 1)
+        place = place_to_write(name, openclip, alone=len(networks) == 1)
         named = ldm.to_ldm(torch_views(params), _table(config, openclip))
         tensors |= {f"{place.prefix}{original}": array for original, array in named.items()}
     metadata = {name: text for name, text in (metadata or {}).items() if name != _SAID}
@@ -435,13 +365,13 @@ def write_single(
     for name, (config, _) in networks.items():
         usual = {field.name: field.default for field in fields(config)} | alike._values(name)
         ours = _spelled(config)
-        said[name] = {key: ours[key] for key in _UNSAID[name] if ours[key] != _json(usual[key])}
+        said[name] = {key: ours[key] for key in UNSAID[name] if ours[key] != _json(usual[key])}
         wrong = {k: v for k, v in ours.items() if v != _spelled(from_dict(type(config), usual | said[name], name))[k]}
         if wrong:
             told = ", ".join(f"{key} {value!r}" for key, value in wrong.items())
             raise ValueError(f"The {name} cannot be written as one file, whose layout has no place for {told}.")
     if scheduler is not None:
-        usual = to_dict(replace(_SCHEDULER, prediction_type=alike._prediction[0]))
+        usual = to_dict(replace(SCHEDULER, prediction_type=alike._prediction[0]))
         said["scheduler"] = {key: value for key, value in to_dict(scheduler).items() if value != usual[key]}
         if alike._prediction[1]:  # what is a guess for others is better said
             said["scheduler"]["prediction_type"] = scheduler.prediction_type
@@ -476,7 +406,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink()
 
 
 def check_file(path: Path) -> None:
@@ -496,110 +427,7 @@ def check_file(path: Path) -> None:
             raise ValueError(f"{path} is a file that is not ours to replace; choose a name that is new.")
 
 
-# Configs from shapes --------------------------------------------------------------------------------------------------
-
-
-def _unet_values(shapes: Shapes, layout: _Layout) -> dict[str, Any]:
-    levels = range(ldm.count_items(shapes, "down_blocks"))
-    channels = tuple(_size(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", 0) for i in levels)
-    layers = tuple(ldm.count_items(shapes, f"down_blocks.{i}.resnets") for i in levels)
-    down, up = ([f"{way}_blocks.{i}.attentions.0.norm.weight" in shapes for i in levels] for way in ("down", "up"))
-    # The last level's depth is the middle's (`jaxdiff.build`), and so is that of a level without attention, which has
-    # none.
-    deep = [f"down_blocks.{i}" if down[i] and i < len(levels) - 1 else "mid_block" for i in levels]
-    depths = tuple(ldm.count_items(shapes, f"{block}.attentions.0.transformer_blocks") for block in deep)
-    split = layout.head_channels
-    return {
-        "in_channels": _size(shapes, "conv_in.weight", 1),
-        "out_channels": _size(shapes, "conv_out.weight", 0),
-        "down_block_types": tuple("CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in down),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in up),
-        "block_out_channels": channels,
-        "layers_per_block": _one(layers),
-        "transformer_layers_per_block": _one(depths),
-        "attention_head_dim": tuple(_HEADS if split is None else _heads(width, split) for width in channels),
-        "cross_attention_dim": _size(shapes, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1),
-        "use_linear_projection": len(_shape(shapes, "mid_block.attentions.0.proj_in.weight")) == 2,
-        "norm_num_groups": 32,
-    }
-
-
-def _vae_values(shapes: Shapes, layout: _Layout) -> dict[str, Any]:
-    levels = ldm.count_items(shapes, "encoder.down_blocks")
-    channels = tuple(_size(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(levels))
-    return {
-        "in_channels": _size(shapes, "encoder.conv_in.weight", 1),
-        "out_channels": _size(shapes, "decoder.conv_out.weight", 0),
-        "latent_channels": _size(shapes, "post_quant_conv.weight", 0),
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": channels,
-        "layers_per_block": ldm.count_items(shapes, "encoder.down_blocks.0.resnets"),
-        "norm_num_groups": 32,
-        "scaling_factor": 0.18215,
-    }
-
-
-def _text_values(shapes: Shapes, layout: _Layout) -> dict[str, Any]:
-    vocabulary, width = (_size(shapes, "text_model.embeddings.token_embedding.weight", axis) for axis in (0, 1))
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": _size(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 0),
-        "num_hidden_layers": ldm.count_items(shapes, "text_model.encoder.layers"),
-        "num_attention_heads": _heads(width, _HEAD_CHANNELS),
-        "max_position_embeddings": _size(shapes, "text_model.embeddings.position_embedding.weight", 0),
-        "hidden_act": layout.activation,
-        "projection_dim": width,
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
-    }
-
-
-_VALUES = {"unet": _unet_values, "vae": _vae_values, "text_encoder": _text_values}
-_CLASSES = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
-
-
-def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
-    """A tensor's shape, which has two axes or more."""
-    if len(shapes.get(name, ())) < 2:
-        raise _NotThere(name)
-    return shapes[name]
-
-
-def _size(shapes: Shapes, name: str, axis: int) -> int:
-    return _shape(shapes, name)[axis]
-
-
-def _one(values: tuple[int, ...]) -> Any:
-    """One number where all levels have the same."""
-    return values[0] if values and values.count(values[0]) == len(values) else values
-
-
-def _heads(channels: int, head_channels: int) -> int:
-    """Heads of so many channels each; 0 where that is no whole number."""
-    return 0 if channels % head_channels else channels // head_channels
-
-
-def _used_layers(names: Iterable[str]) -> int:
-    """Layers of OpenCLIP's tower that Stable Diffusion 2 uses: all but the last of a whole one.
-
-    A file that was made from a diffusers folder has only those, and neither the projection nor the scale behind them.
-    """
-    names = set(names)
-    layers = ldm.openclip_layers(names)
-    whole = layers == _OPENCLIP_LAYERS or not names.isdisjoint({"text_projection", "logit_scale"})
-    return layers - 1 if whole else layers
-
-
 # Writing --------------------------------------------------------------------------------------------------------------
-
-
-def _place(name: str, openclip: bool, alone: bool) -> _Place:
-    places = [place for place in _PLACES if place.network == name]
-    if name == "text_encoder":
-        return next(place for place in places if place.openclip == openclip)
-    return next(place for place in places if (place.prefix == "") == (alone and name == "vae"))
 
 
 def _table(config: NetworkConfig, openclip: bool) -> ldm.Table:
@@ -625,9 +453,3 @@ def _spelled(config: Any) -> dict[str, Any]:
 
 def _json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _seems(names: Iterable[str]) -> str | None:
-    """What a file of these names seems to be, if it is not one that is read."""
-    names = list(names)
-    return next((words for pattern, words in _OTHERS if any(re.search(pattern, name) for name in names)), None)

@@ -115,13 +115,13 @@ def read_folder(args: Args) -> Source:
     """What a folder or a run holds: a model, or a VAE alone."""
     if args.file != FileOptions():
         raise ValueError(f"{args.src} is no single file; --tokenizer, --prediction-type and --ema are for those alone.")
-    folder = exported(args.src, whole=False)
-    if not (folder / "model_index.json").exists():
-        vae = find_part(folder, "vae")
+    signs = [args.src / place / name for place in ("", "export") for name in ("model_index.json", "unet")]
+    if not any(sign.exists() for sign in signs):
+        vae = find_part(args.src, "vae")
         config, params = read_network(vae, "vae")
         params = check_network("vae", config, params, vae)
-        return Source("the folder of a VAE", {"vae": (config, params)}, unmapped=read_unmapped(vae))
-    model = read_model(folder)
+        return Source("the folder of a VAE,", {"vae": (config, params)}, unmapped=read_unmapped(vae))
+    folder, model = exported(args.src), read_model(args.src)
     pad, end = model.tokenizer.pad_id, model.tokenizer.eos_id
     networks = {model.family.FOLDERS[role]: network for role, network in model.networks.items()}
     return Source(
