@@ -23,7 +23,7 @@ from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import RENAMED, Region, Request, current_name
 from jaxdiff.generation.weights import Memory
 from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_image
-from jaxdiff.model import DTYPES
+from jaxdiff.model import DTYPES, FileOptions
 from jaxdiff.prompts.wildcards import Wildcards, named
 from jaxdiff.runtime import distributed
 from jaxdiff.runtime.cli import check_writable, exit_code, part_of
@@ -102,7 +102,8 @@ class Args:
     like: Path | None = None
     """An image to draw again, by the settings that it carries; flags change them."""
     model: Path | None = None
-    """A diffusers folder or a run directory; without it, the model that comes with the package."""
+    """A diffusers folder, a run directory or a single file; without it, the model that comes with the package."""
+    file: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
     out: Path = Path("samples")
     """The folder for the images."""
     request: Annotated[Flags, tyro.conf.arg(name="")] = field(default_factory=Flags)
@@ -154,7 +155,8 @@ def main(args: Args) -> int:
         for name in dict.fromkeys(name for prompt in prompts for name in named(prompt)):
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
     devices = jax.local_devices()
-    pipe = jaxdiff.load(args.model, args.dtype, devices if min(len(devices), n) > 1 else None, memory=args.memory)
+    several = devices if min(len(devices), n) > 1 else None
+    pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **vars(args.file))
     if args.like is not None:
         check_like(args, pipe)
     if args.from_file is not None:

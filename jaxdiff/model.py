@@ -18,9 +18,10 @@ from jaxdiff.config import SchedulerConfig, load_json
 from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family
 from jaxdiff.io.convert import leaves
-from jaxdiff.io.folder import DEFAULTS, read_index, read_network, tokenizer_folder, write_folder
+from jaxdiff.io.folder import DEFAULTS, find_part, read_index, read_network, tokenizer_folder, write_folder
 from jaxdiff.io.mapped import check_unchanged
 from jaxdiff.io.scheduler import read_sampler, read_scheduler
+from jaxdiff.io.single_file import SingleFile, is_single, open_single
 from jaxdiff.io.weights import check_params
 from jaxdiff.runtime.programs import remembered
 from jaxdiff.types import Params
@@ -30,6 +31,18 @@ DTYPES = ("float32", "bfloat16")
 
 # From the params by role to others: a LoRA merged in, and the like.
 Adapter = Callable[[dict[str, Params]], dict[str, Params]]
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """What a single file does not say, and which of its weights are taken."""
+
+    tokenizer: Path | None = None
+    """For a model in a single file: a folder with vocab.json and merges.txt, or a diffusers folder that has one."""
+    prediction_type: str | None = None
+    """For a model in a single file, which does not say it: epsilon or v_prediction."""
+    ema: bool = False
+    """Of a model in a single file, take the averaged weights of the denoiser."""
 
 
 class Network(NamedTuple):
@@ -110,24 +123,32 @@ class Model:
         write_folder(path, networks, self.scheduler, self.tokenizer, self.defaults, dtype)
 
 
-def read_model(path: str | Path | None = None, variant: str | None = None) -> Model:
+def read_model(
+    path: str | Path | None = None, variant: str | None = None, options: FileOptions = FileOptions()
+) -> Model:
     """Reads a model; weights keep the type they are stored in.
 
     Args:
-        path: a diffusers folder, or a run directory of `train.py`; None is the model that comes with the package.
+        path: a diffusers folder, a run directory of `train.py`, or a file in the original layout of Stable Diffusion;
+            None is the model that comes with the package.
         variant: "fp16" and the like, for folders with several sets of weights.
+        options: for a single file.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
     """
     path = EMBEDDED if path is None else Path(path)
-    folder = _exported(path)
-    index = read_index(folder)
     family = FAMILIES[0]
+    if is_single(path):
+        return _read_file(path, family, options)
+    if options != FileOptions():
+        raise ValueError(f"{path} is no single file; tokenizer, prediction_type and ema are for those alone.")
+    folder = exported(path)
+    index = read_index(folder)
     networks = {role: Network(*read_network(folder, name, variant)) for role, name in family.FOLDERS.items()}
     for role, (config, params) in networks.items():
         name = family.FOLDERS[role]
-        networks[role] = Network(config, check_params(params, _expected(name, config), folder / name))
+        networks[role] = Network(config, check_network(name, config, params, folder / name))
     text: Any = networks["text_encoder"].config
     tokenizer = tokenizer_folder(folder)
     return Model(
@@ -138,6 +159,47 @@ def read_model(path: str | Path | None = None, variant: str | None = None) -> Mo
         defaults=read_sampler(folder) | index.get(DEFAULTS, {}),
         name=path.resolve().name,
     )
+
+
+def _read_file(path: Path, family: type[Family], options: FileOptions) -> Model:
+    """The model in a single file."""
+    file = open_single(path, options.prediction_type, options.ema)
+    if missing := [name for name in family.FOLDERS.values() if name not in file.places]:
+        raise ValueError(f"{path} is {file.seems}; a model to draw with has a {' and a '.join(missing)}, too.")
+    tokenizer = file_tokenizer(file, options.tokenizer)
+    file.warn_of_unknown()
+    networks = {}
+    for role, name in family.FOLDERS.items():
+        config, params = file.network(name)
+        networks[role] = Network(config, check_network(name, config, params, f"{path} ({name})"))
+    return Model(
+        networks=networks,
+        scheduler=file.scheduler,
+        tokenizer=tokenizer,
+        family=family,
+        defaults=file.defaults,
+        name=path.resolve().name,
+    )
+
+
+def file_tokenizer(file: SingleFile, path: Path | None) -> Tokenizer:
+    """The tokenizer of a model in a single file, from a folder of its own or of another model.
+
+    Raises:
+        ValueError: where `path` is None, saying what to name, or no such folder.
+    """
+    folder = find_part(file.path if path is None else path, "tokenizer")
+    length = file.config("text_encoder").max_position_embeddings
+    return Tokenizer.load(folder, declared_length(folder, length)).padded_with(file.pad_id)
+
+
+def check_network(name: str, config: NetworkConfig, params: Params, where: str | Path) -> Params:
+    """The params that a network of this config has, once they are known to fit; it is named by its folder.
+
+    Raises:
+        ValueError: as `check_params` does.
+    """
+    return check_params(params, _expected(name, config), where)
 
 
 def merge_adapters(params: dict[str, Params], adapters: Sequence[Adapter] = ()) -> dict[str, Params]:
@@ -158,8 +220,12 @@ def check_dtype(dtype: str | None) -> str:
     return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def _exported(path: Path) -> Path:
-    """The diffusers folder that `path` is, or that the run directory `path` has exported."""
+def exported(path: Path) -> Path:
+    """The diffusers folder that `path` is, or that the run directory `path` has exported.
+
+    Raises:
+        ValueError: where a run has exported none yet, or no more than an autoencoder.
+    """
     if (path / "model_index.json").exists() or not _is_run(path):
         return path
     folder = path / "export"

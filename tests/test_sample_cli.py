@@ -21,6 +21,7 @@ from tiny import off
 from jaxdiff.generation.batch.draw import sha256
 from jaxdiff.generation.edits import interpolate, trajectory
 from jaxdiff.io.images import read_settings
+from jaxdiff.io.single_file import write_single
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -89,6 +90,20 @@ def test_a_prompt_becomes_a_png_that_says_how_it_was_made(sample, pipe):
         "a red apple\nNegative prompt: blue, green\n"
         "Steps: 3, Sampler: ddim, CFG scale: 4.0, Seed: 5, Size: 16x16, Model: tiny"
     )
+
+
+def test_a_single_file_draws_what_its_folder_draws(sample, pipe, folder, tmp_path):
+    model = pipe.model
+    networks = {model.family.FOLDERS[role]: network for role, network in model.networks.items()}
+    write_single(tmp_path / "m.safetensors", networks, model.scheduler)
+    code, (path,), _ = sample("a dog", "--model", tmp_path / "m.safetensors", "--tokenizer", folder)
+    assert code == 0
+    np.testing.assert_array_equal(opened(path), pipe("a dog", steps=3)[0])
+    code, _, said = sample("a dog", "--model", tmp_path / "m.safetensors")
+    assert code == 2
+    assert said.startswith(f"error: {tmp_path / 'm.safetensors'} is a single file, which has no tokenizer;")
+    code, _, said = sample("a dog", "--model", folder, "--ema")
+    assert (code, "is no single file" in said) == (2, True)
 
 
 def test_nothing_is_overwritten(sample):

@@ -16,7 +16,7 @@ class VAETask(Checked):
     l1_weight: float = 1.0
     """Share of the absolute error beside the squared one; 0 is best for PSNR, more for sharp edges."""
     init: str = ""
-    """A model's folder, a run directory or a VAE's own folder, whose VAE is the start; empty: random weights."""
+    """A model's folder, a run directory, a VAE's own folder or a single file, whose VAE is the start; empty: random."""
     train_encoder: bool = True
     """False trains the decoder alone: latents, and all that was trained on them, stay as they are."""
 
@@ -38,11 +38,11 @@ class DiffusionTask(Checked):
     text_encoder: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     vae: str = ""
-    """The trained VAE: a model's folder, a run directory, or the VAE's own folder."""
+    """The trained VAE: a model's folder, a run directory, the VAE's own folder, or a single file."""
     tokenizer: str = ""
     """A folder with `vocab.json` and `merges.txt` or `tokenizer.json`, or a model's that has one."""
     init: str = ""
-    """Folder or run directory whose UNet and text encoder are the start; empty starts from random weights."""
+    """Folder, run directory or single file whose UNet and text encoder are the start; empty: random weights."""
     scratch: tuple[str, ...] = ()
     """Of `unet` and `text_encoder`, those that start from random weights although `init` holds them."""
     train_text_encoder: bool = True

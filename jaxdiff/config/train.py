@@ -77,8 +77,8 @@ class TrainConfig(Checked):
     cache: str = ""
     """A folder on disks that all processes see, for latents that are encoded once; empty: the run directory."""
     model: str = ""
-    """A diffusers folder or a run directory that gives the networks' sizes, the noise schedule that its UNet was made
-    with, and all that the task does not name itself: starting weights (`init`), VAE and tokenizer."""
+    """A diffusers folder, a run directory or a single file that gives the networks' sizes, the noise schedule that its
+    UNet was made with, and all that the task does not name itself: starting weights (`init`), VAE and tokenizer."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)

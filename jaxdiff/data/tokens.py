@@ -122,6 +122,20 @@ class Tokenizer:
         tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *map("".join, merges), BOS, EOS]
         return cls(_backend({token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges), max_length)
 
+    def padded_with(self, index: int | None) -> "Tokenizer":
+        """This tokenizer, which fills up with the token of this number; None is the end token.
+
+        Raises:
+            ValueError: where there is no such token.
+        """
+        index = self.eos_id if index is None else index
+        if index == self.pad_id:
+            return self
+        if (token := self._backend.id_to_token(index)) is None:
+            raise ValueError(f"The tokenizer has no token {index}, with which prompts are to be filled up.")
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        return Tokenizer(backend, self.max_length, token, self.bos_token, self.eos_token)
+
     def save(self, folder: str | Path) -> None:
         """Writes the four files that transformers' CLIPTokenizer loads.
 

@@ -26,7 +26,7 @@ from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare
 from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, floats, seed_number, shown
 from jaxdiff.generation.weights import STEPS, Memory, Weights, check_memory
 from jaxdiff.io.images import feathered
-from jaxdiff.model import Adapter, Model, check_dtype, merge_adapters, read_model
+from jaxdiff.model import Adapter, FileOptions, Model, check_dtype, merge_adapters, read_model
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.memory import free_bytes, memory_bytes, resident_bytes, temporaries
 from jaxdiff.runtime.mesh import make_mesh, on, spread
@@ -46,15 +46,24 @@ def load(
     devices: Sequence[Any] | None = None,
     adapters: Sequence[Adapter] = (),
     memory: Memory = "normal",
+    *,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+    ema: bool = False,
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
     Args:
-        path: a diffusers folder, or a run directory of `train.py`; None is the model that comes with the package.
+        path: a diffusers folder, a run directory of `train.py`, or a `.safetensors` or `.ckpt` file in the original
+            layout of Stable Diffusion 1 or 2; None is the model that comes with the package.
         dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
         devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
         adapters: functions of the params by role, which are applied in order before anything is cast or placed.
         memory: "low" keeps one network at a time, and its kernels in 16 bits, which costs time and little exactness.
+        tokenizer: for a single file, which has none: a folder with vocab.json and merges.txt, or a diffusers folder.
+        prediction_type: for a single file, which does not say it: "epsilon" or "v_prediction"; None is epsilon for
+            Stable Diffusion 1, and a guess, with a warning, for 2.
+        ema: of a single file, takes the averaged weights of the denoiser.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
@@ -62,7 +71,8 @@ def load(
     check_dtype(dtype)
     check_memory(memory)
     enable_compilation_cache()
-    model = read_model(path)
+    options = FileOptions(None if tokenizer is None else Path(tokenizer), prediction_type, ema)
+    model = read_model(path, options=options)
     if adapters:
         model = model.with_params(merge_adapters(model.params, adapters))
     return Pipeline(model, dtype, devices, memory)

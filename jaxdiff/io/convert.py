@@ -73,12 +73,17 @@ def torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
     return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
-def to_torch(params: Params) -> dict[str, np.ndarray]:
-    """The tree as torch names and contiguous arrays in torch's order, sorted by name."""
+def torch_views(params: Params) -> dict[str, np.ndarray]:
+    """The tree as torch names and arrays in torch's order, sorted by name; views, where the leaves are NumPy's."""
     flat = (
         (torch_name(path), np.asarray(leaf).transpose(torch_axes(path, np.ndim(leaf)))) for path, leaf in leaves(params)
     )
-    return {name: np.ascontiguousarray(array) for name, array in sorted(flat, key=lambda pair: pair[0])}
+    return dict(sorted(flat, key=lambda pair: pair[0]))
+
+
+def to_torch(params: Params) -> dict[str, np.ndarray]:
+    """As `torch_views`, with contiguous arrays."""
+    return {name: np.ascontiguousarray(array) for name, array in torch_views(params).items()}
 
 
 def from_torch(tensors: Iterable[tuple[str, np.ndarray]]) -> Params:

@@ -5,22 +5,21 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import ml_dtypes  # noqa: F401  (teaches NumPy and safetensors bfloat16)
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, to_dict
 from jaxdiff.io.configs import one_spelling, read_values
-from jaxdiff.io.convert import from_torch, to_torch
-from jaxdiff.io.scheduler import MARK, scheduler_class, scheduler_values
-from jaxdiff.io.weights import FLOATS, open_weights
+from jaxdiff.io.convert import from_torch, torch_views
+from jaxdiff.io.scheduler import MARK, read_scheduler, scheduler_class, scheduler_values
+from jaxdiff.io.single_file import is_single, open_single
+from jaxdiff.io.weights import Stored, open_safetensors, open_weights, read_metadata, stored, write_safetensors
 from jaxdiff.types import Params
 
 NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
@@ -98,6 +97,19 @@ NETWORKS = {
                               "projection_dim": 512}),
 }  # fmt: skip
 
+UNMAPPED = "unmapped.safetensors"
+"""In a folder that was made of a single file, the tensors that have no place in a folder."""
+
+
+class Unmapped(NamedTuple):
+    """What a single file had beside its networks."""
+
+    tensors: Mapping[str, np.ndarray]
+    """By the file's names."""
+    metadata: Mapping[str, str]
+    """Texts of the file's header."""
+
+
 # Other classes of which a part serves as the network.
 ALSO = {"text_encoder": (["transformers", "CLIPTextModelWithProjection"],)}
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -133,7 +145,7 @@ def read_index(path: Path | str) -> dict[str, Any]:
 
 
 def read_network(path: Path | str, name: str, variant: str | None = None) -> tuple[Any, Params]:
-    """The config and the params of one network ("unet", "vae" or "text_encoder") of a folder, in the type stored there.
+    """The config and the params of one network ("unet", "vae" or "text_encoder") of a model, in the type stored there.
 
     The shapes are not checked here: `jaxdiff.io.weights.check_params` compares them with what the network wants.
 
@@ -145,6 +157,10 @@ def read_network(path: Path | str, name: str, variant: str | None = None) -> tup
     Raises:
         ValueError: in one sentence, naming the file and, for a setting that is not supported, the field and its value.
     """
+    if is_single(path):
+        file = open_single(path)
+        file.warn_of_unknown()
+        return file.network(name)
     config = read_config(path, name)
     folder = find_part(path, name)
     tensors = open_weights(folder, NETWORKS[name].stem, variant)
@@ -155,11 +171,13 @@ def read_network(path: Path | str, name: str, variant: str | None = None) -> tup
 
 
 def read_config(path: Path | str, name: str) -> Any:
-    """The config of one network ("unet", "vae" or "text_encoder") of a folder, without its weights.
+    """The config of one network ("unet", "vae" or "text_encoder") of a model, without its weights.
 
     Raises:
         ValueError: as `read_network`.
     """
+    if is_single(path):
+        return open_single(path).config(name)
     network = NETWORKS[name]
     file = find_part(path, name) / "config.json"
     values = one_spelling(load_json(file))
@@ -172,7 +190,8 @@ def write_folder(
     scheduler: SchedulerConfig,
     tokenizer: Path | TokenizerFiles,
     defaults: Mapping[str, Any] | None = None,
-    dtype: DTypeLike = np.float32,
+    dtype: DTypeLike | None = np.float32,
+    unmapped: Unmapped | None = None,
 ) -> None:
     """Writes what `diffusers.StableDiffusionPipeline.from_pretrained` loads; all of it, or nothing.
 
@@ -185,7 +204,8 @@ def write_folder(
         scheduler: the noise schedule.
         tokenizer: a folder of its files, or a tokenizer that can write them.
         defaults: settings that the model is sampled with where a user gives none, as JSON values.
-        dtype: float32, float16 or bfloat16, the type of the stored weights.
+        dtype: float32, float16 or bfloat16, the type of the stored weights; None is each one's own.
+        unmapped: what a single file had that has no place in a folder.
 
     Raises:
         ValueError: when the folder holds anything else or cannot be written, a weight does not fit into the type, or
@@ -229,10 +249,16 @@ def write_folder(
             **{name: [NETWORKS[name].library, NETWORKS[name].cls] for name in networks},
         }
         _write_json(new / "model_index.json", index)
+        _write_unmapped(new, unmapped)
 
 
 def write_network(
-    path: Path | str, name: str, config: NetworkConfig, params: Params, dtype: DTypeLike = np.float32
+    path: Path | str,
+    name: str,
+    config: NetworkConfig,
+    params: Params,
+    dtype: DTypeLike | None = np.float32,
+    unmapped: Unmapped | None = None,
 ) -> None:
     """Writes one network ("unet", "vae" or "text_encoder") as `path/name/`; `read_network` and diffusers load it.
 
@@ -242,24 +268,52 @@ def write_network(
     network = NETWORKS[name]
     with replaced(*_target(Path(path), name)) as new:
         _write_network(new, network, config, params, dtype)
+        _write_unmapped(new, unmapped)
 
 
+def read_unmapped(folder: Path) -> Unmapped:
+    """What `write_folder` or `write_network` wrote into a folder as `unmapped`; of another folder nothing.
+
+    Raises:
+        ValueError: where the file is damaged.
+    """
+    if not (file := folder / UNMAPPED).is_file():
+        return Unmapped({}, {})
+    return Unmapped(open_safetensors(file), read_metadata(file))
+
+
+def _write_unmapped(folder: Path, unmapped: Unmapped | None) -> None:
+    if unmapped is not None and unmapped.tensors:
+        tensors = {name: Stored(array, array.dtype, checked=False) for name, array in unmapped.tensors.items()}
+        write_safetensors(folder / UNMAPPED, tensors, unmapped.metadata)
+
+
+TOKENIZER_WANTED = (
+    "name a folder with vocab.json and merges.txt, or any diffusers folder of Stable Diffusion, which has one: "
+    "tokenizer= in Python, --tokenizer in the shell, --task.tokenizer for train.py. Commands that lack it take the "
+    "folder that jaxdiff.tools.convert makes."
+)
 # A file that a part's folder holds, whatever the folder is called.
 _OWN_FILES = {name: ("config.json",) for name in NETWORKS}
 _OWN_FILES |= {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "vocab.json")}
 
 
 def find_part(path: Path | str, name: str) -> Path:
-    """The folder of one part: "unet", "vae", "text_encoder", "scheduler" or "tokenizer".
+    """The folder of one part: "unet", "vae", "text_encoder", "scheduler" or "tokenizer"; or the file that it is in.
 
     Args:
-        path: a model's folder, a run directory that has exported a model, or the part's own folder.
+        path: a model's folder, a run directory that has exported a model, the part's own folder, or a single file,
+            which has no tokenizer.
         name: the part.
 
     Raises:
         ValueError: where it is none of these, or the folder of another part.
     """
     path = Path(path)
+    if is_single(path):
+        if name == "tokenizer":
+            raise ValueError(f"{path} is a single file, which has no tokenizer; {TOKENIZER_WANTED}")
+        return path
     for folder in (path / name, path / "export" / name):
         if folder.is_dir():
             return folder
@@ -275,6 +329,17 @@ def find_part(path: Path | str, name: str) -> Path:
                 f"{path} is the folder of {cls!r}, and a {name} is a {NETWORKS[name].cls}; name its folder."
             )
     return path
+
+
+def model_schedule(path: Path | str) -> SchedulerConfig:
+    """The noise schedule of a model: a folder, a run directory that has exported one, or a single file.
+
+    Raises:
+        ValueError: as `find_part`, `read_scheduler` and `open_single` do.
+    """
+    if is_single(path):
+        return open_single(path).scheduler
+    return read_scheduler(find_part(path, "scheduler").parent)
 
 
 def tokenizer_folder(path: Path | str) -> Path:
@@ -296,27 +361,21 @@ def _check_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def _write_network(folder: Path, network: _Network, config: NetworkConfig, params: Params, dtype: DTypeLike) -> None:
-    dtype = np.dtype(dtype)
-    if dtype not in FLOATS.values():
-        raise ValueError(f"Weights cannot be written as {dtype}; choose float32, float16 or bfloat16.")
-    tensors = to_torch(params)
-    for name, array in tensors.items():
-        with np.errstate(over="ignore"):
-            tensors[name] = array.astype(dtype)
-        if not np.isfinite(tensors[name]).all():
-            raise ValueError(f"{name} has values that are not finite as {dtype}; nothing was written.")
+def _write_network(
+    folder: Path, network: _Network, config: NetworkConfig, params: Params, dtype: DTypeLike | None
+) -> None:
+    tensors = stored(torch_views(params), dtype)
     values = to_dict(config)
     if isinstance(config, UNetConfig):  # diffusers reads heads from `attention_head_dim` only
         values |= {"attention_head_dim": list(config.heads), "num_attention_heads": None}
     if network.library == "diffusers":
         values = {"_class_name": network.cls} | _VERSION | MARK | values
     else:
-        values |= {"architectures": [network.cls], "model_type": "clip_text_model", "dtype": dtype.name} | MARK
+        kinds = Counter(one.dtype.name for one in tensors.values())
+        most = kinds.most_common(1)[0][0]
+        values |= {"architectures": [network.cls], "model_type": "clip_text_model", "dtype": most} | MARK
     _write_json(folder / "config.json", values)
-    weights = folder / f"{network.stem}.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", weights)  # safetensors lets nobody but the owner read
+    write_safetensors(folder / f"{network.stem}.safetensors", tensors, {"format": "pt"})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -335,8 +394,8 @@ def check_target(path: Path | str, name: str | None = None) -> None:
 def _target(path: Path, name: str | None = None) -> tuple[Path, str, set[str]]:
     """Where a model, or one network of it, is written, and what may be there; the arguments of `replaced`."""
     if name is None:
-        return path.absolute(), "model_index.json", {*NETWORKS, "scheduler", "tokenizer"}
-    return path.absolute() / name, "config.json", {f"{NETWORKS[name].stem}.safetensors"}
+        return path.absolute(), "model_index.json", {*NETWORKS, "scheduler", "tokenizer", UNMAPPED}
+    return path.absolute() / name, "config.json", {f"{NETWORKS[name].stem}.safetensors", UNMAPPED}
 
 
 def _check_replaceable(path: Path, marked: str, others: set[str]) -> None:
@@ -373,7 +432,7 @@ def replaced(path: Path, marked: str, others: set[str]) -> Iterator[Path]:
         if path.exists():
             path.rename(old)
         new.rename(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
         if old.exists() and not path.exists():  # stopped between the two, perhaps by the user

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxdiff.io.mapped import map_file
+
 _STORAGES = {
     "FloatStorage": np.dtype(np.float32),
     "DoubleStorage": np.dtype(np.float64),
@@ -102,7 +104,7 @@ def open_torch(path: Path) -> dict[str, np.ndarray]:
             tree = tree["state_dict"]
         if not isinstance(tree, dict):
             raise _Refused(f"what it holds is not a dict of tensors, but of the type {type(tree).__name__.lstrip('_')}")
-        data = np.memmap(path, np.uint8, "r")
+        data = map_file(path)
         storages: dict[_Storage, np.ndarray] = {}
         return {name: _array(str(name), value, raw, data, storages) for name, value in tree.items()
                 if isinstance(value, _Tensor) and isinstance(name, str)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Weights from safetensors files, whole or in shards; everything else is told apart and refused.
+"""Safetensors files, whole or in shards, read and written; everything else is told apart and refused.
 
 Tensors are views of the mapped file: nothing is read before it is used, and no code in a file is ever run.
 """
@@ -6,11 +6,13 @@ Tensors are views of the mapped file: nothing is read before it is used, and no 
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxdiff.config import load_json
 from jaxdiff.io.convert import leaves, torch_axes, torch_name
@@ -27,38 +29,24 @@ _MAX_HEADER = 100_000_000  # safetensors' own limit
 _SHOWN = 10  # names in an error sentence
 
 
+class Stored(NamedTuple):
+    """An array as it is to be stored."""
+
+    array: np.ndarray
+    """A view will do: it is made contiguous, and of its type, when its turn comes."""
+    dtype: np.dtype
+    checked: bool = True
+    """Whether a value that is not finite is an error."""
+
+
 def open_safetensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of one file, as read-only views of the mapped file.
 
     Raises:
         ValueError: when the file is missing, damaged, cut short or of another kind, naming it and what to do.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= header_size <= min(size - 8, _MAX_HEADER):
-                raise ValueError(_not_safetensors(path))
-            text = file.read(header_size)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    if not text.lstrip().startswith(b"{"):
-        raise ValueError(_not_safetensors(path))
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{path} names tensors twice: {_list({n for n in names if names.count(n) > 1})}.")
-        return values
-
-    try:
-        header = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its header is not JSON. Download or save it again.") from error
+    header, start, size = _read_header(path)
     header.pop("__metadata__", None)
-
-    start = 8 + header_size
     spans = sorted(_span(path, name, entry) for name, entry in header.items())
     promised = spans[-1][1] if spans else 0
     if promised > size - start:
@@ -73,6 +61,63 @@ def open_safetensors(path: Path) -> dict[str, np.ndarray]:
         name: np.asarray(data[begin:end]).view(_DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
         for begin, end, name in spans
     }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors: texts by name.
+
+    Raises:
+        ValueError: as `open_safetensors` does for a damaged header.
+    """
+    metadata = _read_header(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path} is damaged: the __metadata__ of its header are not texts. Save it again.")
+    return metadata
+
+
+def stored(tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None = None) -> dict[str, Stored]:
+    """A network's tensors as they are to be stored: in `dtype`, or each in its own.
+
+    Raises:
+        ValueError: for another type than float32, float16 and bfloat16.
+    """
+    if dtype is None:
+        return {name: Stored(array, array.dtype) for name, array in tensors.items()}
+    if np.dtype(dtype) not in FLOATS.values():
+        raise ValueError(f"Weights cannot be written as {np.dtype(dtype)}; choose float32, float16 or bfloat16.")
+    return {name: Stored(array, np.dtype(dtype)) for name, array in tensors.items()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, one tensor after another: no more than one is in memory twice.
+
+    Raises:
+        ValueError: for a tensor that has values that are not finite in the type it is stored in, or a type that the
+            format lacks.
+        OSError: where the file cannot be written.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    if strange := [name for name, one in tensors.items() if one.dtype not in names]:
+        raise ValueError(f"{listed(strange)} cannot be stored as {tensors[strange[0]].dtype}.")
+    # As safetensors itself orders them: wide types first, so that all are aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, str(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        array, dtype, _ = tensors[name]
+        begin, end = end, end + array.size * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            array, dtype, checked = tensors[name]
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(array, dtype)
+            if checked and not np.isfinite(array).all():
+                raise ValueError(f"{name} has values that are not finite as {dtype}; nothing was written.")
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def open_weights(folder: Path, stem: str, variant: str | None = None) -> dict[str, np.ndarray]:
@@ -118,7 +163,7 @@ def check_params(params: Params, expected: Params, where: str | Path) -> Params:
     got, want = shapes(params), shapes(expected)
     if extra := got.keys() - want.keys():
         logger.warning(
-            "%s: %d tensors are left out, which the network has no use for: %s.", where, len(extra), _list(extra)
+            "%s: %d tensors are left out, which the network has no use for: %s.", where, len(extra), listed(extra)
         )
         params = _part(params, expected)
     floats = {*FLOATS.values(), np.dtype(np.float64)}
@@ -132,7 +177,7 @@ def check_params(params: Params, expected: Params, where: str | Path) -> Params:
     if not any(faults.values()):
         faults = {"not finite": [torch_name(path) for path, leaf in leaves(params) if not _is_finite(leaf)]}
     if any(faults.values()):
-        told = "; ".join(f"{len(names)} {fault}: {_list(names)}" for fault, names in faults.items() if names)
+        told = "; ".join(f"{len(names)} {fault}: {listed(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"{where}: the weights do not fit the config ({told}).")
     return params
 
@@ -168,11 +213,11 @@ def _find(folder: Path, stem: str, variant: str | None) -> Path:
             return folder / name
     wanted = names(variant)[0]
     if words:
-        raise ValueError(f"{folder} has no {wanted}, but {_list(f'{stem}.{word}.safetensors' for word in words)}; "
+        raise ValueError(f"{folder} has no {wanted}, but {listed(f'{stem}.{word}.safetensors' for word in words)}; "
                          "give the one that is meant the plain name.")  # fmt: skip
     pickles = [p.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern)]
     if pickles:
-        raise ValueError(f"{folder} has only pickled weights ({_list(pickles)}), which can run code and are not read; "
+        raise ValueError(f"{folder} has only pickled weights ({listed(pickles)}), which can run code and are not read; "
                          f"it needs {wanted}.")  # fmt: skip
     raise ValueError(f"{folder} has no weights: {wanted} is missing.")
 
@@ -187,11 +232,38 @@ def _open_shards(index: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{index} names the file {file!r}; only .safetensors files beside it are read.")
         shard = open_safetensors(index.parent / file)
         if twice := shard.keys() & tensors.keys():
-            raise ValueError(f"{index}: tensors are in more than one file: {_list(twice)}.")
+            raise ValueError(f"{index}: tensors are in more than one file: {listed(twice)}.")
         if lost := {name for name, owner in weight_map.items() if owner == file} ^ shard.keys():
-            raise ValueError(f"{index} and {file} disagree about tensors: {_list(lost)}.")
+            raise ValueError(f"{index} and {file} disagree about tensors: {listed(lost)}.")
         tensors |= shard
     return tensors
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A file's header, where its data begin, and its size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= header_size <= min(size - 8, _MAX_HEADER):
+                raise ValueError(_not_safetensors(path))
+            text = file.read(header_size)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    if not text.lstrip().startswith(b"{"):
+        raise ValueError(_not_safetensors(path))
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{path} names tensors twice: {listed({n for n in names if names.count(n) > 1})}.")
+        return values
+
+    try:
+        return json.loads(text, object_pairs_hook=unique), 8 + header_size, size
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its header is not JSON. Download or save it again.") from error
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
@@ -221,7 +293,8 @@ def _not_safetensors(path: Path) -> str:
     return f"{path} is not a safetensors file, or is cut short; download or save it again."
 
 
-def _list(names: Any) -> str:
+def listed(names: Any) -> str:
+    """Names in a sentence, the first ten and how many more."""
     names = sorted(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -75,7 +75,7 @@ class Compiled:
     @property
     def count(self) -> int:
         """How many programs calls and `lower` have made."""
-        return sum(jitted._cache_size() for jitted in (self._inner, *self._outer.values())) + self._lowered
+        return sum(jitted._cache_size() for jitted in self._outer.values()) + self._lowered
 
     def _for(self, params: Any) -> Any:
         kind = is_large(params), self.least_memory or is_narrow(params)

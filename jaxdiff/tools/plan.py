@@ -112,7 +112,7 @@ def abstract_task(config: TrainConfig) -> tuple[Task, dict[str, jax.ShapeDtypeSt
 
 
 def _vae_config(task: DiffusionTask) -> VAEConfig:
-    return read_network_config(task.vae, "vae") if task.vae and Path(task.vae).is_dir() else VAEConfig()
+    return read_network_config(task.vae, "vae") if task.vae and Path(task.vae).exists() else VAEConfig()
 
 
 def placed(tree: Any, shardings: Any) -> Any:
@@ -404,7 +404,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.batch is not None and options.batch < 1:
         raise ValueError(f"--batch {options.batch}: it must be above 0.")
     config = read_config(options.config, overrides)
-    if not config.model or Path(config.model).is_dir():
+    if not config.model or Path(config.model).exists():
         config = resolve(config)
     else:
         print(f"{config.model} is not here: sizes are those of {options.config}.", file=sys.stderr)

@@ -26,9 +26,9 @@ from jaxdiff.config import (
     nearest,
     to_dict,
 )
-from jaxdiff.io.folder import find_part
+from jaxdiff.io.folder import find_part, model_schedule
 from jaxdiff.io.folder import read_config as read_network_config
-from jaxdiff.io.scheduler import read_scheduler
+from jaxdiff.io.single_file import is_single
 from jaxdiff.io.storage import is_remote, place_of, write_text
 from jaxdiff.runtime.distributed import leads
 
@@ -139,8 +139,10 @@ def resolve(config: TrainConfig, overrides: Sequence[str] = ()) -> TrainConfig:
     if not config.model:
         return config
     folder, task = Path(config.model), config.task
-    if not folder.is_dir():
-        raise ValueError(f"{config.model} is not a folder; --model names a diffusers folder, or a run that has one.")
+    if not folder.is_dir() and not is_single(folder):
+        raise ValueError(
+            f"{config.model} is not a folder; --model names a diffusers folder, a run that has one, or a single file."
+        )
     for name in _names(overrides):
         if re.match(r"task\.(unet|text_encoder|vae)\.", name):
             raise ValueError(f"--{name} cannot be given beside --model, which says how large the networks are.")
@@ -169,7 +171,7 @@ def _schedule_beside(folder: Path, task: DiffusionTask) -> SchedulerConfig:
     own = task.scheduler
     if "unet" in task.scratch and own.written:
         return own
-    model = read_scheduler(find_part(folder, "scheduler").parent)
+    model = model_schedule(folder)
     scheduler = replace(model, **{name: getattr(own, name) for name in own.written})
     if scheduler != model:
         logger.warning("The noise schedule is that of %s but for what the config says: %s",

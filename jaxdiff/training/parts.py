@@ -14,6 +14,7 @@ from jaxdiff.build import NetworkConfig
 from jaxdiff.config import CLIPTextConfig, DataConfig, DiffusionTask, VAEConfig
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.io.folder import find_part, read_network
+from jaxdiff.io.single_file import is_single, open_single
 from jaxdiff.io.weights import check_params
 from jaxdiff.runtime.compile import Compiled
 from jaxdiff.runtime.mesh import path_name
@@ -21,13 +22,15 @@ from jaxdiff.types import Params
 
 
 def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) -> tuple[Any, Params]:
-    """The config and float32 params, shaped as `wanted`, of a network in the folder or run directory `path`.
+    """The config and float32 params, shaped as `wanted`, of a network in the model `path`: a folder, a run, a file.
 
     Raises:
         ValueError: where `path` is empty, as `field` then names; as `find_part` and `read_network` do.
     """
     if not path:
-        raise ValueError(f"{field} is empty: name a diffusers folder or a run directory that holds a trained {name}.")
+        raise ValueError(
+            f"{field} is empty: name a diffusers folder, run directory or single file that holds a trained {name}."
+        )
     folder = find_part(path, name)
     config, params = read_network(folder, name)
     make = {"unet": build.unet, "vae": build.vae, "text_encoder": build.text_encoder}[name]
@@ -71,6 +74,8 @@ def read_tokenizer(task: DiffusionTask) -> Tokenizer:
     if not task.tokenizer:
         raise ValueError("DiffusionTask.tokenizer is empty: name a folder with tokenizer.json, or a model's folder.")
     tokenizer = Tokenizer.load(find_part(task.tokenizer, "tokenizer"), task.text_encoder.max_position_embeddings)
+    if task.init and is_single(task.init) and "text_encoder" not in task.scratch:
+        tokenizer = tokenizer.padded_with(open_single(task.init).pad_id)
     if len(tokenizer) > task.text_encoder.vocab_size:
         raise ValueError(
             f"The tokenizer in {task.tokenizer} has {len(tokenizer)} tokens, more than CLIPTextConfig.vocab_size "

@@ -47,7 +47,15 @@ def randomise(module: Any, seed: int) -> Any:
     return module.eval().requires_grad_(True)
 
 
-def make_pair(folder: Path, unet: dict[str, Any], text: dict[str, Any], scheduler: dict[str, Any], seed: int) -> Pair:
+def make_pair(
+    folder: Path,
+    unet: dict[str, Any],
+    text: dict[str, Any],
+    scheduler: dict[str, Any],
+    seed: int,
+    vae: dict[str, Any] | None = None,
+    pad: str = "<|endoftext|>",
+) -> Pair:
     with warnings.catch_warnings(action="ignore"):
         import torch
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -61,13 +69,14 @@ def make_pair(folder: Path, unet: dict[str, Any], text: dict[str, Any], schedule
         text = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS, "bos_token_id": tokenizer.bos_id,
                 "eos_token_id": end, "pad_token_id": end, "projection_dim": 16} | text  # fmt: skip
         vae = {"block_out_channels": (16, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "sample_size": 32,
-               "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "norm_num_groups": 8}  # fmt: skip
+               "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "norm_num_groups": 8,
+               **(vae or {})}  # fmt: skip
         scheduler = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
                      "clip_sample": False, "set_alpha_to_one": False} | scheduler  # fmt: skip
         pipe = StableDiffusionPipeline(
             vae=randomise(AutoencoderKL(**vae), seed + 1),
             text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**text)), seed + 2),
-            tokenizer=CLIPTokenizer.from_pretrained(folder / "made_tokenizer"),
+            tokenizer=CLIPTokenizer.from_pretrained(folder / "made_tokenizer", pad_token=pad),
             unet=randomise(UNet2DConditionModel(**unet), seed + 3),
             scheduler=DDIMScheduler(**scheduler),
             safety_checker=None,
@@ -103,6 +112,26 @@ SD1_TEXT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, 
 SD2_TEXT = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_act": "gelu",
 }  # fmt: skip
+
+
+# As small as the layouts of single files allow, which have groups of 32 and heads of 64 channels.
+FILE_VAE = {"block_out_channels": (32, 64), "norm_num_groups": 32, "sample_size": 128}
+FILE_SD1_UNET = SD1_UNET | {
+    "block_out_channels": (32, 64),
+    "attention_head_dim": 8,
+    "cross_attention_dim": 64,
+    "norm_num_groups": 32,
+    "sample_size": 64,
+}
+FILE_SD2_UNET = SD2_UNET | {
+    "block_out_channels": (64, 128, 128),
+    "attention_head_dim": (1, 2, 2),
+    "cross_attention_dim": 128,
+    "norm_num_groups": 32,
+    "sample_size": 96,
+}
+FILE_SD1_TEXT = SD1_TEXT | {"hidden_size": 64, "num_attention_heads": 1}
+FILE_SD2_TEXT = SD2_TEXT | {"hidden_size": 128, "num_attention_heads": 2}
 
 
 def nhwc(x: Any) -> jax.Array:

@@ -26,8 +26,8 @@ class Shared:
     """What every target takes."""
 
     model: str = "emoji"
-    """sd15, sd21, small (a UNet of 37 M parameters), emoji (the embedded model), or a diffusers folder or run
-    directory; weights are random where none are at hand."""
+    """sd15, sd21, small (a UNet of 37 M parameters), emoji (the embedded model), or a diffusers folder, single file or
+    run directory; weights are random where none are at hand."""
     batch: tuple[int, ...] = (1,)
     """Images of all devices together; several are measured one after the other."""
     size: int | None = None

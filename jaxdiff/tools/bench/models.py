@@ -14,8 +14,7 @@ from jax.typing import DTypeLike
 from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.generation.weights import STEPS, Weights
-from jaxdiff.io.folder import find_part, read_config, read_network
-from jaxdiff.io.scheduler import read_scheduler
+from jaxdiff.io.folder import find_part, model_schedule, read_config, read_network
 from jaxdiff.io.weights import check_params
 from jaxdiff.model import EMBEDDED
 from jaxdiff.runtime.mesh import place, tree_shardings
@@ -35,8 +34,8 @@ class ModelSizes:
 
     @property
     def tokenizer(self) -> Path:
-        """The folder's own, or the embedded model's, whose tokens every larger vocabulary has."""
-        return find_part(self.folder or EMBEDDED, "tokenizer")
+        """The model's own, or the embedded model's, whose tokens every larger vocabulary has."""
+        return find_part(self.folder if self.folder is not None and self.folder.is_dir() else EMBEDDED, "tokenizer")
 
     @property
     def size(self) -> int:
@@ -85,18 +84,18 @@ SIZES = {
 
 
 def find_model(name: str) -> ModelSizes:
-    """A size by name, `emoji` (the embedded model), or a diffusers folder or run directory.
+    """A size by name, `emoji` (the embedded model), or a diffusers folder, run directory or single file.
 
     Raises:
-        ValueError: where it is neither, or the folder lacks a part or its config is not supported.
+        ValueError: where it is none, or the folder lacks a part or its config is not supported.
     """
     if name in SIZES:
         return SIZES[name]
     folder = EMBEDDED if name == "emoji" else Path(name)
-    if not folder.is_dir():
-        raise ValueError(f"--model {name!r} is neither a folder nor one of emoji, {', '.join(SIZES)}.")
+    if not folder.exists():
+        raise ValueError(f"--model {name!r} is neither a folder nor a file nor one of emoji, {', '.join(SIZES)}.")
     configs = {part: read_config(folder, part) for part in ("unet", "vae", "text_encoder")}
-    return ModelSizes(name, **configs, scheduler=read_scheduler(find_part(folder, "scheduler").parent), folder=folder)
+    return ModelSizes(name, **configs, scheduler=model_schedule(folder), folder=folder)
 
 
 def weights(model: ModelSizes, *parts: str) -> dict[str, Params]:
@@ -107,10 +106,12 @@ def weights(model: ModelSizes, *parts: str) -> dict[str, Params]:
 def _weights(model: ModelSizes, part: str) -> Params:
     config = getattr(model, part)
     shapes = build.param_shapes(getattr(build, part)(config), config)
-    if model.folder is not None and any((folder := find_part(model.folder, part)).glob("*.safetensors*")):
-        params = read_network(folder, part)[1]
-        return check_params(params, shapes, folder)
-    return random_params(shapes)
+    if model.folder is None:
+        return random_params(shapes)
+    place = find_part(model.folder, part)
+    if place.is_dir() and not any(place.glob("*.safetensors*")):
+        return random_params(shapes)
+    return check_params(read_network(place, part)[1], shapes, place)
 
 
 def random_params(shapes: Any) -> Any:

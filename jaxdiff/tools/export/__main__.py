@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +22,7 @@ from jaxdiff.generation.request import Request
 from jaxdiff.generation.weights import cast
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import MARK, replaced
+from jaxdiff.model import FileOptions
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.sampling.samplers import starts_at_sigma
 from jaxdiff.tools.export import load
@@ -47,7 +48,8 @@ class Args:
     out: Path
     """A new folder, or one that this command wrote."""
     model: Path | None = None
-    """A diffusers folder or a run directory; without it, the model that comes with the package."""
+    """A diffusers folder, a run directory or a single file; without it, the model that comes with the package."""
+    file: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
     batch: int = 1
     """Images drawn at once; the loader takes any number of prompts."""
     size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
@@ -69,7 +71,7 @@ class Args:
 def main(args: Args) -> None:
     """Reads the model, exports, writes the folder."""
     check(args)
-    write(args, jaxdiff.load(args.model, args.dtype))
+    write(args, jaxdiff.load(args.model, args.dtype, **vars(args.file)))
 
 
 def check(args: Args) -> None:

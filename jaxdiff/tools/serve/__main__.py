@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 import jaxdiff
 from jaxdiff.generation.weights import Memory
+from jaxdiff.model import FileOptions
 from jaxdiff.runtime.cli import check_writable, exit_code
 from jaxdiff.tools.serve.requests import Limits
 
@@ -25,7 +27,8 @@ class Args:
     """Serves a page to try a model, on this machine alone unless --host says otherwise. Ctrl-C ends it."""
 
     model: Path | None = None
-    """A diffusers folder or a run directory; without it, the model that comes with the package."""
+    """A diffusers folder, a run directory or a single file; without it, the model that comes with the package."""
+    file: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
     host: str = "127.0.0.1"
     """The address to listen at; 0.0.0.0 is all that this machine has."""
     port: int = 7860
@@ -65,7 +68,9 @@ def main(args: Args) -> None:
     with listen(args.host, args.port) as listener:  # before the model is read, which takes longer
         if args.out is not None:
             check_writable(args.out)
-        worker = Worker(jaxdiff.load(args.model, args.dtype, memory=args.memory), args.limits, args.out)
+        worker = Worker(
+            jaxdiff.load(args.model, args.dtype, memory=args.memory, **vars(args.file)), args.limits, args.out
+        )
         worker.start()
         host, port, *_ = listener.getsockname()
         is_open = not ipaddress.ip_address(host).is_loopback

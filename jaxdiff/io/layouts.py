@@ -1,0 +1,213 @@
+"""What is known of the two published layouts of single files: where networks are, and what shapes do not say."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.io import ldm
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""By diffusers' names, in torch's order."""
+
+
+class Place(NamedTuple):
+    """Where a network's tensors are in a file."""
+
+    network: str
+    prefix: str
+    anchor: str
+    """A tensor that tells, after the prefix, that the network is there."""
+    openclip: bool = False
+
+
+PLACES = (
+    Place("unet", "model.diffusion_model.", "input_blocks.0.0.weight"),
+    Place("unet", "", "input_blocks.0.0.weight"),
+    Place("vae", "first_stage_model.", "decoder.mid.block_1.norm1.weight"),
+    Place("vae", "vae.", "decoder.mid.block_1.norm1.weight"),
+    Place("vae", "", "decoder.mid.block_1.norm1.weight"),
+    Place("text_encoder", "cond_stage_model.transformer.", "text_model.embeddings.token_embedding.weight"),
+    Place("text_encoder", "cond_stage_model.transformer.", "embeddings.token_embedding.weight"),  # as some merges do
+    Place("text_encoder", "cond_stage_model.model.", "token_embedding.weight", openclip=True),
+)
+
+# What a file seems to be that is not read yet, by names that it has; the first that is found.
+OTHERS = (
+    (r"conditioner\.embedders\.[01]\.(transformer|model)\.", "an SDXL model, and SDXL is not supported yet"),
+    (r"(^|\.)(lora_|lora\.|hada_w1|lokr_w1|lora_[AB]\.)|\.(hada_|lokr_|lora_)|dora_scale$",
+     "a LoRA or one of its kin, which is not supported yet"),
+    (r"^(control_model|input_hint_block|zero_convs|controlnet_)", "a ControlNet, which is not supported yet"),
+    (r"(^|\.)double_blocks\.", "a Flux model, and Flux is not supported yet"),
+    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model, and that is not supported yet"),
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which is not supported yet"),
+    (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter, which is not supported yet"),
+    (r"^(emb_params|clip_l|clip_g|string_to_param.*)$", "a textual inversion, which is not supported yet"),
+    (r"^(model\.diffusion_model\.)?label_emb\.",
+     "a denoiser with labels or vectors beside its prompts (SDXL, unCLIP or an upscaler), which is not supported yet"),
+    (r"^(down_blocks|encoder\.down_blocks|text_model|encoder\.layers|embeddings)\.",
+     "a network of a diffusers folder; name the folder that it belongs to"),
+    (r"^(vision_model|visual)\.", "an image encoder, which is not supported yet"),
+    (r"^(encoder\.block|shared\.weight)", "a T5 text encoder, which is not supported yet"),
+)  # fmt: skip
+EMA = "model_ema."
+"""Of averages; what follows is a weight's name without `model.` and without dots."""
+
+# What is no network's and says nothing about what is drawn: buffers of the noise schedule, counters, weights of losses,
+# tensors of CLIP that a text encoder has no use for, and other averages of the same weights.
+IGNORED = re.compile(
+    r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|lvlb_weights|logvar|scale_factor"
+    r"|denoiser\.sigmas|global_step|model_ema\..*|(first_stage_model\.|vae\.)?(loss|model_ema)\..*"
+    r"|.*\.position_ids|cond_stage_model\..*\.(logit_scale|attn_mask|text_projection(\.weight)?))"
+)
+
+
+class Layout(NamedTuple):
+    """What a published layout has where shapes do not say it."""
+
+    name: str
+    head_channels: int | None
+    """Channels of a head of the denoiser's attention; None is 8 heads at every level."""
+    activation: str
+    pad_id: int | None
+    """The token that fills up prompts; None is the end token."""
+
+
+_HEADS = 8
+HEAD_CHANNELS = 64
+"""Of a head of CLIP's text towers, and of Stable Diffusion 2's denoiser."""
+SD1 = Layout("Stable Diffusion 1", None, "quick_gelu", None)
+SD2 = Layout("Stable Diffusion 2", HEAD_CHANNELS, "gelu", 0)
+_OPENCLIP_LAYERS = 24
+SCHEDULER = SchedulerConfig(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    set_alpha_to_one=False,
+    clip_sample=False,
+)
+# Fields that shapes do not say; of a file that was written here its metadata do, where they differ from the layout's.
+UNSAID = {
+    "unet": ("sample_size", "attention_head_dim", "norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift"),
+    "vae": ("sample_size", "norm_num_groups", "scaling_factor"),
+    "text_encoder": ("num_attention_heads", "hidden_act", "layer_norm_eps", "projection_dim", "bos_token_id",
+                     "eos_token_id", "pad_token_id"),
+    "scheduler": tuple(field.name for field in fields(SchedulerConfig)),
+}  # fmt: skip
+
+
+def seems_to_be(names: Iterable[str]) -> str | None:
+    """What a file of these names seems to be, if it is not one that is read."""
+    names = list(names)
+    return next((words for pattern, words in OTHERS if any(re.search(pattern, name) for name in names)), None)
+
+
+def place_to_write(name: str, openclip: bool, alone: bool) -> Place:
+    """Where a network is written; a VAE alone is a VAE file, whose names have no prefix."""
+    places = [place for place in PLACES if place.network == name]
+    if name == "text_encoder":
+        return next(place for place in places if place.openclip == openclip)
+    return next(place for place in places if (place.prefix == "") == (alone and name == "vae"))
+
+
+def used_layers(names: Iterable[str]) -> int:
+    """Layers of OpenCLIP's tower that Stable Diffusion 2 uses: all but the last of a whole one.
+
+    A file that was made from a diffusers folder has only those, and neither the projection nor the scale behind them.
+    """
+    names = set(names)
+    layers = ldm.openclip_layers(names)
+    whole = layers == _OPENCLIP_LAYERS or not names.isdisjoint({"text_projection", "logit_scale"})
+    return layers - 1 if whole else layers
+
+
+# Configs from shapes --------------------------------------------------------------------------------------------------
+
+
+class NotThere(Exception):
+    """The name of a tensor that a config is found from, and that is missing or has no such shape."""
+
+
+def _unet_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
+    levels = range(ldm.count_items(shapes, "down_blocks"))
+    channels = tuple(_size(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", 0) for i in levels)
+    layers = tuple(ldm.count_items(shapes, f"down_blocks.{i}.resnets") for i in levels)
+    down, up = ([f"{way}_blocks.{i}.attentions.0.norm.weight" in shapes for i in levels] for way in ("down", "up"))
+    # The last level's depth is the middle's (`jaxdiff.build`), and so is that of a level without attention, which has
+    # none.
+    deep = [f"down_blocks.{i}" if down[i] and i < len(levels) - 1 else "mid_block" for i in levels]
+    depths = tuple(ldm.count_items(shapes, f"{block}.attentions.0.transformer_blocks") for block in deep)
+    split = layout.head_channels
+    return {
+        "in_channels": _size(shapes, "conv_in.weight", 1),
+        "out_channels": _size(shapes, "conv_out.weight", 0),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in down),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in up),
+        "block_out_channels": channels,
+        "layers_per_block": one_value(layers),
+        "transformer_layers_per_block": one_value(depths),
+        "attention_head_dim": tuple(_HEADS if split is None else _heads(width, split) for width in channels),
+        "cross_attention_dim": _size(shapes, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1),
+        "use_linear_projection": len(_shape(shapes, "mid_block.attentions.0.proj_in.weight")) == 2,
+        "norm_num_groups": 32,
+    }
+
+
+def _vae_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
+    levels = ldm.count_items(shapes, "encoder.down_blocks")
+    channels = tuple(_size(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(levels))
+    return {
+        "in_channels": _size(shapes, "encoder.conv_in.weight", 1),
+        "out_channels": _size(shapes, "decoder.conv_out.weight", 0),
+        "latent_channels": _size(shapes, "post_quant_conv.weight", 0),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": channels,
+        "layers_per_block": ldm.count_items(shapes, "encoder.down_blocks.0.resnets"),
+        "norm_num_groups": 32,
+        "scaling_factor": 0.18215,
+    }
+
+
+def _text_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
+    vocabulary, width = (_size(shapes, "text_model.embeddings.token_embedding.weight", axis) for axis in (0, 1))
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": _size(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 0),
+        "num_hidden_layers": ldm.count_items(shapes, "text_model.encoder.layers"),
+        "num_attention_heads": _heads(width, HEAD_CHANNELS),
+        "max_position_embeddings": _size(shapes, "text_model.embeddings.position_embedding.weight", 0),
+        "hidden_act": layout.activation,
+        "projection_dim": width,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }
+
+
+VALUES = {"unet": _unet_values, "vae": _vae_values, "text_encoder": _text_values}
+"""Functions of shapes and a layout to the values of a config, which are not checked."""
+CLASSES = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
+
+
+def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+    """A tensor's shape, which has two axes or more."""
+    if len(shapes.get(name, ())) < 2:
+        raise NotThere(name)
+    return shapes[name]
+
+
+def _size(shapes: Shapes, name: str, axis: int) -> int:
+    return _shape(shapes, name)[axis]
+
+
+def one_value(values: tuple[int, ...]) -> Any:
+    """One number where all levels have the same."""
+    return values[0] if values and values.count(values[0]) == len(values) else values
+
+
+def _heads(channels: int, head_channels: int) -> int:
+    """Heads of so many channels each; 0 where that is no whole number."""
+    return 0 if channels % head_channels else channels // head_channels
