@@ -399,9 +399,9 @@ class Pipeline:
             raise ValueError(f"latents are {np.asarray(latents).dtype}, or not finite; they must be finite floats.")
         mesh = self._mesh_for(len(latents))
         with on(mesh):
-            latents = spread(jnp.asarray(latents, jnp.float32), mesh)
-            run = self._decoder(latents)
-            return np.asarray(run(self.params["vae"], latents))
+            placed = spread(jnp.asarray(latents, jnp.float32), mesh)
+            run = self._decoder(placed)
+            return np.asarray(run(self.params["vae"], placed))
 
     def _decoder(self, latents: Any) -> Callable[[Params, Array], Array]:
         """The decoder's program for latents, or for their shape."""

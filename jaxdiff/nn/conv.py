@@ -59,7 +59,7 @@ class Conv3x3(nn.Module):
         transformed = self.get_variable("params", "winograd")
         if transformed is None:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels))
-            y = conv3x3(*at_width(x, kernel, self.dtype), stride=self.stride, padding=padding)
+            y: Any = conv3x3(*at_width(x, kernel, self.dtype), stride=self.stride, padding=padding)
         else:
             y = _prepared(x.astype(self.dtype), transformed, padding)
         return add(y, self.param("bias", nn.initializers.zeros_init(), (self.channels,)))

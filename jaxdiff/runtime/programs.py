@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.export
+from jax.core import ShapedArray
 
 from jaxdiff.runtime.compile import Compiled
 from jaxdiff.runtime.memory import temporaries
@@ -113,7 +114,7 @@ def kept(fn: Callable[..., Any], *args: Any, **static: Any) -> Callable[..., Any
     if any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
         return functools.partial(fn, **static)
     signature = tree, tuple(map(_aval, leaves)), tuple(static.items())
-    settings = jax.config.jax_default_device, jax.config.jax_default_matmul_precision
+    settings = tuple(jax.config.values[name] for name in ("jax_default_device", "jax_default_matmul_precision"))
     if (fn, signature, settings) not in _compiled:
         make = _compiled_here if _folder is None else _from_trace
         program = _compiled[fn, signature, settings] = make(fn, args, static, signature)
@@ -125,8 +126,7 @@ _compiled: dict[Any, Callable[..., Any]] = {}
 
 
 def _aval(leaf: Any) -> Any:
-    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
-    return jax.core.ShapedArray(leaf.shape, leaf.dtype) if is_shape else jax.typeof(leaf)
+    return ShapedArray(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
 
 
 def _compiled_here(fn: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any) -> Callable[..., Any]:
