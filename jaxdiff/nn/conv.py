@@ -276,9 +276,15 @@ def _matrices(m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def transform_kernel(kernel: Float[Array, "3 3 c c2"], m: int) -> Transformed:
     """G g G^T for each pair of channels (Lavin & Gray 2016, eq. 8), for F(m x m, 3 x 3)."""
+    both = _both(m)
+    u = jnp.einsum("jiyx,yxcd->jidc", both, kernel, precision=jax.lax.Precision.HIGHEST)
+    return tuple(u)
+
+
+def _both(m: int) -> np.ndarray:
+    """G in both axes [column, row, y, x]: one small product in place of many sums, which take long to compile."""
     G = _matrices(m)[1]
-    rows = jnp.stack([_combine(r, list(kernel.swapaxes(2, 3))) for r in G])
-    return tuple(_combine(r, list(rows.swapaxes(0, 1))) for r in G)
+    return np.einsum("jx,iy->jiyx", G, G).astype(np.float32)
 
 
 _transform_kernel = jax.jit(transform_kernel, static_argnums=1)
@@ -359,7 +365,7 @@ def kernel_gradient(
     x: Float[Array, "b h w c"], d_y: Float[Array, "b h2 w2 c2"], m: int, *, padding: Padding
 ) -> Float[Array, "3 3 c c2"]:
     """The gradient of `winograd`'s kernel, in as few products: G^T [sum over tiles of (B^T d B) * (A dy A^T)] G."""
-    B, G, A = _matrices(m)
+    B, _, A = _matrices(m)
     _, h, w = _size(x, padding)
     rows, columns = -(-h // m), -(-w // m)
     (top, _), (left, _) = padding
@@ -368,8 +374,7 @@ def kernel_gradient(
     products = [
         jnp.einsum("itc,itd->icd", d_j, y_j) for d_j, y_j in zip(d, _transform(d_y, A.T, m, rows, columns), strict=True)
     ]
-    across = jnp.stack([_combine(r, products) for r in G.T], axis=1)
-    return jnp.stack([_combine(r, list(across)) for r in G.T])
+    return jnp.einsum("jiyx,jicd->yxcd", _both(m), jnp.stack(products), precision=jax.lax.Precision.HIGHEST)
 
 
 def _bands(x: Array, m: int, b: int, rows: int, columns: int) -> int:
