@@ -18,7 +18,7 @@ from jaxdiff.config import DataConfig
 from jaxdiff.runtime.mesh import AXES, make_mesh
 from jaxdiff.tools import hlo
 from jaxdiff.tools import plan as plan_module
-from jaxdiff.tools.plan import Plan, abstract_task, chip_of, largest, main, of_largest_shape, plan
+from jaxdiff.tools.plan import Plan, abstract_task, chip_of, largest, main, of_largest_shape, plan, report, wanted
 from jaxdiff.training.options import read_config
 
 # One level: half the time to compile.
@@ -190,3 +190,11 @@ def test_the_tpu_compiler_plans_a_slice() -> None:
     assert set(found["bounds"]) == {"compute", "memory", "network"}
     assert 0 < found["seconds"] == max(found["bounds"].values())
     assert found["collectives"]["all-gather"] > 0
+
+
+def test_what_does_not_fit_says_by_how_much_as_far_as_the_compiler_does(monkeypatch):
+    assert wanted("RESOURCE_EXHAUSTED: Used 23.50G of 15.75G hbm. Exceeded hbm capacity by 7.75G.", 5) == 23.5 * 2**30
+    assert wanted("RESOURCE_EXHAUSTED: arguments do not fit", 17 * 2**30) == 17 * 2**30
+    sizes = dict.fromkeys((field.name for field in fields(Plan)), 0) | {"mesh": {"data": 1}, "fits": False}
+    sizes |= {"memory": 16 * 2**30, "total": 17 * 2**30, "seconds": None, "collectives": {}, "bounds": {}}
+    assert "TOO MUCH, by at least 1.00 GiB" in report(Plan(**sizes), "chip")

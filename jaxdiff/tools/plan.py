@@ -220,8 +220,7 @@ def plan(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
-        total = int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)) if used else 0
+        total = wanted(str(error), sum(held.values()))
         return Plan(**sizes, temporaries=max(0, total - sum(held.values())), total=total, fits=False, bytes_moved=0,
                     bytes_accessed=0, collectives={}, bounds={}, seconds=None, images_per_second=None,
                     compile_seconds=time.perf_counter() - began)  # fmt: skip
@@ -261,6 +260,17 @@ def plan(
         run_seconds=sorted(times)[len(times) // 2] if times else None,
         peak=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if times else None,
     )
+
+
+def wanted(error: str, held: int) -> int:
+    """Bytes that a chip would need at least for a program that does not fit it, from the compiler's own words.
+
+    Args:
+        error: these. Where arguments alone are too much, compilers say so without a number.
+        held: bytes of the arguments.
+    """
+    used = re.search(r"Used ([\d.]+)([KMGT]) of", error)
+    return max(held, int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)) if used else 0)
 
 
 def parts_of_batch(config: TrainConfig, mesh: Mesh, forward: bool = False) -> int:
@@ -365,8 +375,14 @@ def report(plan: Plan, name: str) -> str:
     lines = [f"{name}: {plan.devices} devices ({mesh}), {plan.batch} images a chip", "", "Memory of each chip"]
     for part in (*PARTS, "temporaries"):
         lines.append(f"  {part:<22}{gib(getattr(plan, part))}")
-    limit = f" of {plan.memory / 2**30:.2f} GiB: {'it fits' if plan.fits else 'TOO MUCH'}" if plan.memory else ""
-    lines += [f"  {'together':<22}{gib(plan.total)}{limit}", "", "Work of each chip, a call"]
+    limit = f" of {plan.memory / 2**30:.2f} GiB" if plan.memory else ""
+    if plan.memory and plan.fits:
+        limit += ": it fits"
+    lines.append(f"  {'together':<22}{gib(plan.total)}{limit}")
+    if plan.memory and not plan.fits:
+        over = f"by at least {gib(plan.total - plan.memory).strip()}" if plan.total > plan.memory else "by temporaries"
+        lines.append(f"  TOO MUCH, {over}: --fit finds the largest batch that fits; --remat blocks needs less.")
+    lines += ["", "Work of each chip, a call"]
     lines.append(f"  {'operations':<22}{plan.flops / 1e12:8.3g} TFLOP")
     if plan.bytes_moved:
         accessed = gib(plan.bytes_accessed).strip()
