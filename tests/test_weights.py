@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from test_torch_files import FLOATS, archive, dictionary, tensor, text
 
 from jaxdiff.io.convert import from_torch
 from jaxdiff.io.weights import check_params, open_safetensors, open_weights
@@ -108,11 +109,41 @@ def test_what_is_no_safetensors_file_is_told_apart(tmp_path):
         assert str(path) in str(caught.value)
 
 
-def test_pickles_and_nothing_are_not_weights(tmp_path):
-    with pytest.raises(ValueError, match=f"{STEM}.safetensors is missing"):
+PICKLED = dictionary(a=tensor("FloatStorage", "0", 12, 0, (3, 4), (4, 1)))
+
+
+@pytest.mark.parametrize(("stem", "pickled"), [(STEM, STEM), ("model", "pytorch_model")])
+@pytest.mark.parametrize("name", ["{}.bin", "{}.fp16.bin", "{}.ckpt"])
+def test_pickles_are_read_where_there_are_no_safetensors(tmp_path, stem, pickled, name):
+    archive(tmp_path / name.format(pickled), PICKLED, _0=FLOATS)
+    assert (open_weights(tmp_path, stem)["a"] == FLOATS.reshape(3, 4)).all()
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / f"{stem}.fp16.safetensors")
+    assert open_weights(tmp_path, stem)["a"].shape == (2,)
+
+
+def test_pickled_shards_are_joined_and_their_index_names_no_others(tmp_path):
+    index = tmp_path / f"{STEM}.bin.index.json"
+    files = {name: f"{STEM}-0000{i}-of-00002.bin" for i, name in enumerate("ab", 1)}
+    for name, file in files.items():
+        value = tensor("FloatStorage", "0", 12, 0, (12,), (1,))
+        archive(tmp_path / file, dictionary(**{name: value}), _0=FLOATS)
+    index.write_text(json.dumps({"weight_map": files}))
+    assert open_weights(tmp_path, STEM).keys() == {"a", "b"}
+    index.write_text(json.dumps({"weight_map": files | {"c": files["a"]}}))
+    with pytest.raises(ValueError, match="disagree about tensors: c"):
         open_weights(tmp_path, STEM)
-    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02")
-    with pytest.raises(ValueError, match=r"only pickled weights \(diffusion_pytorch_model.bin\)"):
+    index.write_text(json.dumps({"weight_map": {"a": "../a.bin"}}))
+    with pytest.raises(ValueError, match=r"only \.bin files beside it are read"):
+        open_weights(tmp_path, STEM)
+
+
+def test_what_is_no_weights_is_told(tmp_path):
+    with pytest.raises(ValueError, match=rf"{STEM}\.safetensors is missing, and so is {STEM}\.bin"):
+        open_weights(tmp_path, STEM)
+    archive(tmp_path / f"{STEM}.bin", dictionary(a=b"cos\nsystem\n(" + text("true") + b"tR"))
+    with pytest.raises(
+        ValueError, match=rf"{STEM}\.bin is not read: its 'a' is no tensor, but an object of 'os\.system'"
+    ):
         open_weights(tmp_path, STEM)
 
 
