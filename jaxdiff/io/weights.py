@@ -21,8 +21,13 @@ from jaxdiff.io.torch_files import open_torch
 from jaxdiff.types import Params
 
 FLOATS = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
-_DTYPES = FLOATS | {
-    **{"F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool_)},
+_FLOATS = FLOATS | {  # that are read, and widened where they are placed
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_DTYPES = _FLOATS | {
+    "BOOL": np.dtype(np.bool_),
     **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
 }
 logger = logging.getLogger(__name__)
@@ -179,12 +184,11 @@ def check_params(params: Params, expected: Params, where: str | Path) -> Params:
             "%s: %d tensors are left out, which the network has no use for: %s.", where, len(extra), listed(extra)
         )
         params = _part(params, expected)
-    floats = {*FLOATS.values(), np.dtype(np.float64)}
     faults = {
         "missing": want.keys() - got.keys(),
         "misshapen": [f"{n} {got[n]} instead of {want[n]}" for n in want if n in got and got[n] != want[n]],
-        "not float16, bfloat16, float32 or float64": [
-            torch_name(path) for path, leaf in leaves(params) if leaf.dtype not in floats
+        "not float16, bfloat16, float32, float64 or float8": [
+            torch_name(path) for path, leaf in leaves(params) if leaf.dtype not in _FLOATS.values()
         ],
     }
     if not any(faults.values()):
@@ -279,7 +283,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             if dtype not in _DTYPES:
-                raise ValueError(f"{path} stores {name} as {dtype}; supported: {', '.join(FLOATS)}.")
+                raise ValueError(f"{path} stores {name} as {dtype}; supported: {', '.join(_FLOATS)}.")
             sensible = begin >= 0 and all(type(n) is int and n >= 0 for n in shape)
             if sensible and end - begin == math.prod(shape) * _DTYPES[dtype].itemsize:
                 return begin, end, name
