@@ -13,7 +13,8 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ _STORAGES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")
+_INSTRUCTIONS = {op.code.encode("latin-1"): op for op in pickletools.opcodes}
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the stream, torch/serialization.py: MAGIC_NUMBER and PROTOCOL_VERSION
 _VERSION = 1001
 # So that a small file cannot take much memory. A tensor takes some 40 instructions and 130 bytes of a pickle.
@@ -274,24 +276,21 @@ def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | 
         items, stack = stack, below.pop()
         return items
 
-    start = file.tell()
     try:
-        for count, (op, argument, place) in enumerate(pickletools.genops(file)):
-            if count >= _MAX_INSTRUCTIONS or (place or 0) - start > _MAX_BYTES:
-                raise _Refused("its pickle is longer than a model's ever is")
-            match op.name:
+        for name, argument in _instructions(file):
+            match name:
                 case "PROTO" | "FRAME":
-                    pass
+                    argument()
                 case "STOP":
                     return stack.pop()
                 case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op.name])
+                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
                 case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                    stack.append(argument)
+                    stack.append(argument())
                 case "BINUNICODE" | "SHORT_BINUNICODE" | "BINSTRING" | "SHORT_BINSTRING":  # the last two of Python 2
-                    stack.append(argument)
+                    stack.append(argument())
                 case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                    stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[op.name]())
+                    stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
                 case "MARK":
                     below.append(stack)
                     stack = []
@@ -299,28 +298,28 @@ def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | 
                     items = since_mark()
                     stack.append(tuple(items))
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    items = [stack.pop() for _ in range(int(op.name[-1]))]
+                    items = [stack.pop() for _ in range(int(name[-1]))]
                     stack.append(tuple(items[::-1]))
                 case "APPEND" | "APPENDS":
-                    items = since_mark() if op.name == "APPENDS" else [stack.pop()]
+                    items = since_mark() if name == "APPENDS" else [stack.pop()]
                     if not isinstance(stack[-1], _Placeholder):
                         _of(list, stack[-1]).extend(items)
                 case "SETITEM" | "SETITEMS":
-                    items = since_mark() if op.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                    items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
                     if not isinstance(stack[-1], _Placeholder):
                         pairs = zip(map(_key, items[::2]), items[1::2], strict=True)
                         _of(dict, stack[-1]).update(pairs)
                 case "BINPUT" | "LONG_BINPUT":
-                    memo[_of(int, argument)] = stack[-1]
+                    memo[_of(int, argument())] = stack[-1]
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[_of(int, argument)])
+                    stack.append(memo[_of(int, argument())])
                 case "GLOBAL":
-                    stack.append(_global(*_of(str, argument).split(" ", 1)))
+                    stack.append(_global(_line(file), _line(file)))  # pickletools would resolve backslashes
                 case "STACK_GLOBAL":
-                    name, module = _of(str, stack.pop()), _of(str, stack.pop())
-                    stack.append(_global(module, name))
+                    attribute, module = _of(str, stack.pop()), _of(str, stack.pop())
+                    stack.append(_global(module, attribute))
                 case "BINPERSID":
                     storage = _storage(stack.pop())
                     if said.setdefault(storage.key, storage) != storage:
@@ -337,11 +336,27 @@ def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | 
                     if not isinstance(stack[-1], _Placeholder):
                         _of(dict, stack[-1])  # a state dict's `_metadata`: the versions of modules
                 case _:
-                    raise _Refused(f"its pickle has the instruction {op.name}, which checkpoints do not need")
+                    raise _Refused(f"its pickle has the instruction {name}, which checkpoints do not need")
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
-        # What genops and Python's own operations raise where bytes end early or do not fit each other.
+        # What pickletools and Python's own operations raise where bytes end early or do not fit each other.
         raise _Damaged("its pickle is cut short or makes no sense") from error
-    raise _Damaged("its pickle does not end")
+
+
+def _instructions(file: io.BufferedReader | io.BytesIO) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Each instruction's name, and what reads the argument behind it: of one that is refused, it is never read."""
+    start = file.tell()
+    for _ in range(_MAX_INSTRUCTIONS):
+        op = _INSTRUCTIONS[file.read(1)]
+        yield op.name, partial(op.arg.reader, file) if op.arg else lambda: None
+        if file.tell() - start > _MAX_BYTES:
+            break
+    raise _Refused("its pickle is longer than a model's ever is")
+
+
+def _line(file: io.BufferedReader | io.BytesIO) -> str:
+    if not (line := file.readline()).endswith(b"\n"):
+        raise ValueError(line)
+    return line[:-1].decode()
 
 
 def _global(module: str, name: str) -> _Global | _Placeholder:
