@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from test_single_file import LIKE_SD1, LIKE_SD2, named
 from test_torch_files import FLOATS, archive, dictionary, stream, tensor, text
 
+from jaxdiff.io.layouts import UNSAID
 from jaxdiff.io.single_file import open_single, write_single
 from jaxdiff.io.torch_files import open_torch
 from jaxdiff.io.weights import open_safetensors, read_metadata
@@ -54,15 +56,19 @@ def reworded(data: bytes, chance: random.Random) -> bytes:
     header = json.loads(data[8 : 8 + size])
     for _ in range(chance.randint(1, 3)):
         name = chance.choice(list(header))
-        match chance.randrange(4):
+        match chance.randrange(5):
             case 0:
                 header[chance.choice([name.rsplit(".", 1)[0], name + ".x", "", chance.choice(list(header))])] = (
                     header.pop(name)
                 )
             case 1:
-                header[name] = chance.choice(VALUES)
+                header[name] = deepcopy(chance.choice(VALUES))
             case 2 if isinstance(header[name], dict) and header[name]:
-                header[name][chance.choice(list(header[name]))] = chance.choice(VALUES)
+                header[name][chance.choice(list(header[name]))] = deepcopy(chance.choice(VALUES))
+            case 3:
+                part = chance.choice(list(UNSAID))
+                said = {part: {chance.choice(UNSAID[part]): chance.choice(VALUES)}}
+                header["__metadata__"] = {"jaxdiff": json.dumps(said)}
             case _:
                 shape = header[name].get("shape") if isinstance(header[name], dict) else None
                 if isinstance(shape, list):

@@ -381,7 +381,7 @@ def _made(function: Any, arguments: tuple[Any, ...]) -> Any:
             shape, strides = _counts(shape), _counts(strides)
             if len(shape) != len(strides) or len(shape) > _MAX_DIMS:
                 raise _Damaged(f"it has a tensor of {len(shape)} dimensions and {len(strides)} strides")
-            return _Tensor(storage, *_counts((offset,)), shape, strides)
+            return _Tensor(storage, _counts((offset,))[0], shape, strides)
     raise _Refused(f"its pickle calls {_told(function)}, or gives it arguments that torch.save does not")
 
 
