@@ -38,7 +38,7 @@ class FileOptions:
     """What a single file does not say, and which of its weights are taken."""
 
     tokenizer: Path | None = None
-    """For a model in a single file: a folder with vocab.json and merges.txt, or a diffusers folder that has one."""
+    """For a model in a single file, in CLIP's place: a folder with vocab.json and merges.txt, or a diffusers folder."""
     prediction_type: str | None = None
     """For a model in a single file, which does not say it: epsilon or v_prediction."""
     ema: bool = False
@@ -183,10 +183,10 @@ def _read_file(path: Path, family: type[Family], options: FileOptions) -> Model:
 
 
 def file_tokenizer(file: SingleFile, path: Path | None) -> Tokenizer:
-    """The tokenizer of a model in a single file, from a folder of its own or of another model.
+    """The tokenizer of a model in a single file: CLIP's, or that of a folder, its own or another model's.
 
     Raises:
-        ValueError: where `path` is None, saying what to name, or no such folder.
+        ValueError: where `path` is no such folder; where it is None and the vocabulary is not CLIP's.
     """
     folder = find_part(file.path if path is None else path, "tokenizer")
     length = file.config("text_encoder").max_position_embeddings

@@ -1,5 +1,6 @@
 """The tokenizer: equal to transformers' CLIPTokenizer, in its files too."""
 
+import gzip
 import json
 import pickle
 import random
@@ -7,12 +8,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import odd
 import pytest
 from transformers import CLIPTokenizer
 
 from jaxdiff.config import DataConfig
 from jaxdiff.data.sources import open_source
 from jaxdiff.data.tokens import BOS, EOS, Tokenizer, declared_length
+from jaxdiff.io.folder import CLIP
 from jaxdiff.tools.tokenizer import texts
 
 TRICKY = [
@@ -106,6 +109,32 @@ def test_transformers_reads_our_folder_and_agrees_on_every_token(folder, max_len
     assert (ids.dtype, ids.shape) == (np.int32, (len(TRICKY), max_length))
     np.testing.assert_array_equal(ids, transformers_ids(folder, max_length))
     assert CLIPTokenizer.from_pretrained(folder).model_max_length == 32
+
+
+def test_clips_own_vocabulary_is_in_the_package():
+    clip = Tokenizer.load(CLIP)
+    assert (len(clip), clip.bos_id, clip.eos_id, clip.pad_id, clip.comma_id) == (49408, 49406, 49407, 49407, 267)
+    assert clip.encode(["a photo of a cat", "Hello  world!", "!!"]) == [
+        [320, 1125, 539, 320, 2368],
+        [3306, 1002, 256],
+        [748],
+    ]
+
+
+@pytest.mark.parity
+def test_clips_tokens_are_transformers_from_the_same_merges(tmp_path):
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as clip/simple_tokenizer.py says it
+    symbols = [*map(chr, printed), *(chr(256 + i) for i in range(256 - len(printed)))]
+    lines = gzip.decompress(next(CLIP.iterdir()).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merged = [line.replace(" ", "") for line in lines]
+    vocab = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *merged, BOS, EOS]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]))
+    prompts = [*ODD, *(text for text in odd.CAPTIONS.values() if text)]
+    for pad, index in ((EOS, None), ("!", 0)):  # of Stable Diffusion 1 and 2
+        theirs = CLIPTokenizer.from_pretrained(tmp_path, pad_token=pad)
+        expected = theirs(prompts, padding="max_length", truncation=True, max_length=77)["input_ids"]
+        np.testing.assert_array_equal(Tokenizer.load(CLIP).padded_with(index)(prompts), expected)
 
 
 def test_the_new_single_file_layout_is_read_too(folder, tmp_path):

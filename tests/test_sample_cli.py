@@ -369,7 +369,7 @@ def cut(path):
     (WEIGHTS, cut, WEIGHTS),
     (WEIGHTS, lambda p: p.write_text("<!doctype html><title>404"), "web page"),
     (WEIGHTS, lambda p: p.write_bytes(b"\x80\x02}q\x00."), "pickle"),
-    (WEIGHTS, lambda p: p.rename(p.with_name("diffusion_pytorch_model.bin")), "pickle"),
+    (WEIGHTS, lambda p: p.rename(p.with_name("diffusion_pytorch_model.bin")), "not a file of torch.save"),
 ])  # fmt: skip
 def test_a_damaged_model_folder_is_a_sentence_that_names_what_is_damaged(sample, folder, file, damage, part):
     broken = shutil.copytree(folder, "broken")

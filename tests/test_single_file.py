@@ -253,7 +253,7 @@ def test_parts_are_read_from_a_file_wherever_a_part_is_asked_for(models, files, 
         "encoder", "decoder", "quant_conv", "post_quant_conv",
     }  # fmt: skip
     assert model_schedule(files["sd1"]) == BETAS
-    with pytest.raises(ValueError, match=r"is a single file, which has no tokenizer; name a folder"):
+    with pytest.raises(ValueError, match=r"a text encoder of 600 tokens, where CLIP's has 49408.*; name a folder"):
         find_part(files["sd1"], "tokenizer")
 
 
@@ -267,6 +267,23 @@ def test_training_starts_from_a_file(models, files, tokenizer):
     assert read_tokenizer(task).pad_id == 0
     with pytest.raises(ValueError, match=r"--task\.tokenizer for train\.py"):
         resolve(TrainConfig("runs/x", DiffusionTask(), model=str(files["sd2"])))
+
+
+@pytest.mark.parametrize(("like", "pad"), [(LIKE_SD1, None), (LIKE_SD2, 0)], ids=["sd1", "sd2"])
+def test_a_file_of_clips_vocabulary_needs_no_tokenizer(like, pad, tmp_path):
+    text = replace(like["text_encoder"], vocab_size=49_408, bos_token_id=49_406, eos_token_id=49_407)
+    whole = tiny.model(BETAS, **like | {"text_encoder": text})
+    write_single(tmp_path / "a.safetensors", named(whole), whole.scheduler, pad)
+    tokenizer = read_model(tmp_path / "a.safetensors").tokenizer
+    filled = [49407 if pad is None else pad] * 17
+    assert tokenizer(["a photo of a cat"])[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, *filled]
+    assert run(tmp_path / "a.safetensors", tmp_path / "folder") == 0
+    prompts = ["a photo, of a CAT!", "\u00e9t\u00e9 <|endoftext|>"]
+    np.testing.assert_array_equal(read_model(tmp_path / "folder").tokenizer(prompts), tokenizer(prompts))
+    task = DiffusionTask(scheduler=SchedulerConfig(prediction_type="epsilon"))
+    task = resolve(TrainConfig("runs/x", task, model=str(tmp_path / "a.safetensors"))).task
+    assert isinstance(task, DiffusionTask)
+    np.testing.assert_array_equal(read_tokenizer(task)(prompts), tokenizer(prompts))
 
 
 def test_a_model_whose_sizes_no_layout_has_comes_back_by_its_metadata(model, tmp_path):
@@ -377,9 +394,9 @@ def test_only_our_own_files_give_way(files, model, tmp_path, capsys):
     (tmp_path / "full" / "notes.txt").write_text("mine")
     for src, dst, words in [
         (tmp_path / "folder", tmp_path / "folder", "written over itself"),
-        (files["sd1"], tmp_path / "full", "not ours to replace"),
+        (tmp_path / "folder", tmp_path / "full", "not ours to replace"),
         (tmp_path / "folder", tmp_path / "a.ckpt", "ends in .safetensors"),
-        (files["sd1"], tmp_path / "new", "has no tokenizer"),
+        (files["sd1"], tmp_path / "new", "does not hold its tokenizer"),
         (tmp_path / "nothing.safetensors", tmp_path / "new", "cannot be read"),
         (tmp_path / "nothing", tmp_path / "new", "not a diffusers model folder"),
         (tmp_path / "folder", mine / "a.safetensors", "cannot be written"),
@@ -492,7 +509,7 @@ def test_options_of_files_are_refused_beside_a_folder_and_wrong_ones_beside_a_fi
         jaxdiff.load(tmp_path / "folder", ema=True)
     with pytest.raises(ValueError, match=r"prediction_type is 'v'; choose one of epsilon, v_prediction"):
         jaxdiff.load(files["sd1"], tokenizer=tokenizer, prediction_type="v")
-    with pytest.raises(ValueError, match="has no tokenizer"):
+    with pytest.raises(ValueError, match="does not hold its tokenizer"):
         jaxdiff.load(files["sd1"])
     save_file({n: a for n, a in load_file(files["sd1"]).items() if "ema" not in n}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="no averaged"):

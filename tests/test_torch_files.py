@@ -1,8 +1,12 @@
 """Files of torch.save are read without torch; what a pickle could do beside describing tensors is refused."""
 
 import contextlib
+import datetime
 import pickle
 import struct
+import subprocess
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -130,22 +134,96 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path, protocol)
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (b"cos\nsystem\n(" + text("true") + b"tR", "asks for 'os.system', which could run code"),
+        (b"cos\nsystem\n(" + text("true") + b"tR", "its 'x' is no tensor, but an object of 'os.system'"),
+        (b"cos\nsystem\n(" + text("true") + b"tR}b", "an object of 'os.system'"),
+        (b"cos\nPopen\n)\x81", "an object of 'os.Popen'"),
+        (b"ctorch\nDeviceStorage\nQ", "a storage of an object of 'torch.DeviceStorage'"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n)R", "calls '_rebuild_tensor_v2'"),
         (b"ctorch\nfloat32\n(" + text("x") + b"tR", "calls 'float32'"),
-        (b"ccollections\nOrderedDict\n)\x81", "instruction NEWOBJ"),
+        (b"ccollections\nOrderedDict\n)\x81", "makes no sense"),
         (b"(" + text("x") + b"ios\nsystem\n", "instruction INST"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n}b", "makes no sense"),  # attributes for an admitted function
         (b"\x82\x01", "instruction EXT1"),
         (b"j\xff\xff\xff\xff", "makes no sense"),  # the memo's last place, for which pickle takes 64 GB
-        (b"\x8e" + b"\xff" * 7 + b"\x7f", "makes no sense"),  # 2^63 bytes that follow
-        (text("module") + b"Q", "has the storage 'module'"),
+        (b"\x8e" + b"\xff" * 7 + b"\x7f", "instruction BINBYTES8"),  # of 2^63 bytes
+        (b"\x96\0\0\0\0\1\0\0\0", "instruction BYTEARRAY8"),  # of 4 GB
+        (text("module") + b"Q", "a storage of 'module'"),
         (b"}" + b")" * 3 + b"\x87K\x01s", "makes no sense"),  # a tuple for a key
     ],
 )
 def test_a_pickle_that_asks_for_more_than_tensors_is_refused(tmp_path, value, words):
     refused(archive(tmp_path / "f.pt", dictionary(x=value)), words)
     refused(stream(tmp_path / "f.pt", dictionary(x=value)), words)
+
+
+@pytest.mark.parametrize("write", [archive, stream])
+def test_what_a_trainer_keeps_beside_the_weights_does_nothing_and_is_left_out(tmp_path, write):
+    callback = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
+    config = b"comegaconf.dictconfig\nDictConfig\n)\x81q\x09}(" + text("_parent") + b"h\x09" + text("_content") + b"Nub"
+    scalar = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\nU\x02f8K\0K\1\x87R(K\3U\1<NNNtbU\x08" + bytes(8) + b"tR"
+    outer = b"\x80\x02}(" + b"".join([
+        text("callbacks"), b"}(" + callback + b"}(" + text("best") + scalar + b"uu",
+        text("hyper_parameters"), config,
+        text("attributes"), b"cpytorch_lightning.utilities.parsing\nAttributeDict\n)R(" + text("lr") + number(1) + b"u",
+        text("listed"), b"comegaconf.listconfig\nListConfig\n)\x81(K\1K\2e",
+        text("state_dict"), dictionary(
+            weight=tensor("FloatStorage", "0", 12, 0, (3, 4), (4, 1), write is stream),
+            parameter=b"ctorch._utils\n_rebuild_parameter\n("
+            + tensor("FloatStorage", "0", 12, 4, (4,), (1,), write is stream) + b"\x89ccollections\nOrderedDict\n)RtR",
+        )[2:-1],
+    ]) + b"u."  # fmt: skip
+    got = open_torch(write(tmp_path / "f.ckpt", outer, _0=FLOATS))
+    assert list(got) == ["weight", "parameter"]
+    assert (got["weight"] == FLOATS.reshape(3, 4)).all()
+    assert (got["parameter"] == FLOATS[4:8]).all()
+    refused(
+        write(tmp_path / "f.ckpt", b"\x80\x02" + callback + b")\x81.", _0=FLOATS), "list of storages|dict of tensors"
+    )
+    refused(write(tmp_path / "f.ckpt", b"\x80\x02" + callback + b")\x81."), "but an object of 'pytorch_lightning")
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    first = tensor("FloatStorage", "0", 12, 0, (1,) * 8, (1,) * 8) + b"q\0"
+    bodies = {
+        "dicts": b"}" * 4_000_000,
+        "marks": b"(" * 4_000_000,
+        "memo": b"\x94" * 4_000_000,
+        "places": b"".join(b"r" + struct.pack("<I", 7 * i) for i in range(399_000)),
+        "names": b"}(" + b"".join(text(str(i)) + b"h\0" for i in range(150_000)) + b"u.",
+        "a line": b"c" + b"a" * 10_000_000,
+        "a length": b"\x96\0\0\0\0\1\0\0\0" + bytes(10_000_000),
+        "lists": b"}(" + text("a") + b"]" * 190_000 + b"a" * 189_999 + b"u.",
+        "tuples": b"}(" + text("a") + b")" + b"\x85" * 390_000 + b"u.",
+        "circles": b"}q\1(" + text("state_dict") + b"h\1" + text("a") + b"]q\2h\2au.",
+    }
+    paths = [archive(tmp_path / f"{name}.pt", b"\x80\x02" + first + body, _0=FLOATS) for name, body in bodies.items()]
+    with zipfile.ZipFile(tmp_path / "records.pt", "w") as file:
+        for i in range(100_000):
+            file.writestr(str(i), "")
+    script = """
+import pathlib, resource, sys
+from jaxdiff.io.torch_files import open_torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        open_torch(pathlib.Path(path))
+    except ValueError:
+        pass
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    words = [sys.executable, "-c", script, *map(str, paths), str(tmp_path / "records.pt")]
+    assert int(subprocess.run(words, check=True, capture_output=True, text=True).stdout) < 100
+
+
+def test_records_that_share_their_bytes_are_refused(tmp_path):
+    one, other = (tensor("FloatStorage", key, 12, 0, (1,), (1,)) for key in "01")
+    path = archive(tmp_path / "f.pt", dictionary(x=one, y=other), _0=np.zeros(10_000), _1=np.zeros(0))
+    whole = bytearray(path.read_bytes())
+    entries = [whole.rfind(f"m/data/{key}".encode()) - 46 for key in "01"]
+    for place in (20, 24, 42):  # sizes, and where it begins
+        whole[entries[1] + place : entries[1] + place + 4] = whole[entries[0] + place : entries[0] + place + 4]
+    path.write_bytes(whole)
+    refused(path, "lie over one another")
 
 
 @pytest.mark.parametrize(
@@ -245,3 +323,34 @@ def test_what_torch_saves_is_read_to_the_bit(tmp_path, zipped):
         assert same.all()
     torch.save({"x": base.to("meta")}, tmp_path / "f.pt", _use_new_zipfile_serialization=zipped)
     refused(tmp_path / "f.pt", "is not read")
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_of_lightning_is_read_without_it(tmp_path, zipped, monkeypatch):
+    torch = pytest.importorskip("torch")
+    module = types.ModuleType("pytorch_lightning")
+    for name, base in (("ModelCheckpoint", object), ("AttributeDict", dict), ("ListConfig", list)):
+        setattr(module, name, type(name, (base,), {"__module__": "pytorch_lightning"}))
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", module)
+    callback, hyper, listed = module.ModelCheckpoint(), module.AttributeDict(lr=1e-4), module.ListConfig([1, 2])
+    callback.owner, callback.best, callback.place = callback, np.float64(0.5), Path("a/b")
+    hyper.parent, hyper["config"] = listed, {"a": (callback, {1, 2})}
+    layer = torch.nn.Linear(3, 2)
+    optimiser = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(3)).sum().backward()
+    optimiser.step()
+    saved = {
+        "callbacks": {module.ModelCheckpoint: {"best": np.float64(0.5), "self": callback}},
+        "hyper_parameters": hyper, "optimizer_states": [optimiser.state_dict()], "global_step": 470000, "loops": None,
+        "device": torch.device("cpu"), "size": torch.Size([2]), "dtype": torch.float16,
+        "at": datetime.date(2022, 8, 22),
+        "state_dict": {**layer.state_dict(), "parameter": layer.weight},
+    }  # fmt: skip
+    torch.save(saved, tmp_path / "f.ckpt", _use_new_zipfile_serialization=zipped)
+    monkeypatch.delitem(sys.modules, "pytorch_lightning")
+    got = open_torch(tmp_path / "f.ckpt")
+    assert list(got) == ["weight", "bias", "parameter"]
+    for name, array in got.items():
+        np.testing.assert_array_equal(array, saved["state_dict"][name].detach().numpy())

@@ -8,10 +8,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
+from test_torch_files import FLOATS, archive, dictionary, tensor, text
 
+from jaxdiff.generation.weights import Weights
 from jaxdiff.io.convert import from_torch
-from jaxdiff.io.weights import check_params, open_safetensors, open_weights
+from jaxdiff.io.weights import Stored, check_params, open_safetensors, open_weights, write_safetensors
 
 STEM = "diffusion_pytorch_model"
 
@@ -57,6 +60,23 @@ def test_plain_files_come_first_and_a_lone_variant_is_found(tmp_path):
     (tmp_path / f"{STEM}.fp16.safetensors").rename(tmp_path / f"{STEM}.fp8.safetensors")
     with pytest.raises(ValueError, match=r"fp8\.safetensors, .*non_ema.*plain name"):
         open_weights(tmp_path, STEM)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_floats_of_8_bits_keep_their_bits_and_are_widened_where_they_are_placed(tmp_path, kind):
+    finite = np.arange(256, dtype=np.uint8).view(kind)
+    finite = finite[np.isfinite(finite.astype(np.float32))][:240].reshape(4, 60)
+    write_safetensors(tmp_path / "a.safetensors", {"a.weight": Stored(finite, finite.dtype)})
+    with safe_open(tmp_path / "a.safetensors", "np") as file:
+        assert file.get_slice("a.weight").get_dtype() == {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}[kind]
+    params = from_torch(open_safetensors(tmp_path / "a.safetensors").items())
+    assert params["a"]["kernel"].tobytes("F") == finite.tobytes()
+    check_params(params, {"a": {"kernel": jax.ShapeDtypeStruct((60, 4), np.float32)}}, "a file")
+    for memory, dtype, wide in (("normal", "float32", "float32"), ("normal", "bfloat16", "bfloat16"),
+                                ("low", "float32", "float16")):  # fmt: skip
+        placed = Weights({"vae": params}, dtype, memory=memory)["vae"]["a"]["kernel"]
+        assert placed.dtype == wide
+        np.testing.assert_array_equal(np.asarray(placed, np.float32), finite.T.astype(np.float32))
 
 
 def shards(folder: Path, index: dict | None = None, suffix: str = "index") -> None:
@@ -108,11 +128,41 @@ def test_what_is_no_safetensors_file_is_told_apart(tmp_path):
         assert str(path) in str(caught.value)
 
 
-def test_pickles_and_nothing_are_not_weights(tmp_path):
-    with pytest.raises(ValueError, match=f"{STEM}.safetensors is missing"):
+PICKLED = dictionary(a=tensor("FloatStorage", "0", 12, 0, (3, 4), (4, 1)))
+
+
+@pytest.mark.parametrize(("stem", "pickled"), [(STEM, STEM), ("model", "pytorch_model")])
+@pytest.mark.parametrize("name", ["{}.bin", "{}.fp16.bin", "{}.ckpt"])
+def test_pickles_are_read_where_there_are_no_safetensors(tmp_path, stem, pickled, name):
+    archive(tmp_path / name.format(pickled), PICKLED, _0=FLOATS)
+    assert (open_weights(tmp_path, stem)["a"] == FLOATS.reshape(3, 4)).all()
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / f"{stem}.fp16.safetensors")
+    assert open_weights(tmp_path, stem)["a"].shape == (2,)
+
+
+def test_pickled_shards_are_joined_and_their_index_names_no_others(tmp_path):
+    index = tmp_path / f"{STEM}.bin.index.json"
+    files = {name: f"{STEM}-0000{i}-of-00002.bin" for i, name in enumerate("ab", 1)}
+    for name, file in files.items():
+        value = tensor("FloatStorage", "0", 12, 0, (12,), (1,))
+        archive(tmp_path / file, dictionary(**{name: value}), _0=FLOATS)
+    index.write_text(json.dumps({"weight_map": files}))
+    assert open_weights(tmp_path, STEM).keys() == {"a", "b"}
+    index.write_text(json.dumps({"weight_map": files | {"c": files["a"]}}))
+    with pytest.raises(ValueError, match="disagree about tensors: c"):
         open_weights(tmp_path, STEM)
-    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02")
-    with pytest.raises(ValueError, match=r"only pickled weights \(diffusion_pytorch_model.bin\)"):
+    index.write_text(json.dumps({"weight_map": {"a": "../a.bin"}}))
+    with pytest.raises(ValueError, match=r"only \.bin files beside it are read"):
+        open_weights(tmp_path, STEM)
+
+
+def test_what_is_no_weights_is_told(tmp_path):
+    with pytest.raises(ValueError, match=rf"{STEM}\.safetensors is missing, and so is {STEM}\.bin"):
+        open_weights(tmp_path, STEM)
+    archive(tmp_path / f"{STEM}.bin", dictionary(a=b"cos\nsystem\n(" + text("true") + b"tR"))
+    with pytest.raises(
+        ValueError, match=rf"{STEM}\.bin is not read: its 'a' is no tensor, but an object of 'os\.system'"
+    ):
         open_weights(tmp_path, STEM)
 
 
@@ -136,7 +186,7 @@ def test_headers_that_make_no_sense_are_refused(tmp_path):
     for header, data, sentence in [
         (twice, 8, "names tensors twice: a"),
         (b"{" + b"x" * 20, 0, "header is not JSON"),
-        ({"a": good | {"dtype": "F8_E4M3"}}, 8, "stores a as F8_E4M3; supported: F16, BF16, F32"),
+        ({"a": good | {"dtype": "F4"}}, 8, "stores a as F4; supported: F16, BF16, F32, F64, F8_E4M3, F8_E5M2"),
         ({"a": good | {"shape": [3]}}, 8, "entry for a makes no sense"),
         ({"a": good | {"shape": [-2]}}, 8, "entry for a makes no sense"),
         ({"a": good | {"data_offsets": [-8, 0]}}, 8, "entry for a makes no sense"),

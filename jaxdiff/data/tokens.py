@@ -1,9 +1,12 @@
 """The CLIP tokenizer: byte-level BPE over lower-cased text, in the files that transformers reads and writes."""
 
+import gzip
 import json
 import logging
+import zlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from jaxdiff.config import load_json
 logger = logging.getLogger(__name__)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_CLIP_MERGES = 48_894  # of the 262,144 in OpenAI's file, CLIP takes the first
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -49,9 +54,10 @@ class Tokenizer:
     def load(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
         """Reads a tokenizer in any layout of transformers' CLIPTokenizer, and makes the tokens that it makes.
 
-        The vocabulary and the merges come from `tokenizer.json`, or `vocab.json` and `merges.txt`; tokens that were
-        added to them from the `added_tokens_decoder` of `tokenizer_config.json`, or else from `added_tokens.json` and
-        `tokenizer.json`; special tokens from `tokenizer_config.json` and `special_tokens_map.json`.
+        The vocabulary and the merges come from `tokenizer.json`, or OpenAI's own file of CLIP's merges, or `vocab.json`
+        and `merges.txt`; tokens that were added to them from the `added_tokens_decoder` of `tokenizer_config.json`, or
+        else from `added_tokens.json` and `tokenizer.json`; special tokens from `tokenizer_config.json` and
+        `special_tokens_map.json`.
 
         Raises:
             ValueError: where the files are missing or no tokenizer of this kind.
@@ -103,7 +109,7 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, max_length: int = 77) -> "Tokenizer":
         """Learns the merges from `texts`; the vocabulary has CLIP's layout: bytes, bytes that end a word, merges."""
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        alphabet = _alphabet()
         n_merges = vocab_size - 2 * len(alphabet) - 2
         if n_merges < 1:
             raise ValueError(
@@ -119,8 +125,7 @@ class Tokenizer:
         )
         backend.train_from_iterator(texts, trainer)
         merges = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]][:n_merges]
-        tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *map("".join, merges), BOS, EOS]
-        return cls(_backend({token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges), max_length)
+        return cls(_backend(_vocabulary(merges), merges), max_length)
 
     def padded_with(self, index: int | None) -> "Tokenizer":
         """This tokenizer, which fills up with the token of this number; None is the end token.
@@ -230,6 +235,9 @@ def _read_bpe(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]], list
         ):
             raise ValueError(f"{single}: added_tokens must be a list of objects, each with an id.")
         tokens, merges, source = model["vocab"], [(left, right) for left, right in pairs], single
+    elif (source := folder / _CLIP_FILE).is_file():
+        merges, added = _read_clip_merges(source), []
+        tokens = _vocabulary(merges)
     else:
         vocab, source = folder / "vocab.json", folder / "merges.txt"
         for path in (vocab, source):
@@ -303,6 +311,27 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
                 raise ValueError(f"{path}: {line!r} is not a merge of two tokens.")
             merges.append((left, right))
     return merges
+
+
+def _read_clip_merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            # The first line says which version it is.
+            return [(left, right) for left, right in map(str.split, islice(file, 1, 1 + _CLIP_MERGES))]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged; download it again.") from error
+
+
+def _alphabet() -> list[str]:
+    """A character for each byte, by which byte-level BPE writes texts, in CLIP's order."""
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Tokens in CLIP's order: bytes, bytes that end a word, what merges make, start and end."""
+    alphabet = _alphabet()
+    tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *map("".join, merges), BOS, EOS]
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 
 def _clean(text: str) -> str:

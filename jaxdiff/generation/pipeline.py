@@ -60,7 +60,7 @@ def load(
         devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
         adapters: functions of the params by role, which are applied in order before anything is cast or placed.
         memory: "low" keeps one network at a time, and its kernels in 16 bits, which costs time and little exactness.
-        tokenizer: for a single file, which has none: a folder with vocab.json and merges.txt, or a diffusers folder.
+        tokenizer: for a single file, in CLIP's place: a folder with vocab.json and merges.txt, or a diffusers folder.
         prediction_type: for a single file, which does not say it: "epsilon" or "v_prediction"; None is epsilon for
             Stable Diffusion 1, and a guess, with a warning, for 2.
         ema: of a single file, takes the averaged weights of the denoiser.

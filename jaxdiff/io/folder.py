@@ -288,14 +288,15 @@ def _write_unmapped(folder: Path, unmapped: Unmapped | None) -> None:
         write_safetensors(folder / UNMAPPED, tensors, unmapped.metadata)
 
 
-TOKENIZER_WANTED = (
-    "name a folder with vocab.json and merges.txt, or any diffusers folder of Stable Diffusion, which has one: "
-    "tokenizer= in Python, --tokenizer in the shell, --task.tokenizer for train.py. Commands that lack it take the "
-    "folder that jaxdiff.tools.convert makes."
-)
+CLIP = Path(__file__).parents[1] / "assets" / "clip"
+"""The folder of the tokenizer that all of Stable Diffusion 1 and 2 have."""
+_CLIP_TOKENS = 49_408
 # A file that a part's folder holds, whatever the folder is called.
 _OWN_FILES = {name: ("config.json",) for name in NETWORKS}
-_OWN_FILES |= {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "vocab.json")}
+_OWN_FILES |= {
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz"),
+}
 
 
 def find_part(path: Path | str, name: str) -> Path:
@@ -303,17 +304,25 @@ def find_part(path: Path | str, name: str) -> Path:
 
     Args:
         path: a model's folder, a run directory that has exported a model, the part's own folder, or a single file,
-            which has no tokenizer.
+            whose tokenizer is CLIP's, which comes with the package.
         name: the part.
 
     Raises:
-        ValueError: where it is none of these, or the folder of another part.
+        ValueError: where it is none of these, or the folder of another part; for the tokenizer of a single file whose
+            text encoder has another vocabulary than CLIP's.
     """
     path = Path(path)
     if is_single(path):
-        if name == "tokenizer":
-            raise ValueError(f"{path} is a single file, which has no tokenizer; {TOKENIZER_WANTED}")
-        return path
+        if name != "tokenizer":
+            return path
+        if (tokens := open_single(path).config("text_encoder").vocab_size) != _CLIP_TOKENS:
+            raise ValueError(
+                f"{path} has a text encoder of {tokens} tokens, where CLIP's has {_CLIP_TOKENS}, and a single file "
+                "does not hold its tokenizer; name a folder with vocab.json and merges.txt, or a diffusers folder that "
+                "has one: tokenizer= in Python, --tokenizer in the shell, --task.tokenizer for train.py. Commands that "
+                "lack it take the folder that jaxdiff.tools.convert makes."
+            )
+        return CLIP
     for folder in (path / name, path / "export" / name):
         if folder.is_dir():
             return folder

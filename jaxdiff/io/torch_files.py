@@ -2,8 +2,10 @@
 
 Such a file is a pickle that describes tensors, and their storages as raw bytes: beside it in a zip archive (since
 PyTorch 1.6), or behind it in one stream (before). A pickle is a program, so it is not given to `pickle`, which runs
-it: the few instructions that state dicts need are followed here, and all others are refused. Tensors are views of the
-mapped file, as those of safetensors files are, once everything that the pickle claims of them is known to lie in it.
+it: the few instructions that checkpoints need are followed here, and all others are refused. What is not of PyTorch's
+own tensors, such as a trainer's callbacks beside a state dict, becomes a placeholder that has a name and does nothing.
+Tensors are views of the mapped file, as those of safetensors files are, once everything that the pickle claims of them
+is known to lie in it.
 """
 
 import io
@@ -11,7 +13,8 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +36,14 @@ _STORAGES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")
+_INSTRUCTIONS = {op.code.encode("latin-1"): op for op in pickletools.opcodes}
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the stream, torch/serialization.py: MAGIC_NUMBER and PROTOCOL_VERSION
 _VERSION = 1001
-_MAX_DIMS = 64  # NumPy's own limit, and PyTorch's
+# So that a small file cannot take much memory. A tensor takes some 40 instructions and 130 bytes of a pickle.
+_MAX_BYTES = 2**22  # of a pickle, and of an archive's list of records
+_MAX_INSTRUCTIONS = 400_000
+_MAX_TENSORS = 20_000
+_MAX_DIMS = 8  # PyTorch allows 64, and no network has a weight of more than 5
 _SHOWN = 60  # characters of a file's own text in an error sentence
 
 
@@ -43,6 +51,12 @@ class _Global(NamedTuple):
     """An admitted name of a pickle: a marker, which nothing can be called through or written to."""
 
     module: str
+    name: str
+
+
+class _Placeholder(NamedTuple):
+    """What stands for a class or function that is not admitted, and for all that would be made of it: a name."""
+
     name: str
 
 
@@ -65,9 +79,11 @@ class _Tensor(NamedTuple):
 
 _DICT = _Global("collections", "OrderedDict")
 _REBUILD = _Global("torch._utils", "_rebuild_tensor_v2")
+_PARAMETER = _Global("torch._utils", "_rebuild_parameter")
 _ADMITTED = {
     _DICT,
     _REBUILD,
+    _PARAMETER,
     *(_Global("torch", name) for name in _STORAGES),
     *(_Global("torch", name) for name in _DTYPES),
 }
@@ -81,17 +97,32 @@ class _Refused(Exception):
     """What a file has that is not read, as a sentence's end."""
 
 
+class _File(io.BufferedReader):
+    """A file that is read in pieces as large as a pickle may be, whatever length the file itself claims of one."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:  # as zipfile asks for an archive's last bytes
+            size = _MAX_BYTES
+        if size > _MAX_BYTES:
+            raise _Refused("it holds a text, or a list of records, that is longer than a model's ever is")
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return super().readline(_MAX_BYTES)
+
+
 def open_torch(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict's file, or of the state dict under `state_dict` in it, as read-only arrays.
 
     Views of one storage are views of one array. What else the dict holds, such as the number of a step, is left out.
+    Beside the file, which is mapped, it takes less than 100 MB of memory whatever the file says of itself.
 
     Raises:
-        ValueError: when the file is missing, damaged, cut short, of another kind, or its pickle asks for anything but
-            tensors, naming the file and what to do.
+        ValueError: when the file is missing, damaged, cut short, of another kind, or has an object of another class in
+            a tensor's place, naming the file and what to do.
     """
     try:
-        with path.open("rb") as file:
+        with _File(io.FileIO(path)) as file:
             head = file.read(4)
             file.seek(0)
             if head == b"PK\x03\x04":
@@ -103,11 +134,16 @@ def open_torch(path: Path) -> dict[str, np.ndarray]:
         if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
             tree = tree["state_dict"]
         if not isinstance(tree, dict):
-            raise _Refused(f"what it holds is not a dict of tensors, but of the type {type(tree).__name__.lstrip('_')}")
+            raise _Refused(f"what it holds is not a dict of tensors, but {_told(tree)}")
+        for name, value in tree.items():
+            if isinstance(value, _Placeholder):
+                raise _Refused(f"its {_told(name)} is no tensor, but {_told(value)}, which is not made")
+        found = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, _Tensor)}
+        if len(found) > _MAX_TENSORS:
+            raise _Refused(f"it has {len(found)} tensors, more than a model ever has")
         data = map_file(path)
         storages: dict[_Storage, np.ndarray] = {}
-        return {name: _array(str(name), value, raw, data, storages) for name, value in tree.items()
-                if isinstance(value, _Tensor) and isinstance(name, str)}  # fmt: skip
+        return {name: _array(name, value, raw, data, storages) for name, value in found.items()}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     except _Refused as error:
@@ -148,7 +184,7 @@ def _array(
 def _read_zip(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], tuple[int, int]]]:
     """What the archive's pickle says, and where in the file a storage lies."""
     try:
-        records = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
+        records = {info.filename: info for info in zipfile.ZipFile(file).infolist()}  # `_File` bounds their number
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError) as error:
         raise _Damaged("it is a zip archive that is cut short or broken") from error
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -161,7 +197,7 @@ def _read_zip(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], tuple[
             raise _Damaged(f"its record {_shown(name)} is missing")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise _Refused(f"its record {_shown(name)} is compressed or encrypted, which torch.save does not do")
-        file.seek(info.header_offset)
+        file.seek(max(0, info.header_offset))  # below 0 where the list claims a place before the file
         header = file.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise _Damaged(f"its record {_shown(name)} is not where the archive says")
@@ -181,6 +217,9 @@ def _read_zip(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], tuple[
     tree = _unpickle(io.BytesIO(read(pickles[0])))
     # Their places are found now, while the file is open.
     spans = {name: span(name) for name in records if name.startswith(f"{folder}data/")}
+    # Storages that are not aligned are copied, so many that share their bytes would be larger than the file.
+    if sum(end - begin for begin, end in spans.values()) > file.seek(0, io.SEEK_END):
+        raise _Damaged("its records lie over one another")
 
     def raw(storage: _Storage) -> tuple[int, int]:
         name = f"{folder}data/{storage.key}"
@@ -217,14 +256,14 @@ def _read_stream(file: io.BufferedReader) -> tuple[Any, Callable[[_Storage], tup
 
 
 def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | None = None) -> Any:
-    """What the pickle at the file's position describes: dicts, lists, tuples, texts, numbers and `_Tensor`s.
+    """What the pickle at the file's position describes: dicts, lists, tuples, texts, numbers, `_Tensor`s, placeholders.
 
     Args:
         file: stands behind the pickle afterwards.
         said: gets every storage that is named, by its key; one that is named twice must be the same.
 
     Raises:
-        _Refused: for instructions and names that state dicts do not need.
+        _Refused: for instructions that checkpoints do not need, and pickles that are too long.
         _Damaged: for a pickle that makes no sense.
     """
     said = {} if said is None else said
@@ -238,18 +277,20 @@ def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | 
         return items
 
     try:
-        for op, argument, _ in pickletools.genops(file):
-            match op.name:
+        for name, argument in _instructions(file):
+            match name:
                 case "PROTO" | "FRAME":
-                    pass
+                    argument()
                 case "STOP":
                     return stack.pop()
                 case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op.name])
-                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
-                    stack.append(argument)
+                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                    stack.append(argument())
+                case "BINUNICODE" | "SHORT_BINUNICODE" | "BINSTRING" | "SHORT_BINSTRING":  # the last two of Python 2
+                    stack.append(argument())
                 case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                    stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[op.name]())
+                    stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
                 case "MARK":
                     below.append(stack)
                     stack = []
@@ -257,27 +298,28 @@ def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | 
                     items = since_mark()
                     stack.append(tuple(items))
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    items = [stack.pop() for _ in range(int(op.name[-1]))]
+                    items = [stack.pop() for _ in range(int(name[-1]))]
                     stack.append(tuple(items[::-1]))
                 case "APPEND" | "APPENDS":
-                    items = since_mark() if op.name == "APPENDS" else [stack.pop()]
-                    _of(list, stack[-1]).extend(items)
+                    items = since_mark() if name == "APPENDS" else [stack.pop()]
+                    if not isinstance(stack[-1], _Placeholder):
+                        _of(list, stack[-1]).extend(items)
                 case "SETITEM" | "SETITEMS":
-                    items = since_mark() if op.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                    # The hash of a deeply nested tuple overflows Python's own stack.
-                    keys = [key if type(key) is int else _of(str, key) for key in items[::2]]
-                    _of(dict, stack[-1]).update(zip(keys, items[1::2], strict=True))
+                    items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                    if not isinstance(stack[-1], _Placeholder):
+                        pairs = zip(map(_key, items[::2]), items[1::2], strict=True)
+                        _of(dict, stack[-1]).update(pairs)
                 case "BINPUT" | "LONG_BINPUT":
-                    memo[_of(int, argument)] = stack[-1]
+                    memo[_of(int, argument())] = stack[-1]
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[_of(int, argument)])
+                    stack.append(memo[_of(int, argument())])
                 case "GLOBAL":
-                    stack.append(_global(*_of(str, argument).split(" ", 1)))
+                    stack.append(_global(_line(file), _line(file)))  # pickletools would resolve backslashes
                 case "STACK_GLOBAL":
-                    name, module = _of(str, stack.pop()), _of(str, stack.pop())
-                    stack.append(_global(module, name))
+                    attribute, module = _of(str, stack.pop()), _of(str, stack.pop())
+                    stack.append(_global(module, attribute))
                 case "BINPERSID":
                     storage = _storage(stack.pop())
                     if said.setdefault(storage.key, storage) != storage:
@@ -286,35 +328,61 @@ def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | 
                 case "REDUCE":
                     arguments, function = _of(tuple, stack.pop()), stack.pop()
                     stack.append(_made(function, arguments))
-                case "BUILD":  # a state dict's `_metadata`: the versions of modules
-                    _of(dict, stack.pop())
-                    _of(dict, stack[-1])
+                case "NEWOBJ":
+                    _of(tuple, stack.pop())
+                    _of(_Placeholder, stack[-1])
+                case "BUILD":
+                    stack.pop()
+                    if not isinstance(stack[-1], _Placeholder):
+                        _of(dict, stack[-1])  # a state dict's `_metadata`: the versions of modules
                 case _:
-                    raise _Refused(f"its pickle has the instruction {op.name}, which state dicts do not need")
+                    raise _Refused(f"its pickle has the instruction {name}, which checkpoints do not need")
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
-        # What genops and Python's own operations raise where bytes end early or do not fit each other.
+        # What pickletools and Python's own operations raise where bytes end early or do not fit each other.
         raise _Damaged("its pickle is cut short or makes no sense") from error
-    raise _Damaged("its pickle does not end")
 
 
-def _global(module: str, name: str) -> _Global:
-    if (found := _Global(module, name)) not in _ADMITTED:
-        raise _Refused(f"its pickle asks for {_shown(f'{module}.{name}')}, which could run code")
-    return found
+def _instructions(file: io.BufferedReader | io.BytesIO) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Each instruction's name, and what reads the argument behind it: of one that is refused, it is never read."""
+    start = file.tell()
+    for _ in range(_MAX_INSTRUCTIONS):
+        op = _INSTRUCTIONS[file.read(1)]
+        yield op.name, partial(op.arg.reader, file) if op.arg else lambda: None
+        if file.tell() - start > _MAX_BYTES:
+            break
+    raise _Refused("its pickle is longer than a model's ever is")
+
+
+def _line(file: io.BufferedReader | io.BytesIO) -> str:
+    if not (line := file.readline()).endswith(b"\n"):
+        raise ValueError(line)
+    return line[:-1].decode()
+
+
+def _global(module: str, name: str) -> _Global | _Placeholder:
+    return found if (found := _Global(module, name)) in _ADMITTED else _Placeholder(f"{module}.{name}")
+
+
+def _key(value: Any) -> Any:
+    """A dict's key. Others are refused: the hash of a deeply nested tuple overflows Python's own stack."""
+    return value if type(value) in (int, float, bool, _Placeholder) else _of(str, value)
 
 
 def _made(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What the two admitted calls give."""
+    """What the admitted calls give. Of what is not admitted nothing is called, and its placeholder stands for all."""
     match function, arguments:
+        case (_Placeholder(), _):
+            return function
         case (_Global() as f, ()) if f == _DICT:
             return {}
+        case (_Global() as f, (_Tensor() as tensor, *_)) if f == _PARAMETER:
+            return tensor
         case (_Global() as f, (_Storage() as storage, offset, shape, strides, *_)) if f == _REBUILD:
             shape, strides = _counts(shape), _counts(strides)
             if len(shape) != len(strides) or len(shape) > _MAX_DIMS:
                 raise _Damaged(f"it has a tensor of {len(shape)} dimensions and {len(strides)} strides")
-            return _Tensor(storage, _counts([offset])[0], shape, strides)
-    name = function.name if isinstance(function, _Global) else function
-    raise _Refused(f"its pickle calls {_shown(name)}, or gives it arguments that torch.save does not")
+            return _Tensor(storage, _counts((offset,))[0], shape, strides)
+    raise _Refused(f"its pickle calls {_told(function)}, or gives it arguments that torch.save does not")
 
 
 def _storage(value: Any) -> _Storage:
@@ -322,15 +390,17 @@ def _storage(value: Any) -> _Storage:
     match value:
         case ("storage", _Global("torch", name), str(key), str(), int(size), *rest) if name in _STORAGES:
             if rest in ([], [None]):  # PyTorch before 0.4 could cut a storage out of another one
-                return _Storage(key, _STORAGES[name], _counts([size])[0])
-    raise _Refused(f"its pickle has the storage {_shown(value)}, of a kind that is not known")
+                return _Storage(key, _STORAGES[name], *_counts((size,)))
+    if isinstance(value, tuple) and len(value) > 1:
+        value = value[1]
+    raise _Refused(f"its pickle has a storage of {_told(value)}, and no such kind is known")
 
 
-def _counts(values: Sequence[Any]) -> tuple[int, ...]:
+def _counts(values: Any) -> tuple[int, ...]:
     """Lengths, an offset or strides."""
-    if not isinstance(values, tuple | list) or not all(type(n) is int and 0 <= n < 2**62 for n in values):
+    if not isinstance(values, tuple) or not all(type(n) is int and 0 <= n < 2**62 for n in values):
         raise _Damaged("it has a tensor whose shape, strides or offset are no whole numbers from 0")
-    return tuple(values)
+    return values
 
 
 def _of(kind: Any, value: Any) -> Any:
@@ -339,7 +409,17 @@ def _of(kind: Any, value: Any) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
-    """A file's own text in a sentence, on one line and not too long; of all else no more than the type."""
-    text = repr(value) if isinstance(value, str) else type(value).__name__.lstrip("_")
+def _told(value: Any) -> str:
+    """A value in a sentence: a name as the file has it, of all else no more than the type."""
+    match value:
+        case str(name) | _Global(_, name):
+            return _shown(name)
+        case _Placeholder(name):
+            return f"an object of {_shown(name)}"
+    return f"of the type {type(value).__name__.lstrip('_')}"
+
+
+def _shown(name: str) -> str:
+    """A file's own text in a sentence, on one line and not too long."""
+    text = repr(name[: 2 * _SHOWN])
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""Safetensors files, whole or in shards, read and written; everything else is told apart and refused.
+"""A network's weights in files, whole or in shards: safetensors, read and written, and PyTorch's pickles, read.
 
 Tensors are views of the mapped file: nothing is read before it is used, and no code in a file is ever run.
 """
@@ -17,11 +17,17 @@ from jax.typing import DTypeLike
 from jaxdiff.config import load_json
 from jaxdiff.io.convert import leaves, torch_axes, torch_name
 from jaxdiff.io.mapped import map_file, release
+from jaxdiff.io.torch_files import open_torch
 from jaxdiff.types import Params
 
 FLOATS = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
-_DTYPES = FLOATS | {
-    **{"F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool_)},
+_FLOATS = FLOATS | {  # that are read, and widened where they are placed
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_DTYPES = _FLOATS | {
+    "BOOL": np.dtype(np.bool_),
     **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
 }
 logger = logging.getLogger(__name__)
@@ -123,6 +129,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
 def open_weights(folder: Path, stem: str, variant: str | None = None) -> dict[str, np.ndarray]:
     """The tensors of a network's folder: `{stem}.safetensors`, or the shards that its index file names.
 
+    Where there are none, pickles are read: `diffusion_pytorch_model.bin`, `pytorch_model.bin`, the same with `.ckpt`,
+    or their shards.
+
     Args:
         folder: a network's folder, as `unet/`.
         stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers).
@@ -130,10 +139,19 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> dict[st
             fp16, else the only variant there is.
 
     Raises:
-        ValueError: when there are no such weights, only pickles, several variants, or damaged files.
+        ValueError: when there are no such weights, several variants, or damaged files.
     """
-    path = _find(folder, stem, variant)
-    return _open_shards(path) if path.suffix == ".json" else open_safetensors(path)
+    pickled = "pytorch_model" if stem == "model" else stem
+    several: list[str] = []
+    for name, kind in ((stem, "safetensors"), (pickled, "bin"), (pickled, "ckpt")):
+        path, words = _find(folder, name, kind, variant)
+        if path is not None:
+            return _open_shards(path, kind) if path.suffix == ".json" else _open(path)
+        several += [f"{name}.{word}.{kind}" for word in words]
+    wanted = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    if several:
+        raise ValueError(f"{folder} has no {wanted}, but {listed(several)}; give the one that is meant the plain name.")
+    raise ValueError(f"{folder} has no weights: {wanted} is missing, and so is {pickled}.bin.")
 
 
 def check_params(params: Params, expected: Params, where: str | Path) -> Params:
@@ -166,12 +184,11 @@ def check_params(params: Params, expected: Params, where: str | Path) -> Params:
             "%s: %d tensors are left out, which the network has no use for: %s.", where, len(extra), listed(extra)
         )
         params = _part(params, expected)
-    floats = {*FLOATS.values(), np.dtype(np.float64)}
     faults = {
         "missing": want.keys() - got.keys(),
         "misshapen": [f"{n} {got[n]} instead of {want[n]}" for n in want if n in got and got[n] != want[n]],
-        "not float16, bfloat16, float32 or float64": [
-            torch_name(path) for path, leaf in leaves(params) if leaf.dtype not in floats
+        "not float16, bfloat16, float32, float64 or float8": [
+            torch_name(path) for path, leaf in leaves(params) if leaf.dtype not in _FLOATS.values()
         ],
     }
     if not any(faults.values()):
@@ -197,40 +214,35 @@ def _part(params: Params, expected: Params) -> Params:
     }
 
 
-def _find(folder: Path, stem: str, variant: str | None) -> Path:
+def _find(folder: Path, stem: str, kind: str, variant: str | None) -> tuple[Path | None, set[str]]:
+    """The file of weights, or the index of its shards, and the words of all variants that there are."""
+
     def names(word: str | None) -> tuple[str, str]:
         if word is None:
-            return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        return f"{stem}.{word}.safetensors", f"{stem}.safetensors.index.{word}.json"
+            return f"{stem}.{kind}", f"{stem}.{kind}.index.json"
+        return f"{stem}.{word}.{kind}", f"{stem}.{kind}.index.{word}.json"
 
-    words = {p.name.removeprefix(f"{stem}.").removesuffix(".safetensors") for p in folder.glob(f"{stem}.*.safetensors")}
-    words |= {p.stem.rpartition(".")[2] for p in folder.glob(f"{stem}.safetensors.index.*.json")}
+    words = {p.name.removeprefix(f"{stem}.").removesuffix(f".{kind}") for p in folder.glob(f"{stem}.*.{kind}")}
+    words |= {p.stem.rpartition(".")[2] for p in folder.glob(f"{stem}.{kind}.index.*.json")}
     words = {word for word in words if "-of-" not in word}
     if variant is None and not any((folder / name).exists() for name in names(None)):
-        variant = "fp16" if "fp16" in words else words.pop() if len(words) == 1 else None
-    for name in names(variant):
-        if (folder / name).exists():
-            return folder / name
-    wanted = names(variant)[0]
-    if words:
-        raise ValueError(f"{folder} has no {wanted}, but {listed(f'{stem}.{word}.safetensors' for word in words)}; "
-                         "give the one that is meant the plain name.")  # fmt: skip
-    pickles = [p.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern)]
-    if pickles:
-        raise ValueError(f"{folder} has only pickled weights ({listed(pickles)}), which can run code and are not read; "
-                         f"it needs {wanted}.")  # fmt: skip
-    raise ValueError(f"{folder} has no weights: {wanted} is missing.")
+        variant = "fp16" if "fp16" in words else next(iter(words)) if len(words) == 1 else None
+    return next((folder / name for name in names(variant) if (folder / name).exists()), None), words
 
 
-def _open_shards(index: Path) -> dict[str, np.ndarray]:
+def _open(path: Path) -> dict[str, np.ndarray]:
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
+
+
+def _open_shards(index: Path, kind: str) -> dict[str, np.ndarray]:
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} has no `weight_map` of tensor names to file names.")
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index} names the file {file!r}; only .safetensors files beside it are read.")
-        shard = open_safetensors(index.parent / file)
+        if Path(file).name != file or "\\" in file or not file.endswith(f".{kind}"):
+            raise ValueError(f"{index} names the file {file!r}; only .{kind} files beside it are read.")
+        shard = _open(index.parent / file)
         if twice := shard.keys() & tensors.keys():
             raise ValueError(f"{index}: tensors are in more than one file: {listed(twice)}.")
         if lost := {name for name, owner in weight_map.items() if owner == file} ^ shard.keys():
@@ -271,7 +283,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             if dtype not in _DTYPES:
-                raise ValueError(f"{path} stores {name} as {dtype}; supported: {', '.join(FLOATS)}.")
+                raise ValueError(f"{path} stores {name} as {dtype}; supported: {', '.join(_FLOATS)}.")
             sensible = begin >= 0 and all(type(n) is int and n >= 0 for n in shape)
             if sensible and end - begin == math.prod(shape) * _DTYPES[dtype].itemsize:
                 return begin, end, name
@@ -287,7 +299,7 @@ def _not_safetensors(path: Path) -> str:
     if head.startswith(b"version https://git-lfs"):
         return f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull`."
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return f"{path} is a pickle, which can run code and is not read; convert it to safetensors."
+        return f"{path} is a pickle under the name of a safetensors file; call it .bin."
     if head.lstrip().startswith(b"<"):
         return f"{path} is a web page, not weights; download the file itself."
     return f"{path} is not a safetensors file, or is cut short; download or save it again."

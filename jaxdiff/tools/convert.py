@@ -14,7 +14,6 @@ from jaxdiff.config import SchedulerConfig
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import (
-    TOKENIZER_WANTED,
     UNMAPPED,
     Unmapped,
     check_target,
@@ -98,7 +97,8 @@ def read_file(args: Args) -> Source:
         config, params = file.network(name)
         networks[name] = config, check_network(name, config, params, f"{args.src} ({name})")
     whole = "unet" in networks
-    wanted = args.file.tokenizer is not None and "text_encoder" in networks
+    # Of a file that is written the tokenizer is no part.
+    wanted = whole and "text_encoder" in networks and args.dst.suffix != ".safetensors"
     return Source(
         f"a single file in the layout of {file.layout.name},",
         networks,
@@ -148,8 +148,7 @@ def write_in_folder(args: Args, source: Source, kept: Unmapped) -> dict[str, Any
         raise ValueError(f"{args.src} has no {' and no '.join(sorted(missing))}; a folder is made of a whole model or "
                          "a VAE.")  # fmt: skip
     check_target(args.dst)
-    if source.tokenizer is None:
-        raise ValueError(f"{args.src} is a single file, which has no tokenizer; {TOKENIZER_WANTED}")
+    assert source.tokenizer is not None
     assert source.scheduler is not None
     write_folder(args.dst, source.networks, source.scheduler, source.tokenizer, source.defaults, args.dtype, kept)
     return {}

@@ -109,7 +109,7 @@ def _weights(model: ModelSizes, part: str) -> Params:
     if model.folder is None:
         return random_params(shapes)
     place = find_part(model.folder, part)
-    if place.is_dir() and not any(place.glob("*.safetensors*")):
+    if place.is_dir() and not any(file for kind in ("safetensors", "bin", "ckpt") for file in place.glob(f"*.{kind}")):
         return random_params(shapes)
     return check_params(read_network(place, part)[1], shapes, place)
 
