@@ -196,5 +196,7 @@ def test_what_does_not_fit_says_by_how_much_as_far_as_the_compiler_does(monkeypa
     assert wanted("RESOURCE_EXHAUSTED: Used 23.50G of 15.75G hbm. Exceeded hbm capacity by 7.75G.", 5) == 23.5 * 2**30
     assert wanted("RESOURCE_EXHAUSTED: arguments do not fit", 17 * 2**30) == 17 * 2**30
     sizes = dict.fromkeys((field.name for field in fields(Plan)), 0) | {"mesh": {"data": 1}, "fits": False}
+    sizes |= dict.fromkeys(("flops", "bytes_moved", "bytes_accessed", "compile_seconds"), 0.0)
+    sizes |= {"images_per_second": None, "run_seconds": None, "peak": None}
     sizes |= {"memory": 16 * 2**30, "total": 17 * 2**30, "seconds": None, "collectives": {}, "bounds": {}}
     assert "TOO MUCH, by at least 1.00 GiB" in report(Plan(**sizes), "chip")
