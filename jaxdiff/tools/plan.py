@@ -367,7 +367,7 @@ def one_at_a_time() -> Iterator[None]:
 def report(plan: Plan, name: str) -> str:
     """The plan in words."""
 
-    def gib(size: float) -> str:
+    def gib(size: float | int) -> str:
         unit, scale = ("GiB", 30) if size >= 2**26 or not size else ("MiB", 20) if size >= 2**16 else ("KiB", 10)
         return f"{size / 2**scale:8.2f} {unit}"
 
