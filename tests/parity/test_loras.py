@@ -1,7 +1,5 @@
 """Pictures with LoRAs are diffusers' and peft's, and changes of weights are LyCORIS'."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from pairs import TEXTS, nchw
 from safetensors.torch import save_file
 
 import jaxdiff
-from jaxdiff.io.convert import torch_views
 
 pytest.importorskip("peft", reason="diffusers reads LoRAs by peft")
 
@@ -154,7 +151,7 @@ def test_what_diffusers_saves_with_its_settings(pair, reference, latents, tmp_pa
     plain = draw(reference, latents)
     generator = torch.Generator().manual_seed(3)
     saved = {}
-    for network, targets in (("unet", UNET_MODULES + ["conv1"]), ("text_encoder", TEXT_MODULES)):
+    for network, targets in (("unet", [*UNET_MODULES, "conv1"]), ("text_encoder", TEXT_MODULES)):
         options = (
             {"alpha_pattern": {"to_q": 1}, "rank_pattern": {"to_k": 2}} if network == "unet" else {"use_rslora": True}
         )
@@ -180,3 +177,52 @@ def test_what_diffusers_saves_with_its_settings(pair, reference, latents, tmp_pa
     expected = draw(reference, latents)
     name = f"{request.node.callspec.id}, saved by diffusers: largest difference of 255"
     compare(ours(pair, latents, [tmp_path / "pytorch_lora_weights.safetensors"]), expected, plain, figures, name)
+
+
+PRESET = {"unet_target_module": ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"],
+          "target_module": ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"]}  # fmt: skip
+# What it is: a tensor that it has, and arguments.
+ALGORITHMS = {
+    "LoCon": ("lora_up.weight", {"algo": "locon"}),
+    "LoCon, Tucker": ("lora_mid.weight", {"algo": "locon", "use_tucker": True}),
+    "LoHa": ("hada_w1_a", {"algo": "loha"}),
+    "LoHa, Tucker": ("hada_t1", {"algo": "loha", "use_tucker": True}),
+    "LoKr": ("lokr_w2_a", {"algo": "lokr", "factor": 4}),
+    "LoKr, both products": ("lokr_w1_a", {"algo": "lokr", "factor": 8, "decompose_both": True}),
+    "LoKr, whole": ("lokr_w2", {"algo": "lokr", "factor": 4, "full_matrix": True}),
+    "LoKr, Tucker": ("lokr_t2", {"algo": "lokr", "factor": 2, "use_tucker": True}),
+    "full": ("diff_b", {"algo": "full"}),
+    "IA3": ("on_input", {"algo": "ia3"}),
+    "DoRA": ("dora_scale", {"algo": "locon", "dora_wd": True}),
+    "DoRA, inputs": ("dora_scale", {"algo": "locon", "dora_wd": True, "wd_on_output": False}),
+    "DoRA of LoHa": ("dora_scale", {"algo": "loha", "dora_wd": True}),
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_kinds_of_lycoris(sd1, latents, tmp_path, algorithm, figures):
+    tensor, options = ALGORITHMS[algorithm]
+    lycoris = pytest.importorskip("lycoris")
+    reference = StableDiffusionPipeline.from_pretrained(sd1.path)
+    reference.set_progress_bar_config(disable=True)
+    plain = draw(reference, latents)
+    network_class = lycoris.LycorisNetwork
+    network_class.apply_preset(PRESET)
+    network_class.LORA_PREFIX = "lora_unet"
+    torch.manual_seed(0)
+    sizes = {"linear_dim": 3, "linear_alpha": 2, "conv_dim": 3, "conv_alpha": 4}
+    network = lycoris.create_lycoris(reference.unet, 1.0, **sizes, train_norm=True, **options)
+    network.apply_to()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "dora_scale" in name:
+                parameter *= 1 + 0.2 * torch.rand(parameter.shape)
+            elif name.endswith(("norm", "_norm")) or options["algo"] in ("full", "ia3"):
+                parameter += 0.1 * torch.randn(parameter.shape)
+            else:
+                parameter += 0.2 * torch.randn(parameter.shape)
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    assert {tensor, "w_norm", "b_norm"} <= {name.partition(".")[2] for name in tensors}
+    save_file(tensors, path := tmp_path / "a.safetensors")
+    expected = draw(reference, latents)
+    compare(ours(sd1, latents, [path]), expected, plain, figures, f"LyCORIS, {algorithm}: largest difference of 255")
