@@ -260,7 +260,7 @@ def draw_prompts(args: Args, pipe: Pipeline, wanted: list[Job]) -> None:
 
 def draw_file(args: Args, pipe: Pipeline, wanted: list[Job], part: int, parts: int) -> int:
     """A file's images that do not exist yet, with an index and a contact sheet; returns how many lines were bad."""
-    batch = {"requests": fingerprint(wanted), "model": pipe.name, "dtype": pipe.dtype}
+    batch: dict[str, Any] = {"requests": fingerprint(wanted), "model": pipe.name, "dtype": pipe.dtype}
     if args.loras:
         batch["loras"] = [[str(one.path), one.strength] for one in args.loras]
     bad: set[int] = set()

@@ -291,7 +291,7 @@ def test_tensors_without_a_place_are_told_by_name(model, weights, write, caplog)
     assert "lora_unet_nowhere_08.alpha and 3 more" in caplog.text
 
 
-Q = kohya(TO_Q)
+Q, C = kohya(TO_Q), kohya(CONV)
 UP, DOWN = f"{Q}.lora_up.weight", f"{Q}.lora_down.weight"
 
 
@@ -314,6 +314,8 @@ UP, DOWN = f"{Q}.lora_up.weight", f"{Q}.lora_down.weight"
         ({f"{Q}.diff_b": np.ones(8)}, "the model has none"),
         ({f"{Q}.hada_w1_a": np.ones((10**6, 1)), f"{Q}.hada_w1_b": np.ones((1, 10**6)),
           f"{Q}.hada_w2_a": np.ones((10**6, 1)), f"{Q}.hada_w2_b": np.ones((1, 10**6))}, "do not fit"),
+        ({f"{C}.lora_up.weight": np.ones((8, 10**5)), f"{C}.lora_mid.weight": np.ones((10**5, 1, 3, 3)),
+          f"{C}.lora_down.weight": np.ones((1, 8))}, "do not fit"),
         ({f"{Q}.lokr_w1": np.ones((2, 2)), f"{Q}.lokr_w2_a": np.ones((4, 2))}, "there is no lokr_w2_b"),
         ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": np.ones((2, 2))}, "for SDXL"),
         ({f"{kohya(TO_Q.replace('attn1.to_q', 'attn2.to_k'))}.lora_up.weight": np.ones((8, 2)),
@@ -336,6 +338,20 @@ def test_settings_that_make_no_sense_are_refused(model, write, said):
                  metadata={"lora_adapter_metadata": said})  # fmt: skip
     with pytest.raises(ValueError, match=r"a\.safetensors"):
         model.with_loras([path])
+
+
+def test_whole_numbers_are_no_low_rank(model, tmp_path):
+    tensors = {UP: np.ones((8, 2), np.int8), DOWN: np.ones((2, 8), np.int8)}
+    write_safetensors(tmp_path / "a.safetensors", stored(tensors))
+    with pytest.raises(ValueError, match="is int8; supported are bfloat16, float16, float32"):
+        model.with_loras([tmp_path / "a.safetensors"])
+
+
+def test_files_of_torch_save_are_read(model, weights, tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors, change = low_rank(Q, weights[f"{TO_Q}.weight"], alpha=1)
+    torch.save({name: torch.tensor(array) for name, array in tensors.items()}, tmp_path / "a.bin")
+    assert_changed(model.with_loras([tmp_path / "a.bin"]), weights, {f"{TO_Q}.weight": change})
 
 
 def test_values_that_are_no_lora_are_refused(model, tmp_path):

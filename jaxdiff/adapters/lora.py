@@ -8,6 +8,8 @@ JAX traces, so that what does not fit is found without computing it.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+_MAX_RANK = 1024
+"""Of a Tucker decomposition, where a weight has fewer outputs."""
 Tensors = Mapping[str, Any]
 """Of one module: its float32 arrays by name."""
 
@@ -23,11 +27,10 @@ def lora(t: Tensors, w: Any) -> Any:
     """up down (Hu et al. 2021), [o i] or [o i h w]; with `mid` between them, a Tucker decomposition of a kernel."""
     up, down = t["lora_up"], t["lora_down"]
     rank = down.shape[0]
-    up = up.reshape(up.shape[0], -1)
+    up = _scale(t, rank) * up.reshape(up.shape[0], -1)
     if "lora_mid" in t:
-        mid = _library(up).einsum("rshw,si->rihw", t["lora_mid"], down.reshape(rank, -1))
-        return _scale(t, rank) * (up @ mid.reshape(up.shape[1], -1)).reshape(up.shape[0], *mid.shape[1:])
-    return _scale(t, rank) * (up @ down.reshape(rank, -1)).reshape(up.shape[0], *down.shape[1:])
+        return _tucker(t["lora_mid"], up.T, down.reshape(rank, -1))
+    return (up @ down.reshape(rank, -1)).reshape(up.shape[0], *down.shape[1:])
 
 
 def loha(t: Tensors, w: Any) -> Any:
@@ -135,13 +138,12 @@ class Change:
             raise ValueError(f"{told} do not fit the model's {list(shape)}") from None
 
     def _of(self, t: Tensors, w: Any) -> Any:
-        total: Any = 0.0
-        for kind in self.kinds:
-            change = KINDS[kind].formula(t, w)
-            flat = w.shape[0], math.prod(w.shape[1:])
+        changes = [KINDS[kind].formula(t, w) for kind in self.kinds]
+        flat = w.shape[0], math.prod(w.shape[1:])
+        for change in changes:
             if _without_ones(change.shape) not in (_without_ones(w.shape), _without_ones(flat)):
                 raise ValueError(f"A change of {change.shape} is none of {w.shape}.")
-            total = total + change.reshape(w.shape)
+        total = reduce(add, (change.reshape(w.shape) for change in changes))
         return dora(t, w, total) if "dora_scale" in t and len(w.shape) > 1 else total
 
 
@@ -192,7 +194,7 @@ class Merged:
         if copy is False:
             raise ValueError("A weight with its changes is made anew for everyone who asks.")
         w = np.array(np.asarray(self.weight).transpose(self.axes), np.float32)
-        total = sum(np.float32(strength) * change(w) for strength, change in self.changes)
+        total = reduce(add, (np.float32(strength) * change(w) for strength, change in self.changes))
         return (w + total).transpose(np.argsort(self.axes)).astype(dtype or np.float32, copy=False)
 
 
@@ -201,7 +203,13 @@ def _scale(t: Tensors, rank: int) -> Any:
 
 
 def _tucker(core: Any, a: Any, b: Any) -> Any:
-    """[o i h w] from the core [r s h w], a [r o] and b [s i]."""
+    """[o i h w] from the core [r s h w], a [r o] and b [s i].
+
+    Raises:
+        ValueError: where `r` is so large that the product of core and b would be larger than any weight.
+    """
+    if core.shape[0] > max(a.shape[1], _MAX_RANK):
+        raise ValueError(f"A rank of {core.shape[0]} is beyond {a.shape[1]} outputs.")
     half = _library(core).einsum("rshw,si->rihw", core, b)
     return (a.T @ half.reshape(half.shape[0], -1)).reshape(a.shape[1], *half.shape[1:])
 

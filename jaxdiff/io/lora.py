@@ -25,7 +25,7 @@ from jaxdiff.config import load_json
 from jaxdiff.io import ldm
 from jaxdiff.io.convert import leaves, torch_axes, torch_name
 from jaxdiff.io.torch_files import open_torch
-from jaxdiff.io.weights import listed, open_safetensors, read_metadata
+from jaxdiff.io.weights import FLOATS, listed, open_safetensors, read_metadata
 from jaxdiff.types import Params
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ TENSORS = {
 """What files call tensors that have another name here; all others have the same in all files."""
 _TENSORS = {name: name for name in SHARED.union(*(kind.names for kind in KINDS.values()))}
 _TENSORS |= {theirs: ours for ours, spellings in TENSORS.items() for theirs in spellings}
+_OF_IA3 = {"ia3", "on_input"}
 _FIRST = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _NAMED = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.default(?=\.|$)")  # peft's name of an adapter
 _PEFT = "base_model.model."
@@ -57,6 +58,7 @@ _OTHERS = (
 )
 _SDXL_WIDTH = 2048
 """Numbers that SDXL has of each token of a prompt."""
+_FLOATS = {*FLOATS.values(), np.dtype(np.float64)}
 _MOST = 1e30
 """Beyond any alpha, and within float32."""
 
@@ -167,8 +169,8 @@ def read_lora(path: Path, networks: Mapping[str, Params]) -> dict[tuple[str, Lea
             except ValueError as error:
                 faults[where] = str(error)
             found[module.network, leaf] = change
-        used = {name for kind, its, _ in KINDS.values() for name in its} & own.keys()
-        unknown += names.values() if not used else ()
+        changed = any(its & own.keys() for _, its, _ in KINDS.values())
+        unknown += [name for ours, name in names.items() if not changed or ours in own.keys() & _OF_IA3]
     if (unknown or faults) and (other := _seems_to_be(tensors)):
         raise ValueError(f"{path} is for {other}, which is not supported.")
     if faults:
@@ -271,8 +273,10 @@ def _checked(path: Path, given: Mapping[str, np.ndarray], names: Mapping[str, st
     for name, array in own.items():
         if not array.size:
             raise ValueError(f"{path}: {names[name]} is empty.")
+        if array.dtype not in _FLOATS and name not in ("alpha", "on_input"):
+            raise ValueError(f"{path}: {names[name]} is {array.dtype}; supported are {listed(map(str, _FLOATS))}.")
         with np.errstate(over="ignore"):
-            finite = array.dtype.kind != "c" and np.isfinite(np.asarray(array, np.float32)).all()
+            finite = np.isfinite(np.asarray(array, np.float32)).all()
         if not finite:
             raise ValueError(f"{path}: {names[name]} is not finite.")
         if (array.size > 1) if name in ("alpha", "on_input") else not array.ndim:
@@ -281,9 +285,8 @@ def _checked(path: Path, given: Mapping[str, np.ndarray], names: Mapping[str, st
         own["alpha"] = own["alpha"].reshape(())
     if "lora_magnitude_vector" in names.get("dora_scale", ""):  # always of outputs, and of kernels as [1 o 1 1]
         own["dora_scale"] = own["dora_scale"].reshape(-1)
-    numbers, on_input = own.pop("ia3", None), own.pop("on_input", None)
-    if numbers is not None and on_input is not None:
-        own["ia3_in" if on_input.reshape(()) else "ia3_out"] = numbers
+    if own.keys() >= _OF_IA3:
+        own["ia3_in" if own.pop("on_input").reshape(()) else "ia3_out"] = own.pop("ia3")
     return own
 
 
