@@ -3,7 +3,7 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import RENAMED, Region, Request, current_name
 from jaxdiff.generation.weights import Memory
 from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_image
+from jaxdiff.io.lora import LoRA
 from jaxdiff.model import DTYPES, FileOptions
 from jaxdiff.prompts.wildcards import Wildcards, named
 from jaxdiff.runtime import distributed
@@ -53,6 +54,30 @@ def region(text: str) -> Region:
         ) from None
 
 
+def lora(text: str) -> LoRA:
+    """`flat.safetensors:0.8` -> a LoRA; without a number at its end, its strength is 1.
+
+    Raises:
+        ValueError: where the strength is not finite.
+    """
+    path, colon, strength = text.rpartition(":")
+    try:
+        number = float(strength) if colon else None
+    except ValueError:
+        number = None
+    return LoRA.of(text if number is None else (path, number))
+
+
+LoRAFlag = Annotated[
+    LoRA,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE[:STRENGTH]",
+        instance_from_str=lambda words: lora(words[0]),
+        is_instance=lambda value: isinstance(value, LoRA),
+        str_from_instance=lambda value: [f"{value.path}:{value.strength}"],
+    ),
+]
 RegionFlag = Annotated[
     Region,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -104,6 +129,9 @@ class Args:
     model: Path | None = None
     """A diffusers folder, a run directory or a single file; without it, the model that comes with the package."""
     file: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
+    loras: Annotated[tuple[LoRAFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora")] = ()
+    """A LoRA or one of its kin (LoCon, LoHa, LoKr, DoRA, IA3), and how strongly: 0 is not at all, 1 as trained. Give it
+    again for more of them."""
     out: Path = Path("samples")
     """The folder for the images."""
     request: Annotated[Flags, tyro.conf.arg(name="")] = field(default_factory=Flags)
@@ -156,7 +184,7 @@ def main(args: Args) -> int:
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
     devices = jax.local_devices()
     several = devices if min(len(devices), n) > 1 else None
-    pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **vars(args.file))
+    pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, loras=args.loras, **vars(args.file))
     if args.like is not None:
         check_like(args, pipe)
     if args.from_file is not None:
@@ -232,7 +260,9 @@ def draw_prompts(args: Args, pipe: Pipeline, wanted: list[Job]) -> None:
 
 def draw_file(args: Args, pipe: Pipeline, wanted: list[Job], part: int, parts: int) -> int:
     """A file's images that do not exist yet, with an index and a contact sheet; returns how many lines were bad."""
-    batch = {"requests": fingerprint(wanted), "model": pipe.name, "dtype": pipe.dtype}
+    batch: dict[str, Any] = {"requests": fingerprint(wanted), "model": pipe.name, "dtype": pipe.dtype}
+    if args.loras:
+        batch["loras"] = [[str(one.path), one.strength] for one in args.loras]
     bad: set[int] = set()
 
     def refuse(job: Job, error: ValueError) -> None:
@@ -276,9 +306,24 @@ def like(path: Path) -> Args:
         request.check_portable()
         if (dtype := carried.get("dtype")) not in (None, *DTYPES):
             raise ValueError(f"dtype is {dtype!r}.")
+        loras = carried_loras(carried)
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: {error}") from error
-    return Args((request.prompt,), like=path, dtype=dtype, request=Flags(**{**vars(request), "prompt": ""}))
+    return Args(
+        (request.prompt,), like=path, dtype=dtype, loras=loras, request=Flags(**{**vars(request), "prompt": ""})
+    )
+
+
+def carried_loras(carried: Mapping[str, Any]) -> tuple[LoRA, ...]:
+    """The LoRAs that an image was drawn with, by its settings.
+
+    Raises:
+        ValueError: where these make no sense.
+    """
+    match carried.get("loras", []):
+        case list(loras) if all(isinstance(one, dict) for one in loras):
+            return tuple(LoRA.of((one.get("file"), one.get("strength"))) for one in loras)
+    raise ValueError("its loras are no list of files and strengths.")
 
 
 def check_like(args: Args, pipe: Pipeline) -> None:

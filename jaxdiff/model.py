@@ -1,7 +1,7 @@
 """A model in memory: its networks by role, and what belongs to them. Loading and saving; nothing is drawn here."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import DEFAULTS, find_part, read_index, read_network, tokenizer_folder, write_folder
+from jaxdiff.io.lora import LoRA, merge_loras
 from jaxdiff.io.mapped import check_unchanged
 from jaxdiff.io.scheduler import read_sampler, read_scheduler
 from jaxdiff.io.single_file import SingleFile, is_single, open_single
@@ -29,7 +30,7 @@ from jaxdiff.types import Params
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
 DTYPES = ("float32", "bfloat16")
 
-# From the params by role to others: a LoRA merged in, and the like.
+# From the params by role to others. LoRAs have a way of their own, `Model.with_loras`.
 Adapter = Callable[[dict[str, Params]], dict[str, Params]]
 
 
@@ -66,6 +67,8 @@ class Model:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Settings that it is sampled with where a user gives none."""
     name: str = ""
+    loras: tuple[LoRA, ...] = ()
+    """Those that the params have in them."""
 
     def __post_init__(self) -> None:
         vocabulary = self.configs["text_encoder"].vocab_size
@@ -101,6 +104,21 @@ class Model:
         """The same model with other params, by role."""
         networks = {role: Network(network.config, params[role]) for role, network in self.networks.items()}
         return replace(self, networks=networks)
+
+    def with_loras(self, loras: Iterable[Any]) -> "Model":
+        """The same model with LoRAs merged in; what they change is computed when it is placed or saved.
+
+        Args:
+            loras: files, or pairs of a file and a strength; their order is of no matter.
+
+        Raises:
+            ValueError: where a file is damaged, for another model, or changes nothing.
+        """
+        wanted = tuple(LoRA.of(lora) for lora in loras)
+        folders = self.family.FOLDERS
+        merged = merge_loras({folders[role]: params for role, params in self.params.items()}, wanted)
+        model = self.with_params({role: merged[folders[role]] for role in self.params})
+        return replace(model, loras=(*self.loras, *wanted))
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
         """Writes a folder that `load` and diffusers read.

@@ -18,10 +18,12 @@ import pytest
 from PIL import Image, PngImagePlugin
 from tiny import off
 
+import jaxdiff
 from jaxdiff.generation.batch.draw import sha256
 from jaxdiff.generation.edits import interpolate, trajectory
 from jaxdiff.io.images import read_settings
 from jaxdiff.io.single_file import write_single
+from jaxdiff.io.weights import stored, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -104,6 +106,59 @@ def test_a_single_file_draws_what_its_folder_draws(sample, pipe, folder, tmp_pat
     assert said.startswith(f"error: {tmp_path / 'm.safetensors'} is a single file, which has no tokenizer;")
     code, _, said = sample("a dog", "--model", folder, "--ema")
     assert (code, "is no single file" in said) == (2, True)
+
+
+@pytest.fixture
+def loras(tmp_path):
+    """Two files that change one layer."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        up, down = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 2), (2, 16)))
+        key = "lora_te_text_model_encoder_layers_0_self_attn_v_proj"
+        tensors = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+        write_safetensors(tmp_path / f"{name}.safetensors", stored(tensors))
+
+
+def test_loras_are_drawn_with_and_told(sample, folder, loras):
+    words = ("a dog", "--lora", "a.safetensors:0.5", "--lora", "b.safetensors")
+    code, (path,), _ = sample(*words)
+    assert code == 0
+    given = [("a.safetensors", 0.5), "b.safetensors"]
+    drawn = jaxdiff.load(folder, loras=given)("a dog", steps=3)[0]
+    np.testing.assert_array_equal(opened(path), drawn)
+    assert off(drawn, jaxdiff.load(folder)("a dog", steps=3)[0]) > 5
+    told = [{"file": "a.safetensors", "strength": 0.5}, {"file": "b.safetensors", "strength": 1.0}]
+    assert read_settings(path)["loras"] == told
+    code, (again,), _ = sample("--like", path)
+    assert code == 0
+    assert Path(again).read_bytes() == Path(path).read_bytes()
+
+
+def test_a_batch_is_gone_on_with_only_with_its_loras(sample, loras, tmp_path):
+    (tmp_path / "p.txt").write_text("a dog\n")
+    words = ("--from-file", "p.txt", "--lora")
+    assert sample(*words, "a.safetensors:0.5")[0] == 0
+    assert sample(*words, "a.safetensors:0.5")[0] == 0
+    code, _, said = sample(*words, "a.safetensors:0.6")
+    assert (code, "loras" in said) == (2, True)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ("none.safetensors", "cannot be read"),
+    ("none.safetensors:0.5", "none.safetensors cannot be read"),
+    ("a.safetensors:strong", "a.safetensors:strong cannot be read"),
+])  # fmt: skip
+def test_loras_that_cannot_be_used_are_told(sample, loras, given, words):
+    code, _, said = sample("a dog", "--lora", given)
+    assert code == 2
+    assert words in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_strength_that_is_no_finite_number_is_told(sample, loras, capsys):
+    with pytest.raises(SystemExit):
+        sample("a dog", "--lora", "a.safetensors:nan")
+    assert "strength of a.safetensors is nan" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(sample):

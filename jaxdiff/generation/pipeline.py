@@ -50,6 +50,7 @@ def load(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
     ema: bool = False,
+    loras: Iterable[str | Path | tuple[str | Path, float]] = (),
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
@@ -64,6 +65,7 @@ def load(
         prediction_type: for a single file, which does not say it: "epsilon" or "v_prediction"; None is epsilon for
             Stable Diffusion 1, and a guess, with a warning, for 2.
         ema: of a single file, takes the averaged weights of the denoiser.
+        loras: files, or pairs of a file and a strength, such as ("flat.safetensors", 0.8); they come after `adapters`.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
@@ -75,6 +77,10 @@ def load(
     model = read_model(path, options=options)
     if adapters:
         model = model.with_params(merge_adapters(model.params, adapters))
+    if isinstance(loras, str | Path):
+        raise ValueError(f"loras is {shown(loras)}; give a list of files, or of pairs of a file and a strength.")
+    if loras := tuple(loras):
+        model = model.with_loras(loras)
     return Pipeline(model, dtype, devices, memory)
 
 

@@ -37,7 +37,7 @@ PLACES = (
 OTHERS = (
     (r"conditioner\.embedders\.[01]\.(transformer|model)\.", "an SDXL model, and SDXL is not supported yet"),
     (r"(^|\.)(lora_|lora\.|hada_w1|lokr_w1|lora_[AB]\.)|\.(hada_|lokr_|lora_)|dora_scale$",
-     "a LoRA or one of its kin, which is not supported yet"),
+     "a LoRA or one of its kin; give it by --lora beside a model"),
     (r"^(control_model|input_hint_block|zero_convs|controlnet_)", "a ControlNet, which is not supported yet"),
     (r"(^|\.)double_blocks\.", "a Flux model, and Flux is not supported yet"),
     (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model, and that is not supported yet"),

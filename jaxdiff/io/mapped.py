@@ -25,8 +25,13 @@ def map_file(path: Path) -> np.ndarray:
     return mapped
 
 
-def release(array: np.ndarray) -> None:
-    """Lets the system take the pages of the array's file out of this process; what is used again is read again."""
+def release(array: Any) -> None:
+    """Lets the system take the pages of the array's file out of this process; what is used again is read again.
+
+    Of an array that is made of others, its `parts`, this goes for all of them.
+    """
+    for part in getattr(array, "parts", ()):
+        release(part)
     found = _file(array)
     if found is not None and hasattr(mmap, "MADV_DONTNEED"):
         found[0].madvise(mmap.MADV_DONTNEED)
@@ -35,9 +40,13 @@ def release(array: np.ndarray) -> None:
 def check_unchanged(array: Any) -> None:
     """Refuses an array whose file was written to since it was mapped, so that it would be read half old, half new.
 
+    Of an array that is made of others, its `parts`, this goes for all of them.
+
     Raises:
         ValueError: naming the file.
     """
+    for part in getattr(array, "parts", ()):
+        check_unchanged(part)
     found = _file(array)
     if found is None:
         return

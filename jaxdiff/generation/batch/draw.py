@@ -176,7 +176,7 @@ class _Writer:
 
 
 def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
-    """How an image was made, as JSON values: all that is needed to make it again, but the model and the images.
+    """How an image was made, as JSON values: all that is needed to make it again, but the model, LoRAs and images.
 
     The images that it was made from are there by their path, and with their SHA-256, which tells whether they changed.
 
@@ -193,6 +193,8 @@ def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
                 hashlib.sha256(given.tobytes()).hexdigest() if isinstance(given, np.ndarray) else sha256(str(given))
             )
             values[f"{name}_sha256"] = digest
+    if pipe.model.loras:
+        values["loras"] = [{"file": lora.path.as_posix(), "strength": lora.strength} for lora in pipe.model.loras]
     return values | {
         "width": image.shape[1],
         "height": image.shape[0],

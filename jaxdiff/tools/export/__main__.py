@@ -161,7 +161,7 @@ def weights(pipe: Pipeline, dtype: str) -> tuple[dict[str, np.ndarray], dict[str
         if not name.startswith(UNUSED):
             computed[name] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
             narrow = leaf.dtype.itemsize < aval.dtype.itemsize
-            stored[name] = np.ascontiguousarray(leaf if narrow else leaf.astype(aval.dtype))
+            stored[name] = np.ascontiguousarray(leaf, leaf.dtype if narrow else aval.dtype)
     return stored, computed
 
 

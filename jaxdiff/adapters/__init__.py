@@ -1,0 +1,1 @@
+"""Small trees that change the networks: merged into their params."""
