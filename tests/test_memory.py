@@ -1,6 +1,9 @@
 """Weights take memory once, from files or in less width, and drawing needs no more than it says."""
 
+import os
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -43,6 +46,15 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(folder):
         pipe.save(folder.parent / "again")
 
 
+def test_a_file_that_was_moved_and_then_cut_short_is_refused(folder):
+    pipe = Pipeline(read_model(folder))
+    shutil.move(folder, folder.parent / "moved")
+    for file in (folder.parent / "moved").rglob("*.safetensors"):
+        os.truncate(file, 1000)
+    with pytest.raises(ValueError, match="safetensors was written to"):
+        pipe("a dog", **SETTINGS)
+
+
 def test_a_file_that_is_replaced_or_deleted_stays_what_it_was(folder):
     wanted = Pipeline(read_model(folder))("a dog", **SETTINGS)
     pipe = Pipeline(read_model(folder))
@@ -78,10 +90,39 @@ def test_with_little_memory_images_are_nearly_the_same(model, pipe):
     assert 0 < np.abs(found - wanted).max() <= 4
 
 
-def test_half_width_that_a_weight_does_not_fit_is_refused(model):
-    params = jax.tree.map(lambda leaf: leaf * 0 + 1e6, model.params["vae"])
-    with pytest.raises(ValueError, match="65504"):
+@pytest.mark.parametrize("make", [np.asarray, jax.numpy.asarray])
+def test_half_width_that_a_weight_does_not_fit_is_refused(model, make):
+    params = jax.tree.map(lambda leaf: make(np.full_like(leaf, 1e6)), model.params["vae"])
+    with pytest.raises(ValueError, match="/kernel has a number beyond 65504"):
         Weights({"vae": params}, np.float32, memory="low")["vae"]
+
+
+def test_threads_may_ask_for_networks_at_the_same_time(model):
+    placed = Weights(model.params, np.float32, memory="low")
+
+    def ask(i):
+        return [len(placed[role]) for role in list(placed)[i % 3 :] * 20]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            assert all(min(found) > 0 for found in pool.map(ask, range(12)))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_decoding_what_the_devices_do_not_divide_is_done_by_each(model, pipe):
+    spread = Pipeline(model, devices=jax.devices()[:3])
+    latents = pipe.noise([0, 1])
+    np.testing.assert_array_equal(spread.decode(latents), pipe.decode(latents))
+
+
+def test_a_program_is_checked_against_memory_once(model, monkeypatch):
+    pipe = Pipeline(model)
+    pipe("a dog", **SETTINGS)
+    monkeypatch.setattr(pipeline, "give_back_memory", lambda: pytest.fail("the same program is checked again"))
+    pipe("a cat", **SETTINGS)
 
 
 def test_another_word_for_memory_is_refused(model):

@@ -103,7 +103,7 @@ def test_a_single_file_draws_what_its_folder_draws(sample, pipe, folder, tmp_pat
     np.testing.assert_array_equal(opened(path), pipe("a dog", steps=3)[0])
     code, _, said = sample("a dog", "--model", tmp_path / "m.safetensors")
     assert code == 2
-    assert said.startswith(f"error: {tmp_path / 'm.safetensors'} is a single file, which has no tokenizer;")
+    assert said.startswith(f"error: {tmp_path / 'm.safetensors'} has a text encoder of 600 tokens")
     code, _, said = sample("a dog", "--model", folder, "--ema")
     assert (code, "is no single file" in said) == (2, True)
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.generation.canvas import check_size, image_size, latent_shape
-from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs, seeded, warn
+from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs, seeded
 from jaxdiff.generation.drawing import Drawing, ModelInfo, checked_defaults, make_drawing, settled
 from jaxdiff.generation.network import Inputs
 from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_prompts
@@ -59,8 +60,10 @@ def load(
             layout of Stable Diffusion 1 or 2; None is the model that comes with the package.
         dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
         devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
-        adapters: functions of the params by role, which are applied in order before anything is cast or placed.
-        memory: "low" keeps one network at a time, and its kernels in 16 bits, which costs time and little exactness.
+        adapters: functions of the params by role, which are applied in order before anything is cast or placed. The
+            arrays that they are given are views of files, and cannot be written to: they return others.
+        memory: "low" keeps one network at a time, and its kernels in 16 bits: less than half the memory, about 1.4
+            times the time, and a little accuracy.
         tokenizer: for a single file, in CLIP's place: a folder with vocab.json and merges.txt, or a diffusers folder.
         prediction_type: for a single file, which does not say it: "epsilon" or "v_prediction"; None is epsilon for
             Stable Diffusion 1, and a guess, with a warning, for 2.
@@ -108,6 +111,7 @@ class Pipeline:
         everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
         self.params = Weights(model.params, self._jax_dtype, everywhere, check_memory(memory))
         """As the networks take them, by role."""
+        self._fitting: set[tuple[Any, tuple[int, ...]]] = set()
         self.info = ModelInfo(self.networks, model.scheduler, model.size, self._jax_dtype, self.defaults)
         """What requests need to know of the model."""
 
@@ -262,7 +266,7 @@ class Pipeline:
             return params, inputs, state, keys, drawing.sigmas, *numbers
 
         with on(mesh):  # compiled before there are params: the compiler wants memory, too
-            run = kept(denoise, *arguments(self.params.shapes(STEPS), first, steps, state), program=program)
+            run = kept(denoise, *arguments(self._like(STEPS), first, steps, state), program=program)
         self._check_fits(run, (len(keys), *drawing.shape))
         params = self.params[STEPS]
 
@@ -287,32 +291,35 @@ class Pipeline:
         return state
 
     def _check_fits(self, run: Any, shape: tuple[int, ...]) -> None:
-        """Says so where steps or decoder want more memory than there is, for which systems kill a process unsaid.
+        """Checks once for each program that steps and decoder have memory; systems kill a process without a word.
 
         Accelerators say themselves when theirs is short.
 
         Raises:
             ValueError: where this machine has less.
         """
-        there, free = resident_bytes(), free_bytes()
-        if jax.default_backend() != "cpu" or self._mesh is not None or there is None or free is None:
+        if jax.default_backend() != "cpu" or self._mesh is not None or (run, shape) in self._fitting:
             return
-        decoder = self._decoder(jax.ShapeDtypeStruct(shape, jnp.float32))
+        decoder, low = self._decoder(jax.ShapeDtypeStruct(shape, jnp.float32)), self.params.memory == "low"
         give_back_memory()
-        parts = (
-            self.params.missing_bytes(STEPS) + temporaries(run),
-            self.params.missing_bytes("vae") + temporaries(decoder),
-        )
-        more = max(parts) if self.params.memory == "low" else max(parts[0], self.params.missing_bytes(STEPS) + parts[1])
+        there, free, total = resident_bytes(), free_bytes(), memory_bytes()
+        if there is None or free is None:
+            return
+        steps = self.params.missing_bytes(STEPS) + temporaries(run)
+        last = self.params.missing_bytes("vae") + temporaries(decoder)
+        beside = 0 if low else self.params.missing_bytes(STEPS)
+        more = max(0, max(steps, beside + last) - self.params.passing_bytes())
+        b, (h, w) = shape[0], (side * self.networks.factor for side in shape[1:3])
         told = (
-            f"{shape[0]} x {shape[2] * self.networks.factor}x{shape[1] * self.networks.factor} pixels need about "
-            f"{(there + more) / 1e9:.1f} GB of memory, and {{}}; use a smaller size, fewer prompts at once"
-            + ("." if self.params.memory == "low" else ', or memory="low" (--memory low).')
+            f"{b} x {w}x{h} pixels need about {more / 1e9:.2f} GB of memory "
+            f"beside the {there / 1e9:.2f} GB that this process has, and {{}}; use "
+            + ("a smaller size, or fewer prompts at once" if low else 'memory="low" (--memory low), or a smaller size')
         )
-        if there + more > memory_bytes():
-            raise ValueError(told.format(f"this machine has {memory_bytes() / 1e9:.1f} GB"))
+        if there + more > total:
+            raise ValueError(told.format(f"this machine has {total / 1e9:.2f} GB in all") + ".")
         if more > free:
-            warn([told.format(f"{(there + free) / 1e9:.1f} GB are free")])
+            warnings.warn(told.format(f"{free / 1e9:.2f} GB are free") + ".", stacklevel=5)
+        self._fitting.add((run, shape))
 
     def _mesh_for(self, b: int) -> Mesh | None:
         """The devices that a batch is spread over; None where their number does not divide it."""
@@ -412,7 +419,11 @@ class Pipeline:
     def _decoder(self, latents: Any) -> Callable[[Params, Array], Array]:
         """The decoder's program for latents, or for their shape."""
         program = Program(self.networks, self.model.scheduler)
-        return kept(decode, self.params.shapes("vae"), latents, program=program)
+        return kept(decode, self._like("vae"), latents, program=program)
+
+    def _like(self, role: str) -> Params:
+        """What a network's programs are compiled for: shapes, which take no memory; on a mesh, its params."""
+        return self.params.shapes(role) if self._mesh is None else self.params[role]
 
     def preview(self, latents: Float[Array, "b h w c"] | np.ndarray) -> Images:
         """Latents to images of the latents' size by one linear map, in next to no time: colours and shapes are right.

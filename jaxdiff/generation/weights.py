@@ -1,11 +1,13 @@
 """From params as they are read to params on devices: cast, placed, and for CPUs put in the form that is fastest."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -37,7 +39,7 @@ def check_memory(memory: Any) -> Memory:
 
 
 class Weights:
-    """A model's params by role, each put on the devices when it is first asked for."""
+    """A model's params by role, each put on the devices when it is first asked for; several threads may ask."""
 
     def __init__(
         self, params: Mapping[str, Params], dtype: DTypeLike, device: Any = None, memory: Memory = "normal"
@@ -48,23 +50,27 @@ class Weights:
             params: on the host, or mapped from files.
             dtype: what the networks compute in.
             device: a device or a sharding; None is the default device.
-            memory: "low" keeps kernels in 16 bits, which are widened where they are used, and one network at a time.
+            memory: "low" keeps one network at a time, and its kernels in 16 bits; they are widened where they are used.
         """
         self._params, self._dtype, self._device, self.memory = params, dtype, device, memory
+        self._lock = threading.RLock()
         self._placed: dict[str, Params] = {}
         self._shapes: dict[str, Params] = {}
 
     def __getitem__(self, role: str) -> Params:
-        """The role's params. Those of other roles go, as soon as nothing else uses them, where memory is worth more.
+        """The role's params. With little memory, those of others are dropped: they go when nothing uses them any more.
 
         Raises:
+            KeyError: for a role that the model has not.
             ValueError: where a file that they are mapped from was written to.
         """
-        if role not in self._placed:
-            self._placed = {other: params for other, params in self._placed.items() if self._stays(other)}
-            self._placed[role] = place_params(self._params[role], self._type, self._device, self._finish(role))
-            logger.debug("%s's weights: %.2f GB on the device", role, _bytes(self._placed[role]) / 1e9)
-        return self._placed[role]
+        with self._lock:
+            if role not in self._placed:
+                params = self._params[role]
+                self._placed = {other: placed for other, placed in self._placed.items() if self._stays(other)}
+                self._placed[role] = place_params(params, self._type, self._device, self._finish(role))
+                logger.debug("%s's weights: %.2f GB on the device", role, _bytes(self._placed[role]) / 1e9)
+            return self._placed[role]
 
     def shapes(self, role: str) -> Params:
         """The shapes and types of the role's params, for which programs can be compiled before the params are there."""
@@ -81,6 +87,11 @@ class Weights:
     def missing_bytes(self, role: str) -> int:
         """Bytes that putting the role's params on the devices will take."""
         return 0 if role in self._placed else _bytes(self.shapes(role))
+
+    def passing_bytes(self) -> int:
+        """Bytes that are on the devices and will be dropped when others come."""
+        passing = [role for role in list(self._placed) if role != STEPS and not self._stays(role)]
+        return sum(_bytes(self.shapes(role)) for role in passing)
 
     def __iter__(self) -> Iterator[str]:
         """The roles."""
@@ -127,7 +138,7 @@ def place_params(
     """
 
     def place(path: Path, module: Params) -> Params:
-        placed = {name: _put(leaf, type_of(module, leaf), device) for name, leaf in module.items()}
+        placed = {name: _put((*path, name), leaf, type_of(module, leaf), device) for name, leaf in module.items()}
         return placed if finish is None else jax.block_until_ready(finish(path, placed))
 
     return by_module(place, params)
@@ -154,9 +165,12 @@ def by_module(fn: Callable[[Path, Params], Params], params: Params, path: Path =
     return (fn(path, own) if own else {}) | children
 
 
-def _put(leaf: Any, dtype: DTypeLike, device: Any) -> jax.Array:
+def _put(path: Path, leaf: Any, dtype: DTypeLike, device: Any) -> jax.Array:
+    half = np.dtype(dtype) == np.float16
     if isinstance(leaf, jax.Array):
-        return jax.device_put(leaf.astype(dtype), device)
+        cast = leaf.astype(dtype)
+        _check_range(path, half and bool(jnp.isinf(cast).any()))
+        return jax.device_put(cast, device)
     check_unchanged(leaf)
     # A CPU's device takes a host's array as it is, if it begins where its instructions want it.
     size = leaf.size * np.dtype(dtype).itemsize
@@ -166,8 +180,13 @@ def _put(leaf: Any, dtype: DTypeLike, device: Any) -> jax.Array:
     with np.errstate(over="ignore"):
         np.copyto(aligned, leaf, casting="unsafe")
     release(leaf)
-    if np.dtype(dtype) == np.float16 and not np.isfinite(aligned).all():
-        raise ValueError(
-            f"A weight is beyond {np.finfo(np.float16).max:g}, the most that memory 'low' holds; leave it out."
-        )
+    _check_range(path, half and bool(np.isinf(aligned).any()))
     return jax.device_put(aligned, device)
+
+
+def _check_range(path: Path, is_beyond: bool) -> None:
+    if is_beyond:
+        raise ValueError(
+            f"{'/'.join(path)} has a number beyond {np.finfo(np.float16).max:g}, the most that 16 bits hold; "
+            'leave out memory="low" (--memory low).'
+        )

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 
 
 class _File(np.memmap):
-    """The bytes of a file, and what told it from others when it was mapped."""
+    """The bytes of a whole file. It stays open, so that it can be asked for its state wherever it has gone."""
 
-    state: tuple[int, int, int]
+    path: Path
+    descriptor: int
+    state: tuple[int, int]
 
 
 def map_file(path: Path) -> np.ndarray:
@@ -20,8 +23,15 @@ def map_file(path: Path) -> np.ndarray:
     Raises:
         OSError: when the file cannot be read.
     """
-    mapped = np.memmap(path, np.uint8, "r").view(_File)
-    mapped.state = _state(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            mapped = np.memmap(file, np.uint8, "r").view(_File)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    weakref.finalize(mapped, os.close, descriptor)
+    mapped.path, mapped.descriptor, mapped.state = path, descriptor, _state(descriptor)
     return mapped
 
 
@@ -48,15 +58,8 @@ def check_unchanged(array: Any) -> None:
     for part in getattr(array, "parts", ()):
         check_unchanged(part)
     found = _file(array)
-    if found is None:
-        return
-    _, file = found
-    try:
-        now = _state(Path(str(file.filename)))
-    except OSError:
-        return  # deleted: what is mapped stays
-    if now != file.state and now[0] == file.state[0]:
-        raise ValueError(f"{file.filename} was written to after it had been read; load the model again.")
+    if found is not None and _state(found[1].descriptor) != found[1].state:
+        raise ValueError(f"{found[1].path} was written to since it was opened; load the model again.")
 
 
 def _file(array: Any) -> tuple[mmap.mmap, _File] | None:
@@ -69,6 +72,6 @@ def _file(array: Any) -> tuple[mmap.mmap, _File] | None:
     return None if array is None or file is None else (array, file)
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    found = os.stat(path)
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _state(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns

@@ -193,6 +193,8 @@ def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
                 hashlib.sha256(given.tobytes()).hexdigest() if isinstance(given, np.ndarray) else sha256(str(given))
             )
             values[f"{name}_sha256"] = digest
+    if pipe.params.memory != "normal":
+        values["memory"] = pipe.params.memory
     if pipe.model.loras:
         values["loras"] = [{"file": lora.path.as_posix(), "strength": lora.strength} for lora in pipe.model.loras]
     return values | {

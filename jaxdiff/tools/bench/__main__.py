@@ -191,6 +191,8 @@ def main(args: Shared | Compare) -> None:
     machine = measure.machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
     if isinstance(args, Sample) and args.memory is not None:
+        if args.json or args.plot or args.trace or args.vs or args.vs_compile:
+            raise ValueError("--memory times nothing and writes no file: leave out --json, --plot, --trace and --vs.")
         for batch in args.batch:
             phases = memory.measure(model, size, batch, args.steps, args.guidance, args.dtype, args.memory)
             print(f"\n{batch} x {size}x{size}\n{memory.report(phases)}", flush=True)

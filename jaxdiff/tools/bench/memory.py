@@ -89,8 +89,8 @@ def measure(
 
 def report(phases: list[Phase]) -> str:
     """A table of phases, and the most of all."""
-    rows = [f"{'':44}  {'holds':>9}  {'at most':>9}"]
-    rows += [f"{name:44}  {after / 1e9:6.2f} GB  {most / 1e9:6.2f} GB" for name, after, most in phases]
+    rows = [f"{'':52}  {'holds':>9}  {'at most':>9}"]
+    rows += [f"{name:52}  {after / 1e9:6.2f} GB  {most / 1e9:6.2f} GB" for name, after, most in phases]
     return "\n".join([*rows, f"at most {max(phase.most for phase in phases) / 1e9:.2f} GB"])
 
 

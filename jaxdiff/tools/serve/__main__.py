@@ -38,7 +38,7 @@ class Args:
     dtype: str | None = None
     """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
     memory: Memory = "normal"
-    """low keeps one network in memory at a time, and its weights in 16 bits: less than half, a little slower."""
+    """low keeps one network at a time, its kernels in 16 bits: less than half the memory, about 1.4 times the time."""
     out: Path | None = None
     """Write the images into this folder, too; without it nothing is written."""
     limits: Limits = field(default_factory=Limits)
