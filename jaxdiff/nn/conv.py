@@ -276,9 +276,9 @@ def _matrices(m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def transform_kernel(kernel: Float[Array, "3 3 c c2"], m: int) -> Transformed:
     """G g G^T for each pair of channels (Lavin & Gray 2016, eq. 8), for F(m x m, 3 x 3)."""
-    both = _both(m)
-    u = jnp.einsum("jiyx,yxcd->jidc", both, kernel, precision=jax.lax.Precision.HIGHEST)
-    return tuple(u)
+    G = _matrices(m)[1]
+    rows = jnp.stack([_combine(r, list(kernel.swapaxes(2, 3))) for r in G])
+    return tuple(_combine(r, list(rows.swapaxes(0, 1))) for r in G)
 
 
 def _both(m: int) -> np.ndarray:

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.export
-from jax.core import ShapedArray
 
 from jaxdiff.runtime.compile import Compiled
 from jaxdiff.runtime.memory import temporaries
@@ -115,18 +114,20 @@ def kept(fn: Callable[..., Any], *args: Any, **static: Any) -> Callable[..., Any
         return functools.partial(fn, **static)
     signature = tree, tuple(map(_aval, leaves)), tuple(static.items())
     settings = tuple(jax.config.values[name] for name in ("jax_default_device", "jax_default_matmul_precision"))
-    if (fn, signature, settings) not in _compiled:
+    key = fn, signature, settings
+    program = _compiled.get(key)
+    if program is None:
         make = _compiled_here if _folder is None else _from_trace
-        program = _compiled[fn, signature, settings] = make(fn, args, static, signature)
+        program = _compiled[key] = make(fn, args, static, signature)
         logger.debug("%s compiled: %.2f GB of temporaries", fn.__name__, temporaries(program) / 1e9)
-    return _compiled[fn, signature, settings]
+    return program
 
 
 _compiled: dict[Any, Callable[..., Any]] = {}
 
 
 def _aval(leaf: Any) -> Any:
-    return ShapedArray(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
 
 
 def _compiled_here(fn: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any) -> Callable[..., Any]:
