@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.export
+from jax.core import ShapedArray
 
 from jaxdiff.runtime.compile import Compiled
 from jaxdiff.runtime.memory import temporaries
@@ -127,7 +128,7 @@ _compiled: dict[Any, Callable[..., Any]] = {}
 
 
 def _aval(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return ShapedArray(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
 
 
 def _compiled_here(fn: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any) -> Callable[..., Any]:
