@@ -3,7 +3,7 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,25 +68,21 @@ def lora(text: str) -> LoRA:
     return LoRA.of(text if number is None else (path, number))
 
 
-LoRAFlag = Annotated[
-    LoRA,
-    tyro.constructors.PrimitiveConstructorSpec(
+def _spelled(kind: type, metavar: str, read: Callable[[str], Any], write: Callable[[Any], str]) -> Any:
+    """How tyro reads a value of this type from one word, and shows it."""
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="FILE[:STRENGTH]",
-        instance_from_str=lambda words: lora(words[0]),
-        is_instance=lambda value: isinstance(value, LoRA),
-        str_from_instance=lambda value: [f"{value.path}:{value.strength}"],
-    ),
-]
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [write(value)],
+    )
+
+
+LoRAFlag = Annotated[LoRA, _spelled(LoRA, "FILE[:STRENGTH]", lora, lambda one: f"{one.path}:{one.strength}")]
 RegionFlag = Annotated[
     Region,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="L,T,R,B:PROMPT",
-        instance_from_str=lambda words: region(words[0]),
-        is_instance=lambda value: isinstance(value, Region),
-        str_from_instance=lambda value: [f"{','.join(map(repr, value.box))}:{value.prompt}"],
-    ),
+    _spelled(Region, "L,T,R,B:PROMPT", region, lambda one: f"{','.join(map(repr, one.box))}:{one.prompt}"),
 ]
 
 

@@ -18,7 +18,15 @@ from jaxdiff.config import SchedulerConfig, load_json
 from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family
 from jaxdiff.io.convert import leaves
-from jaxdiff.io.folder import DEFAULTS, find_part, read_index, read_network, tokenizer_folder, write_folder
+from jaxdiff.io.folder import (
+    DEFAULTS,
+    clip_tokenizer,
+    find_part,
+    read_index,
+    read_network,
+    tokenizer_folder,
+    write_folder,
+)
 from jaxdiff.io.lora import LoRA, merge_loras
 from jaxdiff.io.mapped import check_unchanged
 from jaxdiff.io.scheduler import read_sampler, read_scheduler
@@ -206,7 +214,7 @@ def file_tokenizer(file: SingleFile, path: Path | None) -> Tokenizer:
     Raises:
         ValueError: where `path` is no such folder; where it is None and the vocabulary is not CLIP's.
     """
-    folder = find_part(file.path if path is None else path, "tokenizer")
+    folder = clip_tokenizer(file) if path is None else find_part(path, "tokenizer")
     length = file.config("text_encoder").max_position_embeddings
     return Tokenizer.load(folder, declared_length(folder, length)).padded_with(file.pad_id)
 

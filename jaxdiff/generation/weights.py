@@ -109,7 +109,7 @@ class Weights:
         return self.memory == "normal" and not (on_cpu and role != STEPS and is_large(self._params[role]))
 
     def _finish(self, role: str) -> Callable[[Path, Params], Params] | None:
-        # Both forms of SD1.5's kernels together are 1.7 times its weights; other things need memory, too.
+        # With kernels in Winograd's form SD1.5's denoiser takes 1.7 times its weights; other things need memory, too.
         weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(self._params[role]))
         enough = self.memory == "normal" and 2 * weights < memory_bytes()
         return prepare if role == STEPS and enough and jax.default_backend() == "cpu" else None

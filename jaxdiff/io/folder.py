@@ -18,7 +18,7 @@ from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfi
 from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch, torch_views
 from jaxdiff.io.scheduler import MARK, read_scheduler, scheduler_class, scheduler_values
-from jaxdiff.io.single_file import is_single, open_single
+from jaxdiff.io.single_file import SingleFile, is_single, open_single
 from jaxdiff.io.weights import Stored, open_safetensors, open_weights, read_metadata, stored, write_safetensors
 from jaxdiff.types import Params
 
@@ -313,16 +313,7 @@ def find_part(path: Path | str, name: str) -> Path:
     """
     path = Path(path)
     if is_single(path):
-        if name != "tokenizer":
-            return path
-        if (tokens := open_single(path).config("text_encoder").vocab_size) != _CLIP_TOKENS:
-            raise ValueError(
-                f"{path} has a text encoder of {tokens} tokens, where CLIP's has {_CLIP_TOKENS}, and a single file "
-                "does not hold its tokenizer; name a folder with vocab.json and merges.txt, or a diffusers folder that "
-                "has one: tokenizer= in Python, --tokenizer in the shell, --task.tokenizer for train.py. Commands that "
-                "lack it take the folder that jaxdiff.tools.convert makes."
-            )
-        return CLIP
+        return clip_tokenizer(open_single(path)) if name == "tokenizer" else path
     for folder in (path / name, path / "export" / name):
         if folder.is_dir():
             return folder
@@ -338,6 +329,22 @@ def find_part(path: Path | str, name: str) -> Path:
                 f"{path} is the folder of {cls!r}, and a {name} is a {NETWORKS[name].cls}; name its folder."
             )
     return path
+
+
+def clip_tokenizer(file: SingleFile) -> Path:
+    """The folder of CLIP's tokenizer, for a model in a single file, which does not hold its own.
+
+    Raises:
+        ValueError: where the text encoder has another vocabulary.
+    """
+    if (tokens := file.config("text_encoder").vocab_size) != _CLIP_TOKENS:
+        raise ValueError(
+            f"{file.path} has a text encoder of {tokens} tokens, where CLIP's has {_CLIP_TOKENS}, and a single file "
+            "does not hold its tokenizer; name a folder with vocab.json and merges.txt, or a diffusers folder that "
+            "has one: tokenizer= in Python, --tokenizer in the shell, --task.tokenizer for train.py. Commands that "
+            "lack it take the folder that jaxdiff.tools.convert makes."
+        )
+    return CLIP
 
 
 def model_schedule(path: Path | str) -> SchedulerConfig:

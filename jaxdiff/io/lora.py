@@ -24,8 +24,7 @@ from jaxdiff.adapters.lora import KINDS, SHARED, Change, Merged
 from jaxdiff.config import load_json
 from jaxdiff.io import ldm
 from jaxdiff.io.convert import leaves, torch_axes, torch_name
-from jaxdiff.io.torch_files import open_torch
-from jaxdiff.io.weights import FLOATS, listed, open_safetensors, read_metadata
+from jaxdiff.io.weights import FLOATS, listed, open_file
 from jaxdiff.types import Params
 
 logger = logging.getLogger(__name__)
@@ -185,16 +184,11 @@ def read_lora(path: Path, networks: Mapping[str, Params]) -> dict[tuple[str, Lea
 
 def _open(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A file's tensors by name, and what is said of them beside: peft's settings by network."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(2)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    if head in (b"PK", b"\x80\x02"):
-        return open_torch(path), {}
-    tensors = open_safetensors(path)
+    tensors, metadata = open_file(path)
     said: Any = {}
-    if text := read_metadata(path).get("lora_adapter_metadata"):
+    if metadata is None:  # a file of torch.save, in which nothing stands beside tensors
+        return tensors, said
+    if text := metadata.get("lora_adapter_metadata"):
         try:
             said = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:

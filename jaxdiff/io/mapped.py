@@ -3,6 +3,7 @@
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,9 @@ def release(array: Any) -> None:
 
     Of an array that is made of others, its `parts`, this goes for all of them.
     """
-    for part in getattr(array, "parts", ()):
-        release(part)
-    found = _file(array)
-    if found is not None and hasattr(mmap, "MADV_DONTNEED"):
-        found[0].madvise(mmap.MADV_DONTNEED)
+    for mapped, _ in _files(array):
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def check_unchanged(array: Any) -> None:
@@ -55,21 +54,22 @@ def check_unchanged(array: Any) -> None:
     Raises:
         ValueError: naming the file.
     """
+    for _, file in _files(array):
+        if _state(file.descriptor) != file.state:
+            raise ValueError(f"{file.path} was written to since it was opened; load the model again.")
+
+
+def _files(array: Any) -> Iterator[tuple[mmap.mmap, _File]]:
+    """The map and the whole file that an array is a view of, if it is one, and those of its parts."""
     for part in getattr(array, "parts", ()):
-        check_unchanged(part)
-    found = _file(array)
-    if found is not None and _state(found[1].descriptor) != found[1].state:
-        raise ValueError(f"{found[1].path} was written to since it was opened; load the model again.")
-
-
-def _file(array: Any) -> tuple[mmap.mmap, _File] | None:
-    """The map and the whole file that an array is a view of, if it is one."""
+        yield from _files(part)
     file = None
     while array is not None and not isinstance(array, mmap.mmap):
         if isinstance(array, _File) and hasattr(array, "state"):
             file = array
         array = getattr(array, "base", None)
-    return None if array is None or file is None else (array, file)
+    if array is not None and file is not None:
+        yield array, file
 
 
 def _state(descriptor: int) -> tuple[int, int]:

@@ -40,8 +40,7 @@ from jaxdiff.io.layouts import (
     seems_to_be,
     used_layers,
 )
-from jaxdiff.io.torch_files import open_torch
-from jaxdiff.io.weights import Stored, listed, open_safetensors, read_metadata, stored, write_safetensors
+from jaxdiff.io.weights import Stored, listed, open_file, read_metadata, stored, write_safetensors
 from jaxdiff.types import Params
 
 NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
@@ -282,7 +281,6 @@ class SingleFile:
         return array
 
 
-_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _CLIP_PARTS = ("embeddings", "encoder", "final_layer_norm")
 
 
@@ -302,15 +300,8 @@ def open_single(path: Path | str, prediction_type: str | None = None, ema: bool 
     if prediction_type is not None and prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTIONS)}.")
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    if head == b"PK\x03\x04" or head[:2] in _PICKLES:
-        file = SingleFile(path, open_torch(path), {}, prediction_type, ema)
-    else:
-        file = SingleFile(path, open_safetensors(path), read_metadata(path), prediction_type, ema)
+    tensors, metadata = open_file(path)
+    file = SingleFile(path, tensors, metadata or {}, prediction_type, ema)
     if other := seems_to_be(file.tensors):
         raise ValueError(f"{path} seems to be {other}.")
     if not file.places:

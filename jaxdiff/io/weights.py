@@ -32,6 +32,7 @@ _DTYPES = _FLOATS | {
 }
 logger = logging.getLogger(__name__)
 _MAX_HEADER = 100_000_000  # safetensors' own limit
+_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _SHOWN = 10  # names in an error sentence
 
 
@@ -79,6 +80,22 @@ def read_metadata(path: Path) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{path} is damaged: the __metadata__ of its header are not texts. Save it again.")
     return metadata
+
+
+def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
+    """The tensors of a safetensors file or one of torch.save, told by how it begins, and the texts of the former.
+
+    Raises:
+        ValueError: as `open_safetensors` and `open_torch` do.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    if head == b"PK\x03\x04" or head[:2] in _PICKLES:
+        return open_torch(path), None
+    return open_safetensors(path), read_metadata(path)
 
 
 def stored(tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None = None) -> dict[str, Stored]:

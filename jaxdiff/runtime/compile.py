@@ -35,9 +35,9 @@ def on_cpu(large: bool, least_memory: bool) -> dict[str, Any]:
     """What XLA is told for a network, where a CPU is the default device and XLA takes it: experiments end."""
     if jax.default_backend() != "cpu":
         return {}
-    options = {} if large else SMALL_ON_CPU
-    if large and least_memory:
-        options = LEAST_MEMORY
+    options = SMALL_ON_CPU if not large else LEAST_MEMORY if least_memory else {}
+    if not options:
+        return {}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0).compile()
     except jax.errors.JaxRuntimeError:
@@ -78,7 +78,8 @@ class Compiled:
         return sum(jitted._cache_size() for jitted in self._outer.values()) + self._lowered
 
     def _for(self, params: Any) -> Any:
-        kind = is_large(params), self.least_memory or is_narrow(params)
+        large = is_large(params)
+        kind = large, large and (self.least_memory or is_narrow(params))
         if kind not in self._outer:
             self._outer[kind] = jax.jit(self._fn, compiler_options=on_cpu(*kind), **self._options)
         return self._outer[kind]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdiff
+from jaxdiff.runtime import memory
 from jaxdiff.runtime.programs import give_back_memory
 from jaxdiff.tools.chips import CHIPS, chip_name
 
@@ -81,8 +82,7 @@ def make(f: Any, args: tuple[Any, ...]) -> Made:
 def forget_peak() -> None:
     """Gives back what is not used any more, and where the system can (Linux), counts the process's peak from here."""
     give_back_memory()
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+    memory.forget_peak()
 
 
 def peak() -> tuple[int, str]:
@@ -92,11 +92,9 @@ def peak() -> tuple[int, str]:
     """
     if stats := jax.local_devices()[0].memory_stats():
         return stats["peak_bytes_in_use"], "device, since the process began"
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    if (most := memory.resident_bytes("VmHWM")) is not None:
         beside = ", torch in it" if "torch" in sys.modules else ""
-        return 1024 * int(kilobytes), f"process, during the runs{beside}"
+        return most, f"process, during the runs{beside}"
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "process, since it began"
 

@@ -14,8 +14,8 @@ import jaxdiff
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.generation.weights import Memory
 from jaxdiff.model import Model, Network
-from jaxdiff.runtime.memory import resident_bytes
-from jaxdiff.tools.bench.measure import forget_peak
+from jaxdiff.runtime.memory import forget_peak, resident_bytes
+from jaxdiff.runtime.programs import give_back_memory
 from jaxdiff.tools.bench.models import ModelSizes, weights
 
 PROMPT = "a red apple"
@@ -35,6 +35,7 @@ class Phases(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.found: list[Phase] = []
+        give_back_memory()
         forget_peak()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -51,7 +52,7 @@ class Phases(logging.Handler):
         if now is None or most is None:
             raise ValueError("--memory needs Linux, which counts what a process holds; leave it out.")
         self.found.append(Phase(name, now, most))
-        Path("/proc/self/clear_refs").write_text("5")  # counts the most from here
+        forget_peak()
 
 
 def measure(

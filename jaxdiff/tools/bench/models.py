@@ -15,6 +15,7 @@ from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.generation.weights import STEPS, Weights
 from jaxdiff.io.folder import find_part, model_schedule, read_config, read_network
+from jaxdiff.io.layouts import SCHEDULER
 from jaxdiff.io.weights import check_params
 from jaxdiff.model import EMBEDDED
 from jaxdiff.runtime.mesh import place, tree_shardings
@@ -43,16 +44,8 @@ class ModelSizes:
         return max(self.unet.sides or (64,)) * self.vae.factor
 
 
-_BETAS = SchedulerConfig(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    steps_offset=1,
-    set_alpha_to_one=False,
-    clip_sample=False,
-)
 SIZES = {
-    "sd15": ModelSizes("sd15", UNetConfig(cross_attention_dim=768), VAEConfig(), CLIPTextConfig(), _BETAS),
+    "sd15": ModelSizes("sd15", UNetConfig(cross_attention_dim=768), VAEConfig(), CLIPTextConfig(), SCHEDULER),
     "sd21": ModelSizes(
         "sd21",
         UNetConfig(
@@ -70,7 +63,7 @@ SIZES = {
             hidden_act="gelu",
             projection_dim=512,
         ),
-        _BETAS,
+        SCHEDULER,
     ),
     # A UNet of 37 million parameters between SD1.5's autoencoder and text encoder.
     "small": ModelSizes(
@@ -78,7 +71,7 @@ SIZES = {
         UNetConfig(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=768),
         VAEConfig(sample_size=256),
         CLIPTextConfig(),
-        _BETAS,
+        SCHEDULER,
     ),
 }
 
