@@ -14,7 +14,7 @@ from test_torch_files import FLOATS, archive, dictionary, tensor, text
 
 from jaxdiff.generation.weights import Weights
 from jaxdiff.io.convert import from_torch
-from jaxdiff.io.weights import Stored, check_params, open_safetensors, open_weights, write_safetensors
+from jaxdiff.io.weights import Stored, check_params, open_file, open_safetensors, open_weights, write_safetensors
 
 STEM = "diffusion_pytorch_model"
 
@@ -226,3 +226,12 @@ def test_long_lists_of_names_are_cut_with_a_count():
 
 def from_torch_zeros():
     return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), from_torch(tensors().items()))
+
+
+@pytest.mark.parametrize("size", [0x0280, 0x0380, 0x0480, 0x0580, 0x10280])
+def test_a_header_whose_size_begins_as_a_pickle_does_is_none(tmp_path, size):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(size)
+    values = np.array([1, 2], np.float32)
+    (tmp_path / "a.safetensors").write_bytes(size.to_bytes(8, "little") + header + values.tobytes())
+    tensors, _ = open_file(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(tensors["a"], values)

@@ -90,10 +90,11 @@ def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]
     """
     try:
         with path.open("rb") as file:
-            head = file.read(4)
+            head = file.read(9)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    if head == b"PK\x03\x04" or head[:2] in _PICKLES:
+    # The size of a safetensors header may begin as a pickle does; JSON follows it.
+    if head.startswith(b"PK\x03\x04") or (head[:2] in _PICKLES and head[8:] != b"{"):
         return open_torch(path), None
     return open_safetensors(path), read_metadata(path)
 
