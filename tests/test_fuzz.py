@@ -92,7 +92,7 @@ def is_read(path: Path, read: Callable[[], object]) -> bool:
 def read_single(path: Path) -> None:
     file = open_single(path)
     file.warn_of_unknown()
-    for use in (lambda: file.scheduler, lambda: file.pad_id, lambda: file.defaults):
+    for use in (lambda: file.scheduler, lambda: file.pads, lambda: file.defaults):
         is_read(path, use)
     for name in file.places:
         is_read(path, partial(file.network, name))
@@ -131,7 +131,7 @@ def test_torch_files(tmp_path, write):
 def test_single_files(tmp_path, like, caplog):
     chance = random.Random(2)
     model = tiny.model(**like)
-    write_single(tmp_path / "a.safetensors", named(model), model.scheduler, 3, defaults={"steps": 4})
+    write_single(tmp_path / "a.safetensors", named(model), model.scheduler, {"text_encoder": 3}, defaults={"steps": 4})
     tensors = {name: array.astype(np.bool_) for name, array in load_file(tmp_path / "a.safetensors").items()}
     said = {"modelspec.prediction_type": "v", "jaxdiff": json.dumps({"unet": {"norm_num_groups": 8}, "pad_id": 3})}
     save_file(tensors, tmp_path / "a.safetensors", said)
