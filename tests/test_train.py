@@ -294,7 +294,7 @@ def requests_of(data: dict | None = None, scheduler: SchedulerConfig = tiny.SCHE
     module = runpy.run_path(str(ROOT / "train.py"))
     task = DiffusionTask(unet=tiny.UNET, text_encoder=tiny.TEXT_ENCODER, scheduler=scheduler, **settings)
     config = TrainConfig("x", task, data=DataConfig(**{"size": 16} | (data or {})))
-    return module["sample_requests"](config, tiny.VAE, tiny.tokenizer(), Captions())
+    return module["sample_requests"](config, tiny.VAE, (tiny.tokenizer(),), Captions())
 
 
 def test_captions_are_drawn_as_they_are_written_and_prompts_as_they_are_meant() -> None:

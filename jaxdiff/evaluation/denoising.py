@@ -65,7 +65,7 @@ def heldout(source: Source, config: DataConfig, n: int, seed: int = 0) -> Heldou
     captions: list[Caption] = []
     for index in (i * len(source) // n for i in range(n)):
         try:
-            image, caption = prepare(source.record(index), np.random.default_rng([seed, index]), config, shape)
+            image, caption, _ = prepare(source.record(index), np.random.default_rng([seed, index]), config, shape)
         except BadRecord:
             continue
         images.append(image)
