@@ -112,7 +112,7 @@ def test_batches_that_are_tried_are_those_that_micro_batches_divide(
         return Plan(**values | {"batch": sized.data.batch_size // 8, "fits": sized.data.batch_size <= limit})
 
     monkeypatch.setattr(plan_module, "plan", planned)
-    options = Namespace(batch=None, fit=True, forward=False, dump=None, run=0, topology="v5e:2x4", json=True)
+    options = Namespace(batch=None, fit=True, forward=False, sample=0, dump=None, run=0, topology="v5e:2x4", json=True)
     plan_module._plan_on(options, config, jax.devices(), None)
     found = 8 * json.loads(capsys.readouterr().out)["batch"]
     assert found <= limit < max(1.5 * found, found + int(data) * int(fsdp) * accumulate)
