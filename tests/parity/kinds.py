@@ -21,7 +21,8 @@ def parts(folder: Path, scheduler: Any = None, vae: dict[str, Any] | None = None
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS, "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id, "projection_dim": 16}  # fmt: skip
     first_stage = {"block_out_channels": (16, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "sample_size": 32,
-                   "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "norm_num_groups": 8}  # fmt: skip
+                   "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1,
+                   "norm_num_groups": 8}  # fmt: skip
     return {
         "vae": without_noise(spiced(AutoencoderKL(**first_stage | (vae or {})), 5)),
         "text_encoder": spiced(CLIPTextModel(CLIPTextConfig(**text | SD1_TEXT)), 6),
