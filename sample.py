@@ -22,6 +22,7 @@ from jaxdiff.generation.conditioning import PromptWarning, filled
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import RENAMED, Region, Request, current_name
 from jaxdiff.generation.weights import Memory, check_memory
+from jaxdiff.io.embeddings import Embedding
 from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_image
 from jaxdiff.io.lora import LoRA
 from jaxdiff.model import DTYPES, FileOptions
@@ -68,6 +69,16 @@ def lora(text: str) -> LoRA:
     return LoRA.of(text if number is None else (path, number))
 
 
+def embedding(text: str) -> Embedding:
+    """`learned_embeds.bin:<my-cat>` -> an embedding; without a word, it is the file's own.
+
+    Raises:
+        ValueError: where the word cannot be written in a prompt.
+    """
+    path, colon, word = text.rpartition(":")
+    return Embedding.of(text if not colon or Path(text).exists() else (path, word))
+
+
 def _spelled(kind: type, metavar: str, read: Callable[[str], Any], write: Callable[[Any], str]) -> Any:
     """How tyro reads a value of this type from one word, and shows it."""
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -80,6 +91,10 @@ def _spelled(kind: type, metavar: str, read: Callable[[str], Any], write: Callab
 
 
 LoRAFlag = Annotated[LoRA, _spelled(LoRA, "FILE[:STRENGTH]", lora, lambda one: f"{one.path}:{one.strength}")]
+EmbeddingFlag = Annotated[
+    Embedding,
+    _spelled(Embedding, "FILE[:TOKEN]", embedding, lambda one: f"{one.path}:{one.word}" if one.word else str(one.path)),
+]
 RegionFlag = Annotated[
     Region,
     _spelled(Region, "L,T,R,B:PROMPT", region, lambda one: f"{','.join(map(repr, one.box))}:{one.prompt}"),
@@ -128,6 +143,9 @@ class Args:
     loras: Annotated[tuple[LoRAFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora")] = ()
     """A LoRA or one of its kin (LoCon, LoHa, LoKr, DoRA, IA3), and how strongly: 0 is not at all, 1 as trained. Give it
     again for more of them."""
+    embeddings: Annotated[tuple[EmbeddingFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="embedding")] = ()
+    """A textual inversion, and what its word is called in prompts; without TOKEN, it is the file's own. Give it again
+    for more of them."""
     out: Path = Path("samples")
     """The folder for the images."""
     request: Annotated[Flags, tyro.conf.arg(name="")] = field(default_factory=Flags)
@@ -180,7 +198,8 @@ def main(args: Args) -> int:
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
     devices = jax.local_devices()
     several = devices if min(len(devices), n) > 1 else None
-    pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, loras=args.loras, **vars(args.file))
+    adapted = {"loras": args.loras, "embeddings": args.embeddings}
+    pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **adapted, **vars(args.file))
     if args.like is not None:
         check_like(args, pipe)
     if args.from_file is not None:
@@ -261,6 +280,8 @@ def draw_file(args: Args, pipe: Pipeline, wanted: list[Job], part: int, parts: i
         batch["memory"] = args.memory
     if args.loras:
         batch["loras"] = [[str(one.path), one.strength] for one in args.loras]
+    if args.embeddings:
+        batch["embeddings"] = [[str(one.path), one.word] for one in args.embeddings]
     bad: set[int] = set()
 
     def refuse(job: Job, error: ValueError) -> None:
@@ -305,7 +326,7 @@ def like(path: Path) -> Args:
         memory = check_memory(carried.get("memory", "normal"))
         if (dtype := carried.get("dtype")) not in (None, *DTYPES):
             raise ValueError(f"dtype is {dtype!r}.")
-        loras = carried_loras(carried)
+        loras, embeddings = carried_loras(carried), carried_embeddings(carried)
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: {error}") from error
     return Args(
@@ -314,6 +335,7 @@ def like(path: Path) -> Args:
         dtype=dtype,
         memory=memory,
         loras=loras,
+        embeddings=embeddings,
         request=Flags(**{**vars(request), "prompt": ""}),
     )
 
@@ -328,6 +350,18 @@ def carried_loras(carried: Mapping[str, Any]) -> tuple[LoRA, ...]:
         case list(loras) if all(isinstance(one, dict) for one in loras):
             return tuple(LoRA.of((one.get("file"), one.get("strength"))) for one in loras)
     raise ValueError("its loras are no list of files and strengths.")
+
+
+def carried_embeddings(carried: Mapping[str, Any]) -> tuple[Embedding, ...]:
+    """The textual inversions that an image was drawn with, by its settings.
+
+    Raises:
+        ValueError: where these make no sense.
+    """
+    match carried.get("embeddings", []):
+        case list(embeddings) if all(isinstance(one, dict) for one in embeddings):
+            return tuple(Embedding.of((one.get("file"), one.get("word"))) for one in embeddings)
+    raise ValueError("its embeddings are no list of files and words.")
 
 
 def check_like(args: Args, pipe: Pipeline) -> None:

@@ -18,6 +18,7 @@ from jaxdiff.config import SchedulerConfig, load_json
 from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family
 from jaxdiff.io.convert import leaves
+from jaxdiff.io.embeddings import HOW, Embedding, read_embedding, with_rows
 from jaxdiff.io.folder import (
     DEFAULTS,
     clip_tokenizer,
@@ -77,6 +78,8 @@ class Model:
     name: str = ""
     loras: tuple[LoRA, ...] = ()
     """Those that the params have in them."""
+    embeddings: tuple[Embedding, ...] = ()
+    """Textual inversions that the tokenizer and the params have in them."""
 
     def __post_init__(self) -> None:
         vocabulary = self.configs["text_encoder"].vocab_size
@@ -127,6 +130,39 @@ class Model:
         merged = merge_loras({folders[role]: params for role, params in self.params.items()}, wanted)
         model = self.with_params({role: merged[folders[role]] for role in self.params})
         return replace(model, loras=(*self.loras, *wanted))
+
+    def with_embeddings(self, embeddings: Iterable[Any]) -> "Model":
+        """The same model with further words, which textual inversions teach it.
+
+        Args:
+            embeddings: files, or pairs of a file and what its word is called in prompts.
+
+        Raises:
+            ValueError: where a file is damaged or for another model, or a word is there already.
+        """
+        wanted = tuple(Embedding.of(embedding) for embedding in embeddings)
+        role = "text_encoder"
+        config: Any = self.networks[role].config
+        folder = self.family.FOLDERS[role]
+        words: dict[str, np.ndarray] = {}
+        for embedding in wanted:
+            for word, vectors in read_embedding(embedding, {folder: config.hidden_size}).items():
+                if word in words:
+                    raise ValueError(f"{embedding.path} teaches the word {word!r}, and so does another file; give it "
+                                     f"another name{HOW}.")  # fmt: skip
+                words[word] = vectors[folder]
+        if not words:
+            return self
+        try:
+            tokenizer = self.tokenizer.with_words({word: len(vectors) for word, vectors in words.items()})
+        except ValueError as error:
+            raise ValueError(f"{str(error).removesuffix('.')}{HOW}.") from error
+        numbers = np.array([i for word in words for i in tokenizer.words[word]])
+        rows = np.concatenate([*words.values()])
+        params = with_rows(self.networks[role].params, numbers, rows)
+        config = replace(config, vocab_size=max(config.vocab_size, len(tokenizer)))
+        networks = {**self.networks, role: Network(config, params)}
+        return replace(self, networks=networks, tokenizer=tokenizer, embeddings=(*self.embeddings, *wanted))
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
         """Writes a folder that `load` and diffusers read.

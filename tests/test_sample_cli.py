@@ -161,6 +161,35 @@ def test_a_strength_that_is_no_finite_number_is_told(sample, loras, capsys):
     assert "strength of a.safetensors is nan" in capsys.readouterr().err
 
 
+@pytest.fixture
+def words(tmp_path):
+    """A file with two words."""
+    rng = np.random.default_rng(0)
+    tensors = {word: rng.standard_normal((2, 16)).astype(np.float32) for word in ("zebra", "<quagga>")}
+    write_safetensors(tmp_path / "w.safetensors", stored(tensors))
+
+
+def test_textual_inversions_are_drawn_with_and_told(sample, folder, words):
+    code, _, said = sample("a gnu", "--embedding", "w.safetensors:gnu")
+    assert (code, "it has <quagga>, zebra" in said) == (2, True)
+    code, (path,), _ = sample("a zebra", "--embedding", "w.safetensors:zebra")
+    assert code == 0
+    drawn = jaxdiff.load(folder, embeddings=[("w.safetensors", "zebra")])("a zebra", steps=3)[0]
+    np.testing.assert_array_equal(opened(path), drawn)
+    assert off(drawn, jaxdiff.load(folder)("a zebra", steps=3)[0]) > 5
+    assert read_settings(path)["embeddings"] == [{"file": "w.safetensors", "word": "zebra"}]
+    code, (again,), _ = sample("--like", path)
+    assert code == 0
+    assert Path(again).read_bytes() == Path(path).read_bytes()
+
+
+def test_a_batch_is_gone_on_with_only_with_its_words(sample, words, tmp_path):
+    (tmp_path / "p.txt").write_text("a zebra\n")
+    assert sample("--from-file", "p.txt", "--embedding", "w.safetensors")[0] == 0
+    code, _, said = sample("--from-file", "p.txt")
+    assert (code, "embeddings" in said) == (2, True)
+
+
 def test_nothing_is_overwritten(sample):
     _, (first,), _ = sample("a dog")
     before = Path(first).read_bytes()

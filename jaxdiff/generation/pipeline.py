@@ -52,6 +52,7 @@ def load(
     prediction_type: str | None = None,
     ema: bool = False,
     loras: Iterable[str | Path | tuple[str | Path, float]] = (),
+    embeddings: Iterable[str | Path | tuple[str | Path, str]] = (),
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
@@ -69,6 +70,8 @@ def load(
             Stable Diffusion 1, and a guess, with a warning, for 2.
         ema: of a single file, takes the averaged weights of the denoiser.
         loras: files, or pairs of a file and a strength, such as ("flat.safetensors", 0.8); they come after `adapters`.
+        embeddings: textual inversions, files or pairs of a file and what its word is called in prompts, such as
+            ("learned_embeds.bin", "<my-cat>"); without a name it is the file's own.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
@@ -82,8 +85,12 @@ def load(
         model = model.with_params(merge_adapters(model.params, adapters))
     if isinstance(loras, str | Path):
         raise ValueError(f"loras is {shown(loras)}; give a list of files, or of pairs of a file and a strength.")
+    if isinstance(embeddings, str | Path):
+        raise ValueError(f"embeddings is {shown(embeddings)}; give a list of files, or of pairs of a file and a word.")
     if loras := tuple(loras):
         model = model.with_loras(loras)
+    if embeddings := tuple(embeddings):
+        model = model.with_embeddings(embeddings)
     return Pipeline(model, dtype, devices, memory)
 
 

@@ -176,7 +176,8 @@ class _Writer:
 
 
 def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
-    """How an image was made, as JSON values: all that is needed to make it again, but the model, LoRAs and images.
+    """How an image was made, as JSON values: all that is needed to make it again, but the model, images, and the files
+    of LoRAs and textual inversions.
 
     The images that it was made from are there by their path, and with their SHA-256, which tells whether they changed.
 
@@ -197,6 +198,8 @@ def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
         values["memory"] = pipe.params.memory
     if pipe.model.loras:
         values["loras"] = [{"file": lora.path.as_posix(), "strength": lora.strength} for lora in pipe.model.loras]
+    if pipe.model.embeddings:
+        values["embeddings"] = [{"file": one.path.as_posix(), "word": one.word} for one in pipe.model.embeddings]
     return values | {
         "width": image.shape[1],
         "height": image.shape[0],
