@@ -17,6 +17,7 @@ from jaxdiff.build import NetworkConfig
 from jaxdiff.config import SchedulerConfig, load_json
 from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family
+from jaxdiff.io.control import NAME, ControlNet, read_control
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.embeddings import HOW, Embedding, read_embedding, with_rows
 from jaxdiff.io.folder import (
@@ -80,6 +81,9 @@ class Model:
     """Those that the params have in them."""
     embeddings: tuple[Embedding, ...] = ()
     """Textual inversions that the tokenizer and the params have in them."""
+
+    controls: tuple[ControlNet, ...] = ()
+    """Networks that images steer the denoiser by."""
 
     def __post_init__(self) -> None:
         vocabulary = self.configs["text_encoder"].vocab_size
@@ -163,6 +167,27 @@ class Model:
         config = replace(config, vocab_size=max(config.vocab_size, len(tokenizer)))
         networks = {**self.networks, role: Network(config, params)}
         return replace(self, networks=networks, tokenizer=tokenizer, embeddings=(*self.embeddings, *wanted))
+
+    def with_controls(self, controls: Iterable[str | Path]) -> "Model":
+        """The same model with control networks beside it, which are not saved with it.
+
+        Args:
+            controls: folders or files of ControlNets.
+
+        Raises:
+            ValueError: where one is damaged or for another model.
+        """
+        family, found = self.modules(), []
+        for path in controls:
+            if not isinstance(path, str | Path):
+                raise ValueError(f"A control network is {path!r}; give its folder or file.")
+            control = read_control(path)
+            try:
+                family.control_net(control.config)
+            except ValueError as error:
+                raise ValueError(f"{control.path}: {error}") from error
+            found.append(control._replace(params=check_network(NAME, control.config, control.params, control.path)))
+        return replace(self, controls=(*self.controls, *found))
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
         """Writes a folder that `load` and diffusers read.

@@ -13,9 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
 from jaxdiff.models.clip import CLIPTextModel
-from jaxdiff.models.unet import UNet2DConditionModel, perturbed, prompt_keys, structured
+from jaxdiff.models.controlnet import ControlNetModel, embed, weighed
+from jaxdiff.models.unet import Added, UNet2DConditionModel, perturbed, prompt_keys, structured
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.types import Conditioning, Params
 
@@ -150,6 +151,7 @@ class StableDiffusion:
         edits: Params | None = None,
         deep: Float[Array, "n h2 w2 d"] | None = None,
         only_deep: bool = False,
+        added: Added | None = None,
     ) -> Array:
         """The denoiser's output [n, h, w, c] for n rows, each with its own prompt.
 
@@ -162,9 +164,10 @@ class StableDiffusion:
             edits: merged results of `perturbed_attention` and `shared_layout`; None leaves attention as it is.
             deep: features of an earlier step, which stand in for most of the network (Ma et al. 2023, DeepCache).
             only_deep: returns those features.
+            added: what control networks add (`control`), of n rows.
         """
         variables = {"params": params, "prompt": prepared} | ({} if edits is None else {"rows": edits})
-        return self.denoiser.apply(variables, x, t, conditioning.context, deep, only_deep=only_deep)  # pyright: ignore
+        return self.denoiser.apply(variables, x, t, conditioning.context, deep, added, only_deep=only_deep)  # pyright: ignore
 
     def perturbed_attention(self, params: Params, rows: Bool[Array, " n"]) -> Params:
         """The edit in which these rows' self-attention in the middle is the identity (Ahn et al. 2024, PAG)."""
@@ -173,6 +176,66 @@ class StableDiffusion:
     def shared_layout(self, params: Params, source: Int[Array, " n"]) -> Params:
         """The edit in which row i takes its layout from row source[i] (Tumanyan et al. 2023, plug-and-play)."""
         return structured(params, source)
+
+    # Control ----------------------------------------------------------------------------------------------------------
+
+    def control_net(self, config: ControlNetConfig, dtype: DTypeLike = jnp.float32) -> ControlNetModel:
+        """The module of a network that an image steers the denoiser by.
+
+        Raises:
+            ValueError: where its features do not fit the denoiser's.
+        """
+        net, own = build.controlnet(config, dtype), self.denoiser
+        sizes = {
+            "block_out_channels": (net.channels, own.channels),
+            "layers_per_block": (net.layers, own.layers),
+            "in_channels": (config.in_channels, self.latent_channels),
+            "cross_attention_dim": (config.cross_attention_dim, self.text_encoder.hidden_size),
+            "pixels to a latent pixel": (config.factor, self.factor),
+        }
+        if other := {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}:
+            told = ", ".join(
+                f"its {name} is {theirs}, and this model's {ours}" for name, (theirs, ours) in other.items()
+            )
+            raise ValueError(f"It is for another model: {told}.")
+        return net
+
+    def steers_prompt_alone(self, net: ControlNetModel) -> bool:
+        """Whether a network is for the rows of the prompt alone, and not for those of the negative prompt."""
+        return net.pools
+
+    def embed_control(self, net: ControlNetModel, params: Params, image: Float[Array, "b h2 w2 3"]) -> Array:
+        """What a network makes of images in [0, 1], once for all steps: features [b, h, w, d] of the latent's size."""
+        return embed(net, params, image)
+
+    def control(
+        self,
+        net: ControlNetModel,
+        params: Params,
+        x: Float[Array, "n h w c"],
+        t: Float[Array, " n"],
+        conditioning: Conditioning,
+        prepared: Params,
+        features: Float[Array, "n h w d"],
+        scale: Float[Array, ""],
+        guess: bool = False,
+    ) -> Added:
+        """What a network adds to the denoiser's features.
+
+        Args:
+            net: its module.
+            params: its params.
+            x: noisy latents at unit variance.
+            t: the training steps.
+            conditioning: n rows of it.
+            prepared: n rows of what `prepare` gave for these params.
+            features: n rows of what `embed_control` gave.
+            scale: how much of it.
+            guess: less of the features that come first, so that the image says what the prompt does not.
+        """
+        variables = {"params": params, "prompt": prepared}
+        added: Any = net.apply(variables, x, t, conditioning.context, features=features)
+        return weighed(added, scale, guess and not net.pools)
 
     # Autoencoder ------------------------------------------------------------------------------------------------------
 
