@@ -140,6 +140,8 @@ class Args:
     model: Path | None = None
     """A diffusers folder, a run directory or a single file; without it, the model that comes with the package."""
     file: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
+    refiner: Path | None = None
+    """A model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner."""
     loras: Annotated[tuple[LoRAFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora")] = ()
     """A LoRA or one of its kin (LoCon, LoHa, LoKr, DoRA, IA3), and how strongly: 0 is not at all, 1 as trained. Give it
     again for more of them."""
@@ -198,8 +200,8 @@ def main(args: Args) -> int:
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
     devices = jax.local_devices()
     several = devices if min(len(devices), n) > 1 else None
-    adapted = {"loras": args.loras, "embeddings": args.embeddings}
-    pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **adapted, **vars(args.file))
+    more: dict[str, Any] = {"loras": args.loras, "embeddings": args.embeddings, "refiner": args.refiner}
+    pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **more, **vars(args.file))
     if args.like is not None:
         check_like(args, pipe)
     if args.from_file is not None:
@@ -278,6 +280,8 @@ def draw_file(args: Args, pipe: Pipeline, wanted: list[Job], part: int, parts: i
     batch: dict[str, Any] = {"requests": fingerprint(wanted), "model": pipe.name, "dtype": pipe.dtype}
     if args.memory != "normal":
         batch["memory"] = args.memory
+    if pipe.refiner is not None:
+        batch["refiner"] = pipe.refiner.name
     if args.loras:
         batch["loras"] = [[str(one.path), one.strength] for one in args.loras]
     if args.embeddings:
@@ -370,6 +374,11 @@ def check_like(args: Args, pipe: Pipeline) -> None:
     carried = read_settings(args.like) or {}
     if args.model is None and carried.get("model") != pipe.name:
         raise ValueError(f"{args.like} was drawn by the model {carried.get('model')!r}; give its folder by --model.")
+    refiner = None if pipe.refiner is None else pipe.refiner.name
+    if args.refiner is None and carried.get("refiner") != refiner:
+        raise ValueError(
+            f"{args.like} was drawn with the refiner {carried['refiner']!r}; give its folder by --refiner."
+        )
     for name, path in {"image": args.request.image, "mask": args.request.mask}.items():
         known = carried.get(f"{name}_sha256")
         if path is not None and path == carried.get(name) and known is not None and known != sha256(path):

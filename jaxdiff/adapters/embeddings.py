@@ -51,6 +51,6 @@ class WithRows:
             raise ValueError("A table with further rows is made anew for everyone who asks.")
         whole = np.zeros(self.shape, dtype or np.float32)
         with np.errstate(over="ignore"):
-            whole[: len(self.table)] = self.table
+            whole[: self.table.shape[0]] = self.table
             whole[self.numbers] = self.rows
         return whole

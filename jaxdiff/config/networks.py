@@ -42,6 +42,14 @@ class UNetConfig(Checked):
     """What the sums of the middle's residual blocks are divided by."""
     center_input_sample: bool = False
     """Whether the network reads 2 x - 1 in place of x."""
+    addition_embed_type: Literal["text_time"] | None = None
+    """With "text_time" the network reads a vector for the whole prompt and numbers, such as an image's sizes, too."""
+    addition_time_embed_dim: int | None = None
+    """Features that each of the numbers becomes."""
+    projection_class_embeddings_input_dim: int | None = None
+    """Features of the vector and of all numbers."""
+    time_cond_proj_dim: int | None = None
+    """Features that the guidance scale becomes, of a network that was distilled to read it (Luo et al. 2023, LCM)."""
 
     def _check(self) -> None:
         n = len(self.block_out_channels)
@@ -59,6 +67,9 @@ class UNetConfig(Checked):
             "cross_attention_dim",
             "norm_num_groups",
             "norm_eps",
+            "addition_time_embed_dim",
+            "projection_class_embeddings_input_dim",
+            "time_cond_proj_dim",
         )
         require(
             not isinstance(self.sample_size, tuple) or len(self.sample_size) == 2,
@@ -87,6 +98,12 @@ class UNetConfig(Checked):
             self.mid_block_scale_factor != 0,
             "UNetConfig.mid_block_scale_factor is 0; sums are divided by it, so make it 1, or any number but 0.",
         )
+        sizes = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        require(
+            self.addition_embed_type is None or None not in sizes,
+            f"UNetConfig.addition_embed_type is {self.addition_embed_type!r}, with addition_time_embed_dim {sizes[0]} "
+            f"and projection_class_embeddings_input_dim {sizes[1]}; give both.",
+        )
         half = self.block_out_channels[0] // 2
         require(
             self.freq_shift < half,
@@ -114,6 +131,11 @@ class UNetConfig(Checked):
         """Height and width in latent pixels that the network was trained at, if it says."""
         size = self.sample_size
         return (size[0], size[1]) if isinstance(size, tuple) else None if size is None else (size, size)
+
+    @property
+    def added_features(self) -> int:
+        """Features of all that the network reads beside time and context: `Conditioning.pooled` and the numbers."""
+        return 0 if self.addition_embed_type is None else self.projection_class_embeddings_input_dim or 0
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32, UInt8
 
 from jaxdiff.config import SchedulerConfig, nearest
+from jaxdiff.diffusion.denoiser import sigma_to_t
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.families import Family
@@ -21,6 +23,10 @@ from jaxdiff.runtime.memory import memory_bytes
 from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas, starts_at_sigma
 from jaxdiff.sampling.sigmas import Sigmas
 
+REFINER_START = 0.8
+"""How much of the noise schedule is drawn before a refiner takes over, where a request does not say."""
+AESTHETIC_SCORE = 6.0
+"""What the refiner of Stable Diffusion XL is told, where a request does not say: people liked the image."""
 UPSCALE_STRENGTH = 0.35
 """How much of an enlarged image is drawn anew, where the request does not say."""
 
@@ -38,6 +44,8 @@ class ModelInfo:
     """The settings that stand in for those that a request leaves out."""
     controls: int = 0
     """Control networks that it was loaded with."""
+    zero_empty: bool = False
+    """Whether an empty negative prompt is zeros, and not what the text encoders make of it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,12 @@ class Drawing:
     mask: Float32[np.ndarray, "b h w"] | None
     hints: tuple[UInt8[np.ndarray, "b h w 3"], ...] = ()
     """Control images, for each control network."""
+    numbers: Float32[np.ndarray, "2 k"] | None = None
+    """What the denoiser is told beside a negative prompt, and beside a prompt; None is nothing."""
+    zero_empty: bool = False
+    """Whether an empty negative prompt is zeros."""
+    embeds_guidance: bool = False
+    """Whether the denoiser reads the guidance scale, and so needs no negative prompt."""
 
     @property
     def settings(self) -> Request:
@@ -109,13 +123,22 @@ class Drawing:
         settings = self.settings
         low, high = settings.guidance_interval or (None, None)
         numbers: dict[str, Any] = {
-            "scale": max(1.0, settings.guidance or 0.0),
+            "scale": 1.0 if self.embeds_guidance else max(1.0, settings.guidance or 0.0),
             "rescale": settings.guidance_rescale,
             "low": low,
             "high": high,
         }
         numbers |= {name: getattr(settings, name) for name in Guidance._fields if name not in numbers}
         return Guidance(**{name: np.float32(value) for name, value in numbers.items() if value is not None})
+
+
+def refiner_step(drawing: Drawing, scheduler: SchedulerConfig) -> int:
+    """The step at which a refiner takes over: the first whose training step is below its share of them."""
+    given, schedule = drawing.settings.refiner_start, make_schedule(scheduler)
+    first = round(scheduler.num_train_timesteps * (1 - (REFINER_START if given is None else given)))
+    sigmas = np.asarray(drawing.sigmas.sigmas)[: drawing.steps]
+    times = np.array([sigma_to_t(jnp.asarray(sigma), schedule) for sigma in sigmas])
+    return int((times >= first).sum())
 
 
 def checked_defaults(given: Mapping[str, Any], scheduler: SchedulerConfig) -> dict[str, Any]:
@@ -209,6 +232,13 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
             raise ValueError(
                 f"latents have the shape {one.latents.shape}; it must be {shape}: height, width, channels."
             )
+    numbers = family.numbers(
+        size,
+        common.original_size or size,  # pyright: ignore[reportArgumentType]
+        common.crop or (0, 0),
+        AESTHETIC_SCORE if common.aesthetic_score is None else common.aesthetic_score,
+        common.guidance or 0.0,
+    )
     _check_memory(family, len(requests), size, model.dtype)
     schedule = make_schedule(model.scheduler)
     settings: Any = common  # they are filled in
@@ -222,7 +252,21 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         image=np.stack(images) if images else None,
         mask=np.stack(masks) if masks else None,
         hints=tuple(np.stack(some) for some in zip(*hints, strict=True)),
+        numbers=numbers,
+        zero_empty=model.zero_empty,
+        embeds_guidance=family.embeds_guidance,
     )
+
+
+def check_read(request: Request, families: Sequence[Family]) -> None:
+    """Refuses what a request tells denoisers and none of them reads.
+
+    Raises:
+        ValueError: in a sentence.
+    """
+    for name in ("original_size", "crop", "aesthetic_score"):
+        if getattr(request, name) is not None and not any(name in family.READS for family in families):
+            raise ValueError(f"{name} is {getattr(request, name)}; this model does not read it, so leave it out.")
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -19,9 +19,18 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.families import Family
 from jaxdiff.generation.canvas import check_size, image_size, latent_shape
-from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs, seeded
-from jaxdiff.generation.drawing import Drawing, ModelInfo, checked_defaults, make_drawing, settled
+from jaxdiff.generation.conditioning import begin_all, encode_latents, filled, make_inputs, seeded
+from jaxdiff.generation.drawing import (
+    Drawing,
+    ModelInfo,
+    check_read,
+    checked_defaults,
+    make_drawing,
+    refiner_step,
+    settled,
+)
 from jaxdiff.generation.network import Control, Inputs, Prepared
 from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_once
 from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, floats, seed_number, shown
@@ -54,6 +63,7 @@ def load(
     loras: Iterable[str | Path | tuple[str | Path, float]] = (),
     embeddings: Iterable[str | Path | tuple[str | Path, str]] = (),
     controls: Iterable[str | Path] = (),
+    refiner: str | Path | None = None,
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
@@ -74,6 +84,8 @@ def load(
         embeddings: textual inversions, files or pairs of a file and what its word is called in prompts, such as
             ("learned_embeds.bin", "<my-cat>"); without a name it is the file's own.
         controls: ControlNets, folders or files, which a request's `control_image` steers the model by.
+        refiner: a model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner; see
+            `Request.refiner_start`.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
@@ -97,7 +109,10 @@ def load(
         model = model.with_embeddings(embeddings)
     if controls := tuple(controls):
         model = model.with_controls(controls)
-    return Pipeline(model, dtype, devices, memory)
+    second = None
+    if refiner is not None:
+        second = Pipeline(read_model(refiner).with_embeddings(embeddings), dtype, devices, memory)
+    return Pipeline(model, dtype, devices, memory, second)
 
 
 class Pipeline:
@@ -109,11 +124,12 @@ class Pipeline:
         dtype: str | None = None,
         devices: Sequence[Any] | None = None,
         memory: Memory = "normal",
+        refiner: "Pipeline | None" = None,
     ) -> None:
         """The params go to the default device, or to each of `devices`, when they are first used.
 
         Raises:
-            ValueError: when the model's networks do not fit together.
+            ValueError: when the model's networks do not fit together, or a refiner has other latents.
         """
         self.model = model
         self.dtype = check_dtype(dtype)
@@ -126,9 +142,22 @@ class Pipeline:
         params = model.params | {f"{CONTROL}{i}": control.params for i, control in enumerate(model.controls)}
         self.params = Weights(params, self._jax_dtype, everywhere, check_memory(memory))
         """As the networks take them, by role."""
+        self.refiner = refiner
+        """What takes the last steps."""
+        if refiner is not None and _latents(refiner.networks) != _latents(self.networks):
+            raise ValueError(
+                f"The refiner {refiner.name} has other latents than {self.name}: scale, channels and pixels to each "
+                f"are {_latents(refiner.networks)}, and not {_latents(self.networks)}."
+            )
         self._fitting: set[tuple[Any, tuple[int, ...]]] = set()
         self.info = ModelInfo(
-            self.networks, model.scheduler, model.size, self._jax_dtype, self.defaults, len(self._nets)
+            self.networks,
+            model.scheduler,
+            model.size,
+            self._jax_dtype,
+            self.defaults,
+            len(self._nets),
+            model.zero_empty,
         )
         """What requests need to know of the model."""
 
@@ -229,10 +258,14 @@ class Pipeline:
         if not isinstance(requests, list | tuple) or not requests or not all(isinstance(r, Request) for r in requests):
             raise ValueError(f"requests is {shown(requests)}; give a list of one Request or more.")
         drawing = make_drawing(singles(requests), self.info)
+        self._check_refiner(requests[0])
         program = self.program(drawing.settings)
-        inputs, state, keys = make_inputs(drawing, self.model.tokenizer, self.params, program)
-        state = state._replace(memory=drawing.guidance.memory(jnp.zeros((len(drawing.requests), *drawing.shape))))
-        state = self._denoise(drawing, program, inputs, state, keys, progress, on_step)
+        inputs, state, keys = make_inputs(drawing, self.model.tokenizers, self.params, program)
+        stop = drawing.steps if self.refiner is None else refiner_step(drawing, self.model.scheduler)
+        first, callbacks = drawing.start, (progress, on_step)
+        state = self._denoise(drawing, (first, max(first, stop)), program, inputs, state, keys, *callbacks)
+        if self.refiner is not None and stop < drawing.steps:
+            state = self.refiner._finish(drawing, max(first, stop), state, keys, *callbacks)
         if not np.isfinite(state.x).all():
             raise ValueError(
                 f"The image has values that are not finite: {self.dtype} overflowed, with guidance "
@@ -251,6 +284,36 @@ class Pipeline:
         mixed = np.round(drawn * images + (1 - drawn) * drawing.image).astype(np.uint8)
         return np.where(drawn == 0, drawing.image, mixed)
 
+    def _finish(
+        self,
+        drawing: Drawing,
+        start: int,
+        state: State,
+        keys: Array,
+        progress: Callable[[int], object] | None,
+        on_step: Callable[[int, Array], object] | None,
+    ) -> State:
+        """The last steps of another model's drawing, on its noise levels."""
+        size = drawing.shape[1] * self.networks.factor, drawing.shape[0] * self.networks.factor
+        own = make_drawing([request.without_control(size) for request in drawing.requests], self.info)
+        own = replace(own, sigmas=drawing.sigmas, at_sigma=drawing.at_sigma, steps=drawing.steps)
+        program = self.program(own.settings)
+        inputs, _, _ = make_inputs(own, self.model.tokenizers, self.params, program)
+        return self._denoise(own, (start, own.steps), program, inputs, begin_all(state.x), keys, progress, on_step)
+
+    def _check_refiner(self, request: Request) -> None:
+        """Refuses what a request says of a refiner that is not there, or does not go with the one that is.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        if self.refiner is None and request.refiner_start is not None:
+            raise ValueError("refiner_start is for a model with a refiner; load one (refiner=, --refiner), or leave "
+                             "refiner_start out.")  # fmt: skip
+        if self.refiner is not None and request.invert is not None:
+            raise ValueError("invert finds the noise of one model; load it without a refiner.")
+        check_read(request, [pipe.networks for pipe in (self, self.refiner) if pipe is not None])
+
     def program(self, request: Request) -> Program:
         """What the programs of a request are compiled for."""
         side = None if request.tile is None else request.tile // self.networks.factor
@@ -265,6 +328,7 @@ class Pipeline:
     def _denoise(
         self,
         drawing: Drawing,
+        ends: tuple[int, int],
         program: Program,
         inputs: Inputs,
         state: State,
@@ -272,8 +336,10 @@ class Pipeline:
         progress: Callable[[int], object] | None,
         on_step: Callable[[int, Array], object] | None,
     ) -> State:
-        """All steps, in pieces where there are callbacks; taken in pieces the steps are the same."""
-        settings, steps, first = drawing.settings, drawing.steps, drawing.start
+        """The steps from the first of `ends` to the other, in pieces where there are callbacks; taken in pieces the
+        steps are the same."""
+        settings, (first, steps) = drawing.settings, ends
+        state = state._replace(memory=drawing.guidance.memory(jnp.zeros((len(drawing.requests), *drawing.shape))))
         interval = None if settings.cache_interval == 1 else np.int32(min(settings.cache_interval, steps))
         piece = 1 if on_step is not None else math.ceil((steps - first) / 10) if progress is not None else steps - first
         # Features that are kept for some steps are made where a piece starts.
@@ -369,11 +435,13 @@ class Pipeline:
         """
         if unused := sorted(OF_THE_LOOP & fields.keys()):
             raise ValueError(f"{unused[0]} is for the loop over the denoiser, and changes no guess; leave it out.")
-        drawing = make_drawing(singles(self.requests(prompts, negative_prompt, **fields)), self.info)
+        requests = singles(self.requests(prompts, negative_prompt, **fields))
+        drawing = make_drawing(requests, self.info)
+        check_read(requests[0], [self.networks])
         if drawing.mask is None and (unused := sorted(OF_INPAINTING & fields.keys())):
             raise ValueError(f"{unused[0]} changes a guess only where a mask keeps a part of an image; leave it out.")
         program = self.program(drawing.settings)
-        inputs, _, _ = make_inputs(drawing, self.model.tokenizer, self.params, program)
+        inputs, _, _ = make_inputs(drawing, self.model.tokenizers, self.params, program)
         params, *others = (self.params[role] for role in step_roles(len(drawing.hints)))
         controls = controls_of(drawing, others)
         prepared = prepare_once(params, inputs, controls, program=program)
@@ -479,6 +547,11 @@ class Pipeline:
         return jnp.dtype(self.dtype)
 
 
+def _latents(networks: Family) -> tuple[float, int, int]:
+    """What two models have in common that one can go on with the other's latents."""
+    return networks.latent_scale, networks.latent_channels, networks.factor
+
+
 def singles(requests: Sequence[Request]) -> list[Request]:
     """A request for each image; those without a seed take the image's place among all."""
     images: list[Request] = []
@@ -496,7 +569,17 @@ def controls_of(drawing: Drawing, params: Sequence[Params]) -> tuple[Control, ..
     return tuple(found)
 
 
-OF_THE_LOOP = {"n", "strength", "eta", "invert", "keep_layout", "source_prompt", "cache_interval", "apg_momentum"}
+OF_THE_LOOP = {
+    "n",
+    "refiner_start",
+    "strength",
+    "eta",
+    "invert",
+    "keep_layout",
+    "source_prompt",
+    "cache_interval",
+    "apg_momentum",
+}
 """Fields that are for the steps, and not for a guess."""
 OF_INPAINTING = {"image", "seed", "rng", "latents", "to_seed"}
 """Fields that a guess depends on where a part of an image is kept, by its pixels and their noise."""

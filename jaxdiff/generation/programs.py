@@ -12,17 +12,26 @@ from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.families import Family
-from jaxdiff.generation.network import AnyArray, Control, Inputs, Prepared, Rows, Steering, cached_features, image_denoiser
+from jaxdiff.generation.network import (
+    AnyArray,
+    Control,
+    Inputs,
+    Prepared,
+    Rows,
+    Steering,
+    cached_features,
+    image_denoiser,
+)
 from jaxdiff.nn.slices import in_slices
 from jaxdiff.runtime.compile import Compiled
 from jaxdiff.sampling.inversion import ddim_inversion, edict_inversion
 from jaxdiff.sampling.loop import State, keyed_noise, sampling_loop
 from jaxdiff.sampling.samplers import SAMPLERS, Sampler
 from jaxdiff.sampling.sigmas import Sigmas
-from jaxdiff.types import Conditioning, Latent, Params, Sigma
+from jaxdiff.types import Conditioning, Latent, Params, Sigma, Tokens
 
 # So that programs can be kept between processes.
-for container in (Conditioning, Control, Guidance, Inputs, Prepared, Sigmas, State):
+for container in (Conditioning, Control, Guidance, Inputs, Prepared, Sigmas, State, Tokens):
     jax.export.register_namedtuple_serialization(container, serialized_name=f"jaxdiff.{container.__name__}")
 
 INVERSIONS = {"ddim": ("ddim", ddim_inversion), "exact": ("edict", edict_inversion)}
@@ -72,16 +81,10 @@ def keys_and_noise(
 
 @partial(Compiled, static_argnames=("program", "clip_skip"))
 def encode_prompts(
-    params: Params,
-    ids: Int[Array, "*n chunks length"],
-    weights: Float[Array, "*n chunks length"],
-    empty: Int[Array, " length"],
-    *,
-    program: Program,
-    clip_skip: int = 0,
+    params: tuple[Params, ...], tokens: tuple[Tokens, ...], *, program: Program, clip_skip: int = 0
 ) -> Conditioning:
-    """Tokens and their weights to the denoiser's conditioning [*n, ...]; `empty` is the empty prompt's tokens."""
-    return program.family.encode_prompts(params, ids, weights, empty, clip_skip)
+    """Texts [*n], as each of the text encoders reads them, to the denoiser's conditioning [*n, ...]."""
+    return program.family.encode_prompts(params, tokens, clip_skip)
 
 
 @partial(Compiled, least_memory=True, static_argnames="program")

@@ -127,6 +127,15 @@ def size_of(name: str, value: Any) -> tuple[int, int]:
     return width, height
 
 
+def corner(name: str, value: Any) -> tuple[int, int]:
+    """Two whole numbers of pixels, 0 or more."""
+    found = _array(value).tolist() if hasattr(value, "__array__") else value
+    if not isinstance(found, list | tuple) or len(found) != 2:
+        raise ValueError(f"{name} is {shown(value)}; it must be two whole numbers of pixels: left and top.")
+    left, top = (whole_number(name, side, 0, MAX_SIDE) for side in found)
+    return left, top
+
+
 def interval(name: str, value: Any) -> tuple[float, float]:
     """Two noise levels, the lower one first."""
     found = floats(value)
@@ -364,6 +373,16 @@ class Request:
     """3 computes most of the network at every third step: faster, and another image (Ma et al. 2023, DeepCache)."""
     clip_skip: Annotated[int, Field(partial(whole_number, low=0))] = 0
     """Layers of the text encoder, from the last, that are left out; 1 takes the penultimate layer's features."""
+    original_size: Annotated[str | tuple[int, int] | None, Field(size_of)] = None
+    """For Stable Diffusion XL, the width and height that the image is to look as if it had before it was cut and
+    resized: small ones look blurred (Podell et al. 2023). None is its size."""
+    crop: Annotated[tuple[int, int] | None, Field(corner)] = None
+    """For Stable Diffusion XL, pixels that the image is to look cut by, at the left and at the top. None is 0 and 0."""
+    aesthetic_score: Annotated[float | None, Field(partial(number, low=0.0))] = None
+    """For the refiner of Stable Diffusion XL, how well people are to like the image, about 0 to 10. None is 6."""
+    refiner_start: Annotated[float | None, Field(share)] = None
+    """With a refiner, the share of the noise schedule that the model itself goes through, before the refiner takes
+    over. None is 0.8 (Podell et al. 2023, section 2.5)."""
     literal: Annotated[bool, Field(flag)] = False
     """Take brackets and the like in prompts as text."""
 
@@ -465,6 +484,14 @@ class Request:
         """The scale, start and end of each of `n` control networks."""
         found = [getattr(self, name) for name in CONTROL_NUMBERS]
         return [values * n if len(values) == 1 else values for values in found]
+
+    def without_control(self, size: tuple[int, int]) -> "Request":
+        """The request without control images, from the first of which the result may have its size."""
+        if not self.control_image:
+            return self
+        names = ("control_image", *CONTROL_NUMBERS, "control_guess")
+        rest = {one.name: one.default for one in fields(self) if one.name in names}
+        return replace(self, **rest, **({"size": size} if self.image is None else {}))
 
     def windows(self, n: int) -> list[tuple[float, float] | None]:
         """The shares of the steps at which each of `n` control networks starts and ends; None is all of them."""

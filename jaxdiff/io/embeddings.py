@@ -127,6 +127,8 @@ def _for_encoders(path: Path, word: str, given: Vectors, widths: Mapping[str, in
     """A word's vectors [n d] for every text encoder."""
     if "" in given and len(widths) == 1:
         given = {next(iter(widths)): given[""]}
+    if widths.keys() == {"text_encoder_2"} <= given.keys():  # as SDXL's refiner, which has the second one alone
+        given = {encoder: given[encoder] for encoder in widths}
     found = {encoder: _vectors(path, word, array) for encoder, array in given.items()}
     fits = {encoder: array.shape[1] for encoder, array in found.items()} == dict(widths)
     if not fits:

@@ -75,6 +75,7 @@ class Layout(NamedTuple):
 
 
 _HEADS = 8
+_NUMBER_FEATURES = 256  # of each size that Stable Diffusion XL reads
 HEAD_CHANNELS = 64
 """Of a head of CLIP's text towers, and of Stable Diffusion 2's denoiser."""
 SD1 = Layout("Stable Diffusion 1", None, "quick_gelu", None)
@@ -145,6 +146,10 @@ def _control_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
     wide = [f"blocks.{2 * i + 1}" for i in range(halvings)]
     widths = tuple(_size(shapes, f"{embedding}.{name}.weight", 0) for name in ("conv_in", *wide))
     values = _down_values(shapes, layout)
+    if "add_embedding.linear_1.weight" in shapes:
+        width = _size(shapes, "add_embedding.linear_1.weight", 1)
+        values |= {"addition_embed_type": "text_time", "addition_time_embed_dim": _NUMBER_FEATURES,
+                   "projection_class_embeddings_input_dim": width}  # fmt: skip
     return values | {
         "up_block_types": mirrored(values["down_block_types"]),
         "conditioning_channels": _size(shapes, f"{embedding}.conv_in.weight", 1),

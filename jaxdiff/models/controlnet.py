@@ -46,6 +46,10 @@ class ControlNetModel(UNet2DConditionModel):
         context: Context,
         image: Float[Array, "b h2 w2 c2"] | None = None,
         features: Float[Array, "b h w d"] | None = None,
+        *,
+        pooled: Float[Array, "b p"] | None = None,
+        numbers: Float[Array, "b k"] | None = None,
+        guidance: Float[Array, " b"] | None = None,
     ) -> Added:
         """Features for a UNet that is given the same.
 
@@ -55,8 +59,11 @@ class ControlNetModel(UNet2DConditionModel):
             context: the prompt's features.
             image: in [0, 1]; or in its place
             features: what `embed` made of it.
+            pooled: a vector for the whole prompt, of a network that reads one.
+            numbers: as the UNet's.
+            guidance: as the UNet's.
         """
-        emb, context = self.time_features(t), context.astype(self.dtype)
+        emb, context = self.time_features(t, pooled, numbers, guidance), context.astype(self.dtype)
         if features is None:
             assert image is not None, "an image, or its features"
             embedding = ImageEmbedding(self.channels[0], self.hidden, self.dtype, name="controlnet_cond_embedding")
@@ -83,12 +90,12 @@ def embed(net: ControlNetModel, params: Params, image: Float[Array, "b h2 w2 c2"
     return module.apply(variables, image[..., ::-1] if net.bgr else image)  # pyright: ignore[reportReturnType]
 
 
-def weighed(added: Added, scale: Float[Array, ""], rising: bool = False) -> Added:
+def times(added: Added, scale: Float[Array, ""], rising: bool = False) -> Added:
     """The features times `scale`; where it is `rising`, ever more of them, from a tenth for the first."""
     n = len(added.skips)
     factors = [10 ** (i / n - 1) if rising else 1.0 for i in range(n + 1)]
 
-    def times(x: Array, factor: float) -> Array:
+    def weighed(x: Array, factor: float) -> Array:
         return x * (scale * factor).astype(x.dtype)
 
-    return Added(tuple(map(times, added.skips, factors)), times(added.middle, factors[n]))
+    return Added(tuple(map(weighed, added.skips, factors)), weighed(added.middle, factors[n]))

@@ -1,5 +1,6 @@
 """The denoising network of Stable Diffusion (Rombach et al. 2022, section 3.2), named as in diffusers."""
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -33,7 +34,8 @@ class UNet2DConditionModel(nn.Module):
     Each tuple has one entry a level, from the finest. `depths` counts transformer blocks after each residual block on
     the way down and (in the same order of levels) on the way up; 0 is a level without attention, and `mid_depth` is the
     middle's. `activation` and `scale_shift` are those of all residual blocks, `mid_divisor` is the middle's divisor
-    (see `ResnetBlock`). With `center_input` the network reads 2 x - 1.
+    (see `ResnetBlock`). With `center_input` the network reads 2 x - 1. With `number_features` it takes `pooled` and
+    `numbers`, and each number becomes so many features; with `guidance_features` it takes `guidance`, likewise.
     """
 
     out_channels: int
@@ -52,6 +54,8 @@ class UNet2DConditionModel(nn.Module):
     scale_shift: bool = False
     mid_divisor: float = 1.0
     center_input: bool = False
+    number_features: int | None = None
+    guidance_features: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
 
@@ -64,15 +68,21 @@ class UNet2DConditionModel(nn.Module):
         deep: Float[Array, "b h w d"] | None = None,
         added: Added | None = None,
         *,
+        pooled: Float[Array, "b p"] | None = None,
+        numbers: Float[Array, "b k"] | None = None,
+        guidance: Float[Array, " b"] | None = None,
         only_deep: bool = False,
     ) -> Float[Array, "b h w c2"]:
         """The prediction; or with `only_deep` what the last `OUTER` blocks take from below.
+
+        Stable Diffusion XL reads the vector `pooled` of the whole prompt and `numbers` such as sizes (Podell et al.
+        2023, section 2.2), and a network that was distilled with guidance the guidance scale (Luo et al. 2023, LCM).
 
         Given as `deep`, this stands in for all the network but those blocks, their skips and the ends (Ma et al. 2023,
         DeepCache, eq. 4). The collection "prompt" may hold what `prompt_keys` makes of `context`, and "rows" what
         `perturbed` or `structured` make.
         """
-        emb, context = self.time_features(t), context.astype(self.dtype)
+        emb, context = self.time_features(t, pooled, numbers, guidance), context.astype(self.dtype)
         last = len(self.channels) - 1
         x = self.first(x)
         skips = (x,)
@@ -102,12 +112,30 @@ class UNet2DConditionModel(nn.Module):
 
     # The parts, which other networks are made of, too ----------------------------------------------------------------
 
-    def time_features(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
-        """What residual blocks are told of the step."""
-        emb = timestep_embedding(
-            t, self.channels[0], flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
-        ).astype(self.dtype)
-        return TimestepMLP(4 * self.channels[0], self.dtype, self.activation, name="time_embedding")(emb)
+    def time_features(
+        self,
+        t: Float[Array, " b"],
+        pooled: Float[Array, "b p"] | None = None,
+        numbers: Float[Array, "b k"] | None = None,
+        guidance: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b d"]:
+        """What residual blocks are told: the step, and what the network reads beside it."""
+        waves = partial(timestep_embedding, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
+        width, scales = 4 * self.channels[0], None
+        if self.guidance_features is not None:
+            assert guidance is not None, "this network reads the guidance scale"
+            scales = timestep_embedding(
+                1000 * (guidance - 1), self.guidance_features, flip_sin_to_cos=False, freq_shift=1
+            ).astype(self.dtype)
+        emb = waves(t, self.channels[0]).astype(self.dtype)
+        emb = TimestepMLP(width, self.dtype, self.activation, name="time_embedding")(emb, scales)
+        if self.number_features is not None:
+            assert pooled is not None, "this network reads a vector for the whole prompt"
+            assert numbers is not None, "this network reads numbers"
+            features = waves(numbers.reshape(-1), self.number_features).reshape(len(t), -1)
+            told = jnp.concatenate([pooled.astype(jnp.float32), features], axis=-1).astype(self.dtype)
+            emb += TimestepMLP(width, self.dtype, name="add_embedding")(told)
+        return emb
 
     def first(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
         """The input's features."""

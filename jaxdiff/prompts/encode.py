@@ -44,6 +44,23 @@ class Prompts(NamedTuple):
     """The step at which each phase begins, 0 for the first; padding begins at `steps`, which is never."""
 
 
+def alike(prompts: Sequence[Prompts]) -> list[Prompts]:
+    """One batch's prompts by several tokenizers, with as many chunks by each.
+
+    Raises:
+        ValueError: where that would be more than `MAX_CHUNKS`.
+    """
+    counts = [one.ids.shape[-2] for one in prompts]
+    if (n := math.lcm(*counts)) > max(MAX_CHUNKS, *counts):
+        raise ValueError(f"The model's tokenizers make {' and '.join(map(str, counts))} chunks of the prompts, which "
+                         "do not go together; use shorter prompts.")  # fmt: skip
+    repeats = [(1, 1, 1, n // count, 1) for count in counts]
+    return [
+        one._replace(ids=np.tile(one.ids, repeat), token_weights=np.tile(one.token_weights, repeat))
+        for one, repeat in zip(prompts, repeats, strict=True)
+    ]
+
+
 def fill(words: Words, wildcards: Wildcards, seed: int) -> tuple[Words, list[str]]:
     """The words with a line in place of each wildcard, chosen by the image's seed; and sentences of warning."""
     texts = {"prompt": words.prompt, "negative": words.negative_prompt}

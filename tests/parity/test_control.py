@@ -3,16 +3,21 @@
 import numpy as np
 import pytest
 import torch
+import xl
 from diffusers import (
     ControlNetModel,
     EulerDiscreteScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
 )
 from pairs import TEXTS, nchw, randomise
 from PIL import Image
+from xl import without_noise
 
 import jaxdiff
+from jaxdiff.model import read_model
 
 TEXTS = TEXTS[:2]
 SIZE = 24, 16
@@ -58,15 +63,16 @@ def images():
     return [np.random.default_rng(i).integers(0, 256, (20 + 4 * i, 28, 3)).astype(np.uint8) for i in range(2)]
 
 
-def theirs(pair, nets, latents, images, cls=StableDiffusionControlNetPipeline, scheduler=None, **more):
-    parts = {name: part for name, part in pair.torch.components.items() if name != "controlnet"}
-    parts |= {"scheduler": scheduler} if scheduler is not None else {}
-    pipe = cls(**parts, controlnet=nets if len(nets) > 1 else nets[0])
+def theirs(pair, nets, latents, images, **more):
+    pipe = StableDiffusionControlNetPipeline(**pair.torch.components, controlnet=nets if len(nets) > 1 else nets[0])
+    return painted(pipe, images, latents=nchw(latents), **more)
+
+
+def painted(pipe, images, name="image", guidance_scale=5.0, **more):
     pipe.set_progress_bar_config(disable=True)
     images = [Image.fromarray(image) for image in images]
-    name = "control_image" if cls is StableDiffusionControlNetImg2ImgPipeline else "image"
-    return 255 * pipe(TEXTS, num_inference_steps=4, guidance_scale=5.0, output_type="np", width=SIZE[0], height=SIZE[1],
-                      **{name: images if len(nets) > 1 else images[0]}, latents=nchw(latents), **more).images  # fmt: skip
+    given = {name: images if len(images) > 1 else images[0], "width": SIZE[0], "height": SIZE[1]} | more
+    return 255 * pipe(TEXTS, num_inference_steps=4, guidance_scale=guidance_scale, output_type="np", **given).images
 
 
 def ours(pair, folders, latents, images, **more):
@@ -104,26 +110,12 @@ def plain(controlled, latents):
 def test_pictures(controlled, latents, images, plain, kind, figures, request):
     pair, nets, folders = controlled
     asked, ours_asked = ASKED[kind]
-    if "guidance_scale" in asked:
-        asked = {"guidance_scale": 1.0}
-    expected = draw(pair, nets[:1], latents, images[:1], **asked)
+    expected = theirs(pair, nets[:1], latents, images[:1], **asked)
     got = ours(pair, folders[:1], latents, images[:1], **ours_asked)
     does_nothing = kind in ("an interval without a step", "without guidance")
     compare(got, expected, None if does_nothing else plain, figures, request.node.callspec.id)
     if kind == "an interval without a step":
         np.testing.assert_array_equal(got, plain)
-
-
-def draw(pair, nets, latents, images, **asked):
-    guidance = asked.pop("guidance_scale", 5.0)
-    return theirs(pair, nets, latents, images, **asked) if guidance == 5.0 else unguided(pair, nets, latents, images)
-
-
-def unguided(pair, nets, latents, images):
-    pipe = StableDiffusionControlNetPipeline(**pair.torch.components, controlnet=nets[0])
-    pipe.set_progress_bar_config(disable=True)
-    return 255 * pipe(TEXTS, num_inference_steps=4, guidance_scale=1.0, output_type="np", width=SIZE[0], height=SIZE[1],
-                      image=Image.fromarray(images[0]), latents=nchw(latents)).images  # fmt: skip
 
 
 @pytest.mark.parametrize("guess", [False, True])
@@ -143,9 +135,50 @@ def test_means_over_the_image(controlled, latents, images, plain, figures, reque
     compare(ours(pair, folders[2:], latents, images[:1]), expected, plain, figures, request.node.callspec.id)
 
 
-def test_another_sampler(controlled, latents, images, plain, figures, request):
+def test_another_sampler(controlled, latents, images, tmp_path, figures, request):
     pair, nets, folders = controlled
     scheduler = EulerDiscreteScheduler.from_config(pair.torch.scheduler.config)
-    expected = theirs(pair, nets[:1], latents, images[:1], scheduler=scheduler, control_guidance_end=0.5)
-    got = ours(pair, folders[:1], latents, images[:1], sampler="euler", control_end=0.5)
-    compare(got, expected, plain, figures, request.node.callspec.id)
+    parts = pair.torch.components | {"scheduler": scheduler}
+    StableDiffusionPipeline(**parts).save_pretrained(tmp_path)
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=nets[0])
+    expected = painted(pipe, images[:1], latents=nchw(latents), control_guidance_end=0.5)
+    own = jaxdiff.Pipeline(read_model(tmp_path).with_controls(folders[:1]))
+    got = own(TEXTS, steps=4, control_image=images[0], guidance=5.0, size=SIZE, latents=latents, control_end=0.5)
+    assert own.defaults["sampler"] == "euler"
+    compare(got.astype(float), expected, None, figures, request.node.callspec.id)
+
+
+def test_an_image_that_is_drawn_over(controlled, images, monkeypatch, figures, request):
+    """The steps that count are those that are taken."""
+    pair, nets, folders = controlled
+    start = np.random.default_rng(5).integers(0, 256, (*SIZE[::-1], 3)).astype(np.uint8)
+    noise = np.random.default_rng(6).normal(size=(2, 8, 12, 4)).astype(np.float32)
+    pipe = StableDiffusionControlNetImg2ImgPipeline(**pair.torch.components, controlnet=nets[0])
+    without_noise(pipe.vae)
+    draws = "diffusers.pipelines.controlnet.pipeline_controlnet_img2img.randn_tensor"
+    monkeypatch.setattr(draws, lambda *_, **__: nchw(noise))
+    expected = painted(pipe, images[:1], "control_image", image=[Image.fromarray(start)] * 2, strength=0.75,
+                       control_guidance_start=0.3, control_guidance_end=1.0)  # fmt: skip
+    got = ours(pair, folders[:1], noise, images[:1], image=start, strength=0.75, size=None, control_start=0.3)
+    compare(got, expected, None, figures, request.node.callspec.id)
+
+
+def xl_net(unet, seed, **others):
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    return spiced(net, seed)
+
+
+@pytest.mark.parametrize("guess", [False, True])
+def test_stable_diffusion_xl(tmp_path, latents, images, guess, figures, request):
+    whole = xl.base(tmp_path)
+    nets = [xl_net(whole.unet, seed) for seed in (1, 2)]
+    for i, net in enumerate(nets):
+        net.save_pretrained(tmp_path / str(i))
+    pipe = StableDiffusionXLControlNetPipeline(**whole.components, controlnet=nets, add_watermarker=False)
+    expected = painted(pipe, images, latents=nchw(latents), controlnet_conditioning_scale=[0.7, 0.4], guess_mode=guess)
+    model = read_model(tmp_path / "model")
+    own = jaxdiff.Pipeline(model.with_controls([tmp_path / "0", tmp_path / "1"]))
+    asked = {"steps": 4, "guidance": 5.0, "size": SIZE, "latents": latents}
+    got = own(TEXTS, None, control_image=tuple(images), control_scale=(0.7, 0.4), control_guess=guess, **asked)
+    plain = jaxdiff.Pipeline(model)(TEXTS, None, **asked)
+    compare(got.astype(float), expected, plain.astype(float), figures, request.node.callspec.id)

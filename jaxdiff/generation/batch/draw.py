@@ -49,8 +49,8 @@ def batches(pipe: Pipeline, wanted: Iterable[Job]) -> Iterator[Batch]:
             size = image_size(request, pipe.networks, pipe.size)
         except ValueError:  # which the drawing tells
             return None
-        prompts, _ = encoded([request], pipe.model.tokenizer, request.steps or 1)
-        return size, request.tile, prompts.ids.shape[1:4]
+        prompts, _ = encoded([request], pipe.model.tokenizers, request.steps or 1)
+        return size, request.tile, prompts[0].ids.shape[1:4]
 
     def most(shape: Any) -> int:
         pixels = BATCH_PIXELS if shape is None else shape[0][0] * shape[0][1]
@@ -193,6 +193,8 @@ def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
         values[f"{name}_sha256"] = digest
     if pipe.params.memory != "normal":
         values["memory"] = pipe.params.memory
+    if pipe.refiner is not None:
+        values["refiner"] = pipe.refiner.name
     if pipe.model.loras:
         values["loras"] = [{"file": lora.path.as_posix(), "strength": lora.strength} for lora in pipe.model.loras]
     if pipe.model.embeddings:

@@ -100,8 +100,8 @@ def read_request(body: bytes, pipe: Pipeline, limits: Limits) -> DrawRequest:
         )
     _check_pixels("The image", image_size(request, pipe.networks, pipe.size), limits)
     drawing = make_drawing([replace(request, n=1)], pipe.info)  # refuses here what does not fit the model
-    prompts, warnings = encoded([request], pipe.model.tokenizer, drawing.steps)
-    layout = drawing.shape, prompts.ids.shape[1:4]
+    prompts, warnings = encoded([request], pipe.model.tokenizers, drawing.steps)
+    layout = drawing.shape, prompts[0].ids.shape[1:4]
     return DrawRequest(request, (program_key(request, layout), shared(request), preview), preview, tuple(warnings))
 
 
