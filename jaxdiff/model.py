@@ -186,7 +186,7 @@ class Model:
         changed = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
         return replace(self, networks=networks, **changed, embeddings=(*self.embeddings, *wanted))
 
-    def with_controls(self, controls: Iterable[str | Path]) -> "Model":
+    def with_controls(self, controls: Iterable[Any]) -> "Model":
         """The same model with control networks beside it, which are not saved with it.
 
         Args:

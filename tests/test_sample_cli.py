@@ -190,6 +190,30 @@ def test_a_batch_is_gone_on_with_only_with_its_words(sample, words, tmp_path):
     assert (code, "embeddings" in said) == (2, True)
 
 
+@pytest.mark.slow
+def test_control_images_are_followed_and_told(sample, folder, tmp_path):
+    from test_control import write_folder
+
+    write_folder(tmp_path / "net")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(tmp_path / "c.png")
+    asked = ("--control", "net", "--control-image", "c.png", "--control-scale", 0.7, "--control-end", 0.9)
+    code, (path,), _ = sample("a dog", *asked)
+    assert code == 0
+    pipe = jaxdiff.load(folder, controls=["net"])
+    drawn = pipe("a dog", steps=3, control_image="c.png", control_scale=0.7, control_end=0.9)[0]
+    np.testing.assert_array_equal(opened(path), drawn)
+    settings = read_settings(path)
+    assert (settings["controls"], settings["control_image"], settings["control_scale"]) == (["net"], ["c.png"], [0.7])
+    code, (again,), _ = sample("--like", path)
+    assert code == 0
+    assert Path(again).read_bytes() == Path(path).read_bytes()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a dog", "control_image": "c.png", "control_scale": 0.7}\n')
+    assert sample("--from-file", "p.jsonl", "--control", "net")[0] == 0
+    for words in (("--control-image", "none.png"), ("--control-image", "c.png"), ("--control-scale", 0.5)):
+        code, _, said = sample("a dog", *words)
+        assert (code, len(said.splitlines())) == (2, 1)
+
+
 def test_nothing_is_overwritten(sample):
     _, (first,), _ = sample("a dog")
     before = Path(first).read_bytes()

@@ -1,5 +1,8 @@
 """Pictures that control images steer are diffusers'."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +15,24 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
 )
-from pairs import TEXTS, nchw, randomise
+from pairs import (
+    FILE_SD1_TEXT,
+    FILE_SD1_UNET,
+    FILE_SD2_TEXT,
+    FILE_SD2_UNET,
+    FILE_VAE,
+    TEXTS,
+    make_pair,
+    nchw,
+    randomise,
+)
 from PIL import Image
+from safetensors.torch import save_file
 from xl import without_noise
 
 import jaxdiff
+from jaxdiff.io.control import read_control
+from jaxdiff.io.convert import leaves
 from jaxdiff.model import read_model
 
 TEXTS = TEXTS[:2]
@@ -153,12 +169,12 @@ def test_an_image_that_is_drawn_over(controlled, images, monkeypatch, figures, r
     pair, nets, folders = controlled
     start = np.random.default_rng(5).integers(0, 256, (*SIZE[::-1], 3)).astype(np.uint8)
     noise = np.random.default_rng(6).normal(size=(2, 8, 12, 4)).astype(np.float32)
-    pipe = StableDiffusionControlNetImg2ImgPipeline(**pair.torch.components, controlnet=nets[0])
-    without_noise(pipe.vae)
+    parts = pair.torch.components | {"vae": without_noise(deepcopy(pair.torch.vae))}
+    pipe = StableDiffusionControlNetImg2ImgPipeline(**parts, controlnet=nets[0])
     draws = "diffusers.pipelines.controlnet.pipeline_controlnet_img2img.randn_tensor"
     monkeypatch.setattr(draws, lambda *_, **__: nchw(noise))
     expected = painted(pipe, images[:1], "control_image", image=[Image.fromarray(start)] * 2, strength=0.75,
-                       control_guidance_start=0.3, control_guidance_end=1.0)  # fmt: skip
+                       controlnet_conditioning_scale=1.0, control_guidance_start=0.3)  # fmt: skip
     got = ours(pair, folders[:1], noise, images[:1], image=start, strength=0.75, size=None, control_start=0.3)
     compare(got, expected, None, figures, request.node.callspec.id)
 
@@ -182,3 +198,74 @@ def test_stable_diffusion_xl(tmp_path, latents, images, guess, figures, request)
     got = own(TEXTS, None, control_image=tuple(images), control_scale=(0.7, 0.4), control_guess=guess, **asked)
     plain = jaxdiff.Pipeline(model)(TEXTS, None, **asked)
     compare(got.astype(float), expected, plain.astype(float), figures, request.node.callspec.id)
+
+
+def original(net):
+    """A network's tensors by the authors' names, written out by hand."""
+    names = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "conv_in": "input_blocks.0.0", "controlnet_mid_block": "middle_block_out.0",
+             "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+             "controlnet_cond_embedding.conv_out": "input_hint_block.14",
+             "mid_block.attentions.0": "middle_block.1"}  # fmt: skip
+    names |= {f"controlnet_cond_embedding.blocks.{i}": f"input_hint_block.{2 + 2 * i}" for i in range(6)}
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    i = 1
+    for level, block in enumerate(net.down_blocks):
+        for j in range(len(block.resnets)):
+            resnets[f"down_blocks.{level}.resnets.{j}"] = f"input_blocks.{i}.0"
+            names[f"down_blocks.{level}.attentions.{j}"] = f"input_blocks.{i}.1"
+            i += 1
+        if block.downsamplers is not None:
+            names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{i}.0.op"
+            i += 1
+    names |= {f"controlnet_down_blocks.{k}": f"zero_convs.{k}.0" for k in range(i)}
+    inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+    names |= {f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in resnets.items() for a, b in inside.items()}
+    found = {}
+    for name, tensor in net.state_dict().items():
+        start = max((ours for ours in names if name.startswith(f"{ours}.")), key=len)
+        found[names[start] + name.removeprefix(start)] = tensor.contiguous()
+    assert len(found) == len(net.state_dict())
+    return found
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def of_published_sizes(request, tmp_path_factory):
+    """A network with the groups and heads of published ones, the four widths of their embedding, and its model."""
+    unet, text = (FILE_SD1_UNET, FILE_SD1_TEXT) if request.param == "sd1" else (FILE_SD2_UNET, FILE_SD2_TEXT)
+    vae = FILE_VAE | {"block_out_channels": (32,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4,
+                      "up_block_types": ("UpDecoderBlock2D",) * 4}  # fmt: skip
+    pair = make_pair(tmp_path_factory.mktemp("published"), unet, text, {}, 30, vae)
+    net = ControlNetModel.from_unet(pair.torch.unet, conditioning_embedding_out_channels=(4, 6, 8, 8))
+    return pair, spiced(net, 4)
+
+
+@pytest.mark.parametrize("kind", ["original", "without a prefix", "pickle", "diffusers", "diffusers, float16"])
+def test_files(of_published_sizes, kind, tmp_path):
+    """Of every layout the tensors are the folder's, to the bit, and diffusers reads them alike."""
+    pair, net = of_published_sizes
+    net.save_pretrained(tmp_path / "folder")
+    whole = read_control(tmp_path / "folder")
+    by_original = original(net)
+    tensors = {
+        "original": lambda: {f"control_model.{name}": tensor for name, tensor in by_original.items()},
+        "without a prefix": lambda: by_original,
+        "pickle": lambda: {"state_dict": {f"control_model.{name}": tensor for name, tensor in by_original.items()}},
+        "diffusers": net.state_dict,
+        "diffusers, float16": lambda: {name: tensor.half() for name, tensor in net.state_dict().items()},
+    }[kind]()
+    path = tmp_path / ("a.pth" if kind == "pickle" else "a.safetensors")
+    torch.save(tensors, path) if kind == "pickle" else save_file(tensors, path)
+    found = read_control(path)
+    assert found.config == replace(whole.config, attention_head_dim=found.config.attention_head_dim)
+    assert found.config.heads == whole.config.heads
+    expected = dict(leaves(whole.params))
+    assert dict(leaves(found.params)).keys() == expected.keys()
+    for name, leaf in leaves(found.params):
+        np.testing.assert_array_equal(leaf, expected[name].astype(leaf.dtype))
+    pair.ours.with_controls([path])
+    if kind == "original":
+        theirs = ControlNetModel.from_single_file(path, config=str(tmp_path / "folder"), local_files_only=True)
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(tensor, net.state_dict()[name])
