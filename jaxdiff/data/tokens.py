@@ -1,13 +1,15 @@
 """The CLIP tokenizer: byte-level BPE over lower-cased text, in the files that transformers reads and writes."""
 
 import gzip
+import itertools
 import json
 import logging
+import re
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,39 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         return Tokenizer(backend, self.max_length, token, self.bos_token, self.eos_token)
 
+    def with_words(self, words: Mapping[str, int]) -> "Tokenizer":
+        """This tokenizer with further words, each of so many tokens of its own: the first that are free, in order.
+
+        A word is found in any case, and whole: zebra is not in zebras. The tokens of a word of three are named as
+        diffusers names them, zebra, zebra_1 and zebra_2.
+
+        Raises:
+            ValueError: where a name is a token already, or two words have one name.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        taken = {_folded(token.content) for token in self._backend.get_added_tokens_decoder().values()}
+        taken |= self._backend.get_vocab(False).keys()  # dog may be the beginning of others
+        for word, n in words.items():
+            for name in (_nth(word, i) for i in range(n)):
+                if {name, _folded(name)} & taken:
+                    raise ValueError(f"The tokenizer has a token {name!r} already; give {word!r} another name.")
+                taken.add(_folded(name))
+                # What ends in no letters itself, such as <cat>, is whole wherever it stands.
+                whole = re.fullmatch(r"\W.*\W|\W", name) is None
+                backend.add_tokens([AddedToken(name, single_word=whole, normalized=True)])
+        return Tokenizer(backend, self.max_length, self.pad_token, self.bos_token, self.eos_token)
+
+    @cached_property
+    def words(self) -> dict[str, tuple[int, ...]]:
+        """The further words, and the tokens of each."""
+        added = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if not token.special}
+        found: dict[str, tuple[int, ...]] = {}
+        for word in added:
+            names = itertools.takewhile(added.__contains__, map(partial(_nth, word), itertools.count()))
+            found[word] = tuple(added[name] for name in names)
+        later = {i for ids in found.values() for i in ids[1:]}
+        return {word: ids for word, ids in found.items() if ids[0] not in later}
+
     def save(self, folder: str | Path) -> None:
         """Writes the four files that transformers' CLIPTokenizer loads.
 
@@ -195,7 +230,14 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text's tokens alone: no start, no end, no padding, nothing cut."""
         encodings = self._backend.encode_batch([_clean(text) for text in texts], add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        if not self._runs:
+            return [encoding.ids for encoding in encodings]
+        return [[i for token in encoding.ids for i in self._runs.get(token, (token,))] for encoding in encodings]
+
+    @cached_property
+    def _runs(self) -> dict[int, tuple[int, ...]]:
+        """The tokens of further words of several, by the first, which stands for all where a text is split."""
+        return {ids[0]: ids for ids in self.words.values() if len(ids) > 1}
 
     @cached_property
     def ends_word(self) -> Bool[np.ndarray, " vocab"]:
@@ -203,6 +245,7 @@ class Tokenizer:
         out = np.zeros(len(self), bool)
         out[[index for token, index in self._backend.get_vocab().items() if token.endswith("</w>")]] = True
         out[list(self._backend.get_added_tokens_decoder())] = True
+        out[[i for ids in self._runs.values() for i in ids[:-1]]] = False
         return out
 
     @property
@@ -223,8 +266,10 @@ class Tokenizer:
     def cut(self, text: str) -> str | None:
         """The end of the text that does not fit, or None where all of it does."""
         text = _clean(text)
-        offsets = self._backend.encode(text, add_special_tokens=False).offsets[self.max_length - 2 :]
-        return text[offsets[0][0] :] if offsets else None
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        starts = [start for token, (start, _) in pairs for _ in self._runs.get(token, (token,))][self.max_length - 2 :]
+        return text[starts[0] :] if starts else None
 
 
 @contextmanager
@@ -294,11 +339,10 @@ def _added(folder: Path, token: Any) -> AddedToken:
     """A token from its text or its JSON object."""
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     content = token.get("content") if isinstance(token, dict) else token
-    whole = isinstance(content, str) and content != "" and content == _clean(content)
-    if whole and content is token:
-        return AddedToken(token, special=True, normalized=False)
-    if whole:
-        return AddedToken(token["content"], **{flag: bool(token[flag]) for flag in flags if flag in token})
+    if isinstance(content, str) and content and content == _clean(content):
+        if not isinstance(token, dict):
+            return AddedToken(content, special=True, normalized=False)
+        return AddedToken(content, **{flag: bool(token[flag]) for flag in flags if flag in token})
     raise ValueError(f"{folder}: {json.dumps(token)} is not a token.")
 
 
@@ -348,7 +392,7 @@ def _read_clip_merges(path: Path) -> list[tuple[str, str]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             # The first line says which version it is.
-            return [(left, right) for left, right in map(str.split, islice(file, 1, 1 + _CLIP_MERGES))]
+            return [(left, right) for left, right in map(str.split, itertools.islice(file, 1, 1 + _CLIP_MERGES))]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is damaged; download it again.") from error
 
@@ -368,6 +412,16 @@ def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
     alphabet = _alphabet()
     tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *map("".join, merges), BOS, EOS]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
+def _nth(word: str, i: int) -> str:
+    """The name of a further word's token number `i`."""
+    return f"{word}_{i}" if i else word
+
+
+def _folded(word: str) -> str:
+    """A word as it is looked for in texts: by letters, in any case."""
+    return unicodedata.normalize("NFC", word).lower()
 
 
 def _clean(text: str) -> str:
