@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
 from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from jaxdiff.models.controlnet import ControlNetModel
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.nn.layers import Remat
@@ -19,12 +20,26 @@ NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
 
 def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> UNet2DConditionModel:
     """The denoising network; `remat` says what the backward pass computes again (`jaxdiff.nn.layers.remat`)."""
+    return UNet2DConditionModel(**_unet_fields(config, dtype, remat))
+
+
+def controlnet(config: ControlNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> ControlNetModel:
+    """What adds to a denoising network's features."""
+    return ControlNetModel(
+        **_unet_fields(config, dtype, remat),
+        hidden=config.conditioning_embedding_out_channels,
+        pools=config.global_pool_conditions,
+        bgr=config.controlnet_conditioning_channel_order == "bgr",
+    )
+
+
+def _unet_fields(config: UNetConfig, dtype: DTypeLike, remat: Remat) -> dict[str, Any]:
     depths = config.per_level("transformer_layers_per_block")
 
     def masked(blocks: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(depth if block.startswith("CrossAttn") else 0 for depth, block in zip(depths, blocks, strict=True))
 
-    return UNet2DConditionModel(
+    return dict(
         out_channels=config.out_channels,
         channels=config.block_out_channels,
         layers=config.per_level("layers_per_block"),
@@ -102,6 +117,9 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
             more = {"pooled": jnp.zeros((1, config.added_features)), "numbers": jnp.zeros((1, 0))}
         if config.time_cond_proj_dim is not None:
             more["guidance"] = jnp.ones((1,))
+        if isinstance(config, ControlNetConfig):
+            image = jnp.zeros((1, side * config.factor, side * config.factor, config.conditioning_channels))
+            more["image"] = image
         return (x, jnp.zeros((1,)), jnp.zeros((1, 1, config.cross_attention_dim))), more
     if isinstance(config, VAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),), {}

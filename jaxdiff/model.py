@@ -17,7 +17,9 @@ from jaxdiff.build import NetworkConfig
 from jaxdiff.config import SchedulerConfig, load_json
 from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family, StableDiffusion, StableDiffusionXL, StableDiffusionXLRefiner, family_of
+from jaxdiff.io.control import NAME, ControlNet, read_control
 from jaxdiff.io.convert import leaves
+from jaxdiff.io.embeddings import HOW, Embedding, Vectors, read_embedding, with_rows
 from jaxdiff.io.folder import (
     DEFAULTS,
     FORCE_ZEROS,
@@ -83,6 +85,11 @@ class Model:
     name: str = ""
     loras: tuple[LoRA, ...] = ()
     """Those that the params have in them."""
+    embeddings: tuple[Embedding, ...] = ()
+    """Textual inversions that the tokenizer and the params have in them."""
+
+    controls: tuple[ControlNet, ...] = ()
+    """Networks that images steer the denoiser by."""
     tokenizer_2: Tokenizer | None = None
     """The second text encoder's."""
     zero_empty: bool = False
@@ -146,6 +153,62 @@ class Model:
         merged = merge_loras({folders[role]: params for role, params in self.params.items()}, wanted)
         model = self.with_params({role: merged[folders[role]] for role in self.params})
         return replace(model, loras=(*self.loras, *wanted))
+
+    def with_embeddings(self, embeddings: Iterable[Any]) -> "Model":
+        """The same model with further words, which textual inversions teach it.
+
+        Args:
+            embeddings: files, or pairs of a file and what its word is called in prompts.
+
+        Raises:
+            ValueError: where a file is damaged or for another model, or a word is there already.
+        """
+        wanted = tuple(Embedding.of(embedding) for embedding in embeddings)
+        folders = {role: self.family.FOLDERS[role] for role in self.family.TEXT_ENCODERS}
+        widths = {folder: self.configs[role].hidden_size for role, folder in folders.items()}
+        words: dict[str, Vectors] = {}
+        for embedding in wanted:
+            for word, vectors in read_embedding(embedding, widths).items():
+                if word in words:
+                    raise ValueError(f"{embedding.path} teaches the word {word!r}, and so does another file; give it "
+                                     f"another name{HOW}.")  # fmt: skip
+                words[word] = vectors
+        networks, tokenizers = dict(self.networks), []
+        for (role, folder), own in zip(folders.items(), self.tokenizers, strict=True):
+            try:
+                tokenizer = own.with_words({word: len(vectors[folder]) for word, vectors in words.items()})
+            except ValueError as error:
+                raise ValueError(f"{str(error).removesuffix('.')}{HOW}.") from error
+            config: Any = networks[role].config
+            params = networks[role].params
+            if words:
+                numbers = np.array([i for word in words for i in tokenizer.words[word]])
+                params = with_rows(params, numbers, np.concatenate([vectors[folder] for vectors in words.values()]))
+            networks[role] = Network(replace(config, vocab_size=max(config.vocab_size, len(tokenizer))), params)
+            tokenizers.append(tokenizer)
+        changed = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
+        return replace(self, networks=networks, **changed, embeddings=(*self.embeddings, *wanted))
+
+    def with_controls(self, controls: Iterable[Any]) -> "Model":
+        """The same model with control networks beside it, which are not saved with it.
+
+        Args:
+            controls: folders or files of ControlNets.
+
+        Raises:
+            ValueError: where one is damaged or for another model.
+        """
+        family, found = self.modules(), []
+        for path in controls:
+            if not isinstance(path, str | Path):
+                raise ValueError(f"A control network is {path!r}; give its folder or file.")
+            control = read_control(path)
+            try:
+                family.control_net(control.config)
+            except ValueError as error:
+                raise ValueError(f"{control.path}: {error}") from error
+            found.append(control._replace(params=check_network(NAME, control.config, control.params, control.path)))
+        return replace(self, controls=(*self.controls, *found))
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
         """Writes a folder that `load` and diffusers read.

@@ -144,6 +144,31 @@ class UNetConfig(Checked):
 
 
 @dataclass(frozen=True)
+class ControlNetConfig(UNetConfig):
+    """`config.json` of a ControlNet: a UNet's way down, and the image's embedding."""
+
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    controlnet_conditioning_channel_order: Literal["rgb", "bgr"] = "rgb"
+    global_pool_conditions: bool = False
+    """Whether its features are means over the image, as for one that shuffles."""
+
+    def _check(self) -> None:
+        super()._check()
+        positive(self, "conditioning_channels", "conditioning_embedding_out_channels")
+        one_of("ControlNetConfig.conditioning_channels", self.conditioning_channels, (3,))
+        require(
+            len(self.conditioning_embedding_out_channels) > 0,
+            "ControlNetConfig.conditioning_embedding_out_channels is empty; give the channels of each level.",
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+
+@dataclass(frozen=True)
 class VAEConfig(Checked):
     """`vae/config.json`: AutoencoderKL, a factor of 2 for each level after the first."""
 

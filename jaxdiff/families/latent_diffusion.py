@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
-from jaxdiff.models.unet import UNet2DConditionModel, perturbed, prompt_keys, structured
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
+from jaxdiff.models.controlnet import ControlNetModel, embed, times
+from jaxdiff.models.unet import Added, UNet2DConditionModel, perturbed, prompt_keys, structured
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.types import Conditioning, Params, Tokens
 
@@ -184,6 +185,7 @@ class LatentDiffusion:
         edits: Params | None = None,
         deep: Float[Array, "n h2 w2 d"] | None = None,
         only_deep: bool = False,
+        added: Added | None = None,
     ) -> Array:
         """The denoiser's output [n, h, w, c] for n rows, each with its own prompt.
 
@@ -196,16 +198,20 @@ class LatentDiffusion:
             edits: merged results of `perturbed_attention` and `shared_layout`; None leaves attention as it is.
             deep: features of an earlier step, which stand in for most of the network (Ma et al. 2023, DeepCache).
             only_deep: returns those features.
+            added: what control networks add (`control`), of n rows.
         """
         variables = {"params": params, "prompt": prepared} | ({} if edits is None else {"rows": edits})
+        return self.denoiser.apply(  # pyright: ignore[reportReturnType]
+            variables, x, t, conditioning.context, deep, added, **self._told(conditioning), only_deep=only_deep
+        )
+
+    def _told(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What UNets are told beside the prompt's features."""
         numbers, guidance = conditioning.extra, None
         if self.embeds_guidance:
             assert numbers is not None, "this denoiser reads the guidance scale"
             numbers, guidance = numbers[:, :-1], numbers[:, -1]
-        return self.denoiser.apply(  # pyright: ignore[reportReturnType]
-            variables, x, t, conditioning.context, deep, pooled=conditioning.pooled, numbers=numbers, guidance=guidance,
-            only_deep=only_deep,
-        )  # fmt: skip
+        return {"pooled": conditioning.pooled, "numbers": numbers, "guidance": guidance}
 
     def perturbed_attention(self, params: Params, rows: Bool[Array, " n"]) -> Params:
         """The edit in which these rows' self-attention in the middle is the identity (Ahn et al. 2024, PAG)."""
@@ -214,6 +220,68 @@ class LatentDiffusion:
     def shared_layout(self, params: Params, source: Int[Array, " n"]) -> Params:
         """The edit in which row i takes its layout from row source[i] (Tumanyan et al. 2023, plug-and-play)."""
         return structured(params, source)
+
+    # Control ----------------------------------------------------------------------------------------------------------
+
+    def control_net(self, config: ControlNetConfig, dtype: DTypeLike = jnp.float32) -> ControlNetModel:
+        """The module of a network that an image steers the denoiser by.
+
+        Raises:
+            ValueError: where its features do not fit the denoiser's.
+        """
+        net, own = build.controlnet(config, dtype), self.denoiser
+        width = sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
+        sizes = {
+            "block_out_channels": (net.channels, own.channels),
+            "layers_per_block": (net.layers, own.layers),
+            "in_channels": (config.in_channels, self.latent_channels),
+            "cross_attention_dim": (config.cross_attention_dim, width),
+            "pixels to a latent pixel": (config.factor, self.factor),
+        }
+        if other := {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}:
+            told = ", ".join(
+                f"its {name} is {theirs}, and this model's {ours}" for name, (theirs, ours) in other.items()
+            )
+            raise ValueError(f"It is for another model: {told}.")
+        return net
+
+    def steers_prompt_alone(self, net: ControlNetModel) -> bool:
+        """Whether a network is for the rows of the prompt alone, and not for those of the negative prompt."""
+        return net.pools
+
+    def embed_control(self, net: ControlNetModel, params: Params, image: Float[Array, "b h2 w2 3"]) -> Array:
+        """What a network makes of images in [0, 1], once for all steps: features [b, h, w, d] of the latent's size."""
+        return embed(net, params, image)
+
+    def control(
+        self,
+        net: ControlNetModel,
+        params: Params,
+        x: Float[Array, "n h w c"],
+        t: Float[Array, " n"],
+        conditioning: Conditioning,
+        prepared: Params,
+        features: Float[Array, "n h w d"],
+        scale: Float[Array, ""],
+        guess: bool = False,
+    ) -> Added:
+        """What a network adds to the denoiser's features.
+
+        Args:
+            net: its module.
+            params: its params.
+            x: noisy latents at unit variance.
+            t: the training steps.
+            conditioning: n rows of it.
+            prepared: n rows of what `prepare` gave for these params.
+            features: n rows of what `embed_control` gave.
+            scale: how much of it.
+            guess: less of the features that come first, so that the image says what the prompt does not.
+        """
+        variables = {"params": params, "prompt": prepared}
+        told = self._told(conditioning)
+        added: Any = net.apply(variables, x, t, conditioning.context, features=features, **told)
+        return times(added, scale, guess and not net.pools)
 
     # Autoencoder ------------------------------------------------------------------------------------------------------
 

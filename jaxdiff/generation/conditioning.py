@@ -42,7 +42,7 @@ def make_inputs(
     settings, b = drawing.settings, len(drawing.requests)
     inputs, source = prompt_inputs(drawing, tokenizers, params, program)
     keys, noise, step_noise = starting_noise(drawing)
-    inputs = inputs._replace(step_noise=step_noise)
+    inputs = inputs._replace(step_noise=step_noise, hints=drawing.hints or None)
     known = None if drawing.image is None else encode_latents(drawing.image, params["vae"], program)
     if known is not None and settings.latent_upscale > 1:
         known = _stretch(known, (b, *drawing.shape))
@@ -85,7 +85,7 @@ def _inverted(drawing: Drawing, source: Inputs, known: Array, keys: Array, param
     """The states that clean latents would have been drawn from, without guidance."""
     up = backwards(drawing.sigmas, drawing.steps)
     ends = np.int32(0), np.int32(drawing.steps - drawing.start)
-    inverse = replace(program, invert=drawing.settings.invert)
+    inverse = replace(program, invert=drawing.settings.invert, control_nets=(), control_guess=False)
     return denoise(params, source, begin_all(known), keys, up, *ends, None, np.float32(0), program=inverse)
 
 

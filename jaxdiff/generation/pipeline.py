@@ -31,10 +31,10 @@ from jaxdiff.generation.drawing import (
     refiner_step,
     settled,
 )
-from jaxdiff.generation.network import Inputs
-from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_prompts
+from jaxdiff.generation.network import Control, Inputs, Prepared
+from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_once
 from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, floats, seed_number, shown
-from jaxdiff.generation.weights import STEPS, Memory, Weights, check_memory
+from jaxdiff.generation.weights import CONTROL, Memory, Weights, check_memory, step_roles
 from jaxdiff.io.images import feathered
 from jaxdiff.model import Adapter, FileOptions, Model, check_dtype, merge_adapters, read_model
 from jaxdiff.prompts.wildcards import Wildcards
@@ -61,13 +61,15 @@ def load(
     prediction_type: str | None = None,
     ema: bool = False,
     loras: Iterable[str | Path | tuple[str | Path, float]] = (),
+    embeddings: Iterable[str | Path | tuple[str | Path, str]] = (),
+    controls: Iterable[str | Path] = (),
     refiner: str | Path | None = None,
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
     Args:
         path: a diffusers folder, a run directory of `train.py`, or a `.safetensors` or `.ckpt` file in the original
-            layout of Stable Diffusion 1 or 2; None is the model that comes with the package.
+            layout of Stable Diffusion 1, 2 or XL; None is the model that comes with the package.
         dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
         devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
         adapters: functions of the params by role, which are applied in order before anything is cast or placed. The
@@ -79,6 +81,9 @@ def load(
             Stable Diffusion 1, and a guess, with a warning, for 2.
         ema: of a single file, takes the averaged weights of the denoiser.
         loras: files, or pairs of a file and a strength, such as ("flat.safetensors", 0.8); they come after `adapters`.
+        embeddings: textual inversions, files or pairs of a file and what its word is called in prompts, such as
+            ("learned_embeds.bin", "<my-cat>"); without a name it is the file's own.
+        controls: ControlNets, folders or files, which a request's `control_image` steers the model by.
         refiner: a model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner; see
             `Request.refiner_start`.
 
@@ -94,9 +99,19 @@ def load(
         model = model.with_params(merge_adapters(model.params, adapters))
     if isinstance(loras, str | Path):
         raise ValueError(f"loras is {shown(loras)}; give a list of files, or of pairs of a file and a strength.")
+    if isinstance(embeddings, str | Path):
+        raise ValueError(f"embeddings is {shown(embeddings)}; give a list of files, or of pairs of a file and a word.")
+    if isinstance(controls, str | Path):
+        raise ValueError(f"controls is {shown(controls)}; give a list of folders or files.")
     if loras := tuple(loras):
         model = model.with_loras(loras)
-    second = None if refiner is None else Pipeline(read_model(refiner), dtype, devices, memory)
+    if embeddings := tuple(embeddings):
+        model = model.with_embeddings(embeddings)
+    if controls := tuple(controls):
+        model = model.with_controls(controls)
+    second = None
+    if refiner is not None:
+        second = Pipeline(read_model(refiner).with_embeddings(embeddings), dtype, devices, memory)
     return Pipeline(model, dtype, devices, memory, second)
 
 
@@ -121,9 +136,11 @@ class Pipeline:
         self.defaults = checked_defaults(model.defaults, model.scheduler)
         """The settings that stand in for those that a request leaves out."""
         self.networks = model.modules(self._jax_dtype)
+        self._nets = tuple(self.networks.control_net(control.config, self._jax_dtype) for control in model.controls)
         self._mesh = None if devices is None or len(devices) < 2 else make_mesh(devices=devices)
         everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
-        self.params = Weights(model.params, self._jax_dtype, everywhere, check_memory(memory))
+        params = model.params | {f"{CONTROL}{i}": control.params for i, control in enumerate(model.controls)}
+        self.params = Weights(params, self._jax_dtype, everywhere, check_memory(memory))
         """As the networks take them, by role."""
         self.refiner = refiner
         """What takes the last steps."""
@@ -134,7 +151,13 @@ class Pipeline:
             )
         self._fitting: set[tuple[Any, tuple[int, ...]]] = set()
         self.info = ModelInfo(
-            self.networks, model.scheduler, model.size, self._jax_dtype, self.defaults, model.zero_empty
+            self.networks,
+            model.scheduler,
+            model.size,
+            self._jax_dtype,
+            self.defaults,
+            len(self._nets),
+            model.zero_empty,
         )
         """What requests need to know of the model."""
 
@@ -271,7 +294,8 @@ class Pipeline:
         on_step: Callable[[int, Array], object] | None,
     ) -> State:
         """The last steps of another model's drawing, on its noise levels."""
-        own = make_drawing(drawing.requests, self.info)
+        size = drawing.shape[1] * self.networks.factor, drawing.shape[0] * self.networks.factor
+        own = make_drawing([request.without_control(size) for request in drawing.requests], self.info)
         own = replace(own, sigmas=drawing.sigmas, at_sigma=drawing.at_sigma, steps=drawing.steps)
         program = self.program(own.settings)
         inputs, _, _ = make_inputs(own, self.model.tokenizers, self.params, program)
@@ -296,7 +320,10 @@ class Pipeline:
         tile = None if side is None else (side, side)
         name = request.sampler or self.defaults["sampler"]
         registered = None if SAMPLERS[name] is BUILT_IN.get(name) else SAMPLERS[name]
-        return Program(self.networks, self.model.scheduler, name, tile, registered)
+        nets = self._nets if request.control_image else ()
+        return Program(
+            self.networks, self.model.scheduler, name, tile, registered, None, nets, request.control_guess
+        )  # fmt: skip
 
     def _denoise(
         self,
@@ -320,14 +347,15 @@ class Pipeline:
         mesh = self._mesh_for(len(keys))
         inputs, state, keys = spread((inputs, state, keys), mesh)
 
-        def arguments(params: Params, start: int, stop: int, state: State) -> tuple[Any, ...]:
+        def arguments(params: Sequence[Params], start: int, stop: int, state: State) -> tuple[Any, ...]:
             numbers = np.int32(start), np.int32(stop), drawing.guidance, np.float32(settings.eta), interval
-            return params, inputs, state, keys, drawing.sigmas, *numbers
+            return params[0], inputs, state, keys, drawing.sigmas, *numbers, controls_of(drawing, params[1:])
 
+        roles = step_roles(len(drawing.hints))
         with on(mesh):  # compiled before there are params: the compiler wants memory, too
-            run = kept(denoise, *arguments(self._like(STEPS), first, steps, state), program=program)
-        self._check_fits(run, (len(keys), *drawing.shape))
-        params = self.params[STEPS]
+            run = kept(denoise, *arguments([*map(self._like, roles)], first, steps, state), program=program)
+        self._check_fits(run, (len(keys), *drawing.shape), roles)
+        params = [self.params[role] for role in roles]
 
         def report(start: int, stop: int, state: State) -> None:
             done = min(stop, settings.steps or steps)
@@ -349,7 +377,7 @@ class Pipeline:
             report(*taken)
         return state
 
-    def _check_fits(self, run: Any, shape: tuple[int, ...]) -> None:
+    def _check_fits(self, run: Any, shape: tuple[int, ...], roles: Sequence[str]) -> None:
         """Checks once for each program that steps and decoder have memory; systems kill a process without a word.
 
         Accelerators say themselves when theirs is short.
@@ -364,9 +392,9 @@ class Pipeline:
         there, free, total = resident_bytes(), free_bytes(), memory_bytes()
         if there is None or free is None:
             return
-        steps = self.params.missing_bytes(STEPS) + temporaries(run)
+        steps = sum(map(self.params.missing_bytes, roles)) + temporaries(run)
         last = self.params.missing_bytes("vae") + temporaries(decoder)
-        beside = 0 if low else self.params.missing_bytes(STEPS)
+        beside = 0 if low else sum(map(self.params.missing_bytes, roles))
         more = max(0, max(steps, beside + last) - self.params.passing_bytes())
         b, (h, w) = shape[0], (side * self.networks.factor for side in shape[1:3])
         told = (
@@ -414,10 +442,11 @@ class Pipeline:
             raise ValueError(f"{unused[0]} changes a guess only where a mask keeps a part of an image; leave it out.")
         program = self.program(drawing.settings)
         inputs, _, _ = make_inputs(drawing, self.model.tokenizers, self.params, program)
-        params = self.params["denoiser"]
-        prepared = prepare_prompts(params, inputs.conditioning, program=program)
+        params, *others = (self.params[role] for role in step_roles(len(drawing.hints)))
+        controls = controls_of(drawing, others)
+        prepared = prepare_once(params, inputs, controls, program=program)
         shape = len(drawing.requests), *drawing.shape
-        return jax.tree_util.Partial(_Guess(program, shape), params, inputs, prepared, drawing.guidance)
+        return jax.tree_util.Partial(_Guess(program, shape), params, inputs, prepared, drawing.guidance, controls)
 
     def sigmas(
         self,
@@ -531,6 +560,15 @@ def singles(requests: Sequence[Request]) -> list[Request]:
     return images
 
 
+def controls_of(drawing: Drawing, params: Sequence[Params]) -> tuple[Control, ...]:
+    """What the control networks of a drawing are called with."""
+    found = []
+    for one, (scale, levels) in zip(params, drawing.control, strict=True):
+        low, high = (None, None) if levels is None else (np.asarray(level, np.float32) for level in levels)
+        found.append(Control(one, np.asarray(scale, np.float32), low, high))
+    return tuple(found)
+
+
 OF_THE_LOOP = {
     "n",
     "refiner_start",
@@ -554,7 +592,14 @@ class _Guess(NamedTuple):
     shape: tuple[int, int, int, int]
 
     def __call__(
-        self, params: Params, inputs: Inputs, prepared: Params, guidance: Guidance, x: Any, sigma: Any
+        self,
+        params: Params,
+        inputs: Inputs,
+        prepared: Prepared,
+        guidance: Guidance,
+        controls: tuple[Control, ...],
+        x: Any,
+        sigma: Any,
     ) -> Float[Array, "b h w c"]:
         if np.shape(x) != self.shape or np.ndim(sigma):
             raise ValueError(
@@ -564,7 +609,7 @@ class _Guess(NamedTuple):
         if not isinstance(sigma, jax.core.Tracer) and not 0 < floats(sigma) < math.inf:
             raise ValueError(f"sigma is {shown(sigma)}; it must be a finite number above 0.")
         x, sigma = jnp.asarray(x, jnp.float32), jnp.asarray(sigma, jnp.float32)
-        return guess(params, inputs, prepared, x, sigma, guidance, program=self.program)
+        return guess(params, inputs, prepared, x, sigma, guidance, controls, program=self.program)
 
 
 def _depth(value: Any) -> int:
@@ -576,8 +621,10 @@ def _depth(value: Any) -> int:
 
 def _one_each(name: str, value: Any, b: int) -> list[Any]:
     """A field's value for each of b images: one for all, or one each."""
-    single = {"image": 3, "mask": 2, "latents": 3}.get(name, 0)
+    single = {"image": 3, "control_image": 3, "mask": 2, "latents": 3}.get(name, 0)
     depth = _depth(value)
+    if name == "control_image" and isinstance(value, tuple):  # one for each network
+        return [value] * b
     if isinstance(value, str | bytes | Path | None) or depth == single or not isinstance(value, Iterable):
         return [value] * b
     if hasattr(value, "ndim") and depth != single + 1:  # neither one nor one each: the field's check says what it is

@@ -51,7 +51,7 @@ class _Network(NamedTuple):
     """What a file may leave out, where the library's default is not ours."""
 
 
-_UNET_ONLY: dict[str, tuple[Any, ...]] = {
+UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "reverse_transformer_layers_per_block": (None,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -71,6 +71,12 @@ _TEXT_ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model", "clip"),
     "use_attention_mask": (False,),
 }
+# Softmax is always float32 here, so `upcast_attention` asks for nothing. The other fields belong to training, or to
+# blocks and embeddings that are refused by their types.
+UNET_IGNORED = frozenset({
+    "upcast_attention", "dropout", "addition_embed_type_num_heads", "resnet_skip_time_act", "resnet_out_scale_factor",
+    "cross_attention_norm", "mid_block_only_cross_attention",
+})  # fmt: skip
 _TEXT_IGNORED = frozenset({
     "architectures", "dtype", "torch_dtype", "transformers_version", "initializer_factor", "initializer_range",
     "return_dict", "use_cache", "attention_dropout", "dropout", "chunk_size_feed_forward", "length_penalty",
@@ -80,12 +86,8 @@ _TEXT_IGNORED = frozenset({
 })  # fmt: skip
 _TEXT_LEFT_OUT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512}
 NETWORKS = {
-    # Softmax is always float32 here, so `upcast_attention` asks for nothing. The other fields belong to training, or to
-    # blocks and embeddings that are refused by their types.
-    "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", _UNET_ONLY,
-                     frozenset({"upcast_attention", "dropout", "addition_embed_type_num_heads",
-                                "resnet_skip_time_act", "resnet_out_scale_factor", "cross_attention_norm",
-                                "mid_block_only_cross_attention"})),
+    "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", UNET_ONLY,
+                     UNET_IGNORED),
     "vae": _Network(VAEConfig, "diffusers", "AutoencoderKL", "diffusion_pytorch_model", {},
                     # Of these diffusers' pipeline for Stable Diffusion takes no notice.
                     frozenset({"force_upcast", "shift_factor", "latents_mean", "latents_std"}),
@@ -137,6 +139,9 @@ def read_index(path: Path | str) -> dict[str, Any]:
     parts = {name: [network.library, network.cls] for name, network in NETWORKS.items()}
     for name, value in index.items():
         if not isinstance(value, list) or value == [None, None] or name in ("safety_checker", "feature_extractor"):
+            continue
+        if name.partition("_")[0] == "controlnet":
+            logger.warning("%s has a %s, which is left out; give it by --control %s.", path, name, path / name)
             continue
         if name in parts and value not in (parts[name], *ALSO.get(name, ())):
             raise ValueError(f"{index_file}: {name} is {value}; supported: {parts[name]}.")

@@ -1,11 +1,11 @@
 """What is known of the published layouts of single files: where networks are, and what shapes do not say."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.io import ldm
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,12 +45,12 @@ PLACES = (
 OTHERS = (
     (r"(^|\.)(lora_|lora\.|hada_w1|lokr_w1|lora_[AB]\.)|\.(hada_|lokr_|lora_)|dora_scale$",
      "a LoRA or one of its kin; give it by --lora beside a model"),
-    (r"^(control_model|input_hint_block|zero_convs|controlnet_)", "a ControlNet, which is not supported yet"),
+    (r"^(control_model|input_hint_block|zero_convs|controlnet_)", "a ControlNet; give it by --control beside a model"),
     (r"(^|\.)double_blocks\.", "a Flux model, and Flux is not supported yet"),
     (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model, and that is not supported yet"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which is not supported yet"),
     (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter, which is not supported yet"),
-    (r"^(emb_params|clip_l|clip_g|string_to_param.*)$", "a textual inversion, which is not supported yet"),
+    (r"^(emb_params|clip_l|clip_g|string_to_param.*)$", "a textual inversion; give it by --embedding beside a model"),
     (r"^(model\.diffusion_model\.)?label_emb\.weight",
      "a denoiser with labels beside its prompts (an upscaler), which is not supported yet"),
     (r"^(noise_augmentor|embedder\.model\.visual)\.", "an unCLIP model, which is not supported yet"),
@@ -165,17 +165,44 @@ def xl_layout(context: int) -> Layout:
 
 
 def _unet_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
+    values = _down_values(shapes, layout)
+    up = [f"up_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(len(values["down_block_types"]))]
+    return values | {
+        "out_channels": _size(shapes, "conv_out.weight", 0),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in up),
+    }
+
+
+def _control_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
+    embedding = "controlnet_cond_embedding"
+    halvings = ldm.count_items(shapes, f"{embedding}.blocks") // 2
+    wide = [f"blocks.{2 * i + 1}" for i in range(halvings)]
+    widths = tuple(_size(shapes, f"{embedding}.{name}.weight", 0) for name in ("conv_in", *wide))
+    values = _down_values(shapes, layout)
+    return values | {
+        "up_block_types": mirrored(values["down_block_types"]),
+        "conditioning_channels": _size(shapes, f"{embedding}.conv_in.weight", 1),
+        "conditioning_embedding_out_channels": widths,
+    }
+
+
+def mirrored(down_block_types: Sequence[str]) -> tuple[str, ...]:
+    """The types of a UNet's way up that is the way down backwards."""
+    return tuple(kind.replace("Down", "Up") for kind in reversed(down_block_types))
+
+
+def _down_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
     levels = range(ldm.count_items(shapes, "down_blocks"))
     channels = tuple(_size(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", 0) for i in levels)
     layers = tuple(ldm.count_items(shapes, f"down_blocks.{i}.resnets") for i in levels)
-    down, up = ([f"{way}_blocks.{i}.attentions.0.norm.weight" in shapes for i in levels] for way in ("down", "up"))
+    down = [f"down_blocks.{i}.attentions.0.norm.weight" in shapes for i in levels]
     # The last level's depth is the middle's (`jaxdiff.build`), and so is that of a level without attention, which has
     # none.
     deep = [f"down_blocks.{i}" if down[i] and i < len(levels) - 1 else "mid_block" for i in levels]
     depths = tuple(ldm.count_items(shapes, f"{block}.attentions.0.transformer_blocks") for block in deep)
     split = layout.head_channels
     added = {}
-    if layout.numbers is not None:
+    if "add_embedding.linear_1.weight" in shapes:
         features = _size(shapes, "add_embedding.linear_1.weight", 1)
         added = {
             "addition_embed_type": "text_time",
@@ -184,9 +211,7 @@ def _unet_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
         }
     return added | {
         "in_channels": _size(shapes, "conv_in.weight", 1),
-        "out_channels": _size(shapes, "conv_out.weight", 0),
         "down_block_types": tuple("CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in down),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in up),
         "block_out_channels": channels,
         "layers_per_block": one_value(layers),
         "transformer_layers_per_block": one_value(depths),
@@ -235,10 +260,14 @@ def _text_2_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
 
 
 VALUES = {
-    "unet": _unet_values, "vae": _vae_values, "text_encoder": _text_values, "text_encoder_2": _text_2_values,
+    "controlnet": _control_values, "unet": _unet_values, "vae": _vae_values, "text_encoder": _text_values,
+    "text_encoder_2": _text_2_values,
 }  # fmt: skip
 """Functions of shapes and a layout to the values of a config, which are not checked."""
-CLASSES = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig}
+CLASSES = {
+    "controlnet": ControlNetConfig, "unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig,
+    "text_encoder_2": CLIPTextConfig,
+}  # fmt: skip
 
 
 def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:

@@ -24,9 +24,9 @@ Tensors = dict[str, np.ndarray]
 _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -70,6 +70,45 @@ def unet_table(layers: Sequence[int], up_attention: Sequence[bool]) -> Table:
         layers: residual blocks on the way down, for each level from the finest.
         up_attention: whether there is attention, for each `up_blocks.i`, from the coarsest level.
     """
+    table = _down_table(layers)
+    i = 0
+    for block, (count, attention) in enumerate(zip(reversed(layers), up_attention, strict=True)):
+        for j in range(count + 1):
+            table |= _inside(f"up_blocks.{block}.resnets.{j}", f"output_blocks.{i}.0", _UNET_RESNET)
+            if attention:
+                table[f"up_blocks.{block}.attentions.{j}"] = f"output_blocks.{i}.1"
+            i += 1
+        if block < len(layers) - 1:
+            table[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{i - 1}.{2 if attention else 1}.conv"
+    return table
+
+
+def control_table(layers: Sequence[int], embedding: int) -> Table:
+    """A ControlNet's: the UNet's way down, and the outputs and the image's embedding beside it.
+
+    Args:
+        layers: as of `unet_table`.
+        embedding: convolutions of the embedding, with its first and last.
+    """
+    table = _down_table(layers)
+    outputs = 1 + sum(layers) + len(layers) - 1
+    table |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(outputs)}
+    inner = [f"blocks.{i}" for i in range(embedding - 2)]
+    names = {name: f"input_hint_block.{2 * i}" for i, name in enumerate(["conv_in", *inner, "conv_out"])}
+    return table | {"controlnet_mid_block": "middle_block_out.0"} | _inside("controlnet_cond_embedding", "", names)
+
+
+def control_sizes(names: Iterable[str]) -> tuple[tuple[int, ...], int]:
+    """The arguments of `control_table`, from original names."""
+    names = list(names)
+    modules, i = _modules(names), 0
+    while f"input_hint_block.{2 * i}" in modules:
+        i += 1
+    return unet_sizes(names)[0], i
+
+
+def _down_table(layers: Sequence[int]) -> Table:
+    """The UNet's but for its way up."""
     table = _UNET | _inside("mid_block.resnets.0", "middle_block.0", _UNET_RESNET)
     table |= {"mid_block.attentions.0": "middle_block.1"}
     table |= _inside("mid_block.resnets.1", "middle_block.2", _UNET_RESNET)
@@ -82,15 +121,6 @@ def unet_table(layers: Sequence[int], up_attention: Sequence[bool]) -> Table:
         if level < len(layers) - 1:
             table[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{i}.0.op"
             i += 1
-    i = 0
-    for block, (count, attention) in enumerate(zip(reversed(layers), up_attention, strict=True)):
-        for j in range(count + 1):
-            table |= _inside(f"up_blocks.{block}.resnets.{j}", f"output_blocks.{i}.0", _UNET_RESNET)
-            if attention:
-                table[f"up_blocks.{block}.attentions.{j}"] = f"output_blocks.{i}.1"
-            i += 1
-        if block < len(layers) - 1:
-            table[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{i - 1}.{2 if attention else 1}.conv"
     return table
 
 
@@ -197,7 +227,7 @@ def count_items(names: Iterable[str], start: str) -> int:
 
 
 def _inside(ours: str, theirs: str, children: Mapping[str, str]) -> Table:
-    return {f"{ours}.{name}": f"{theirs}.{other}" for name, other in children.items()}
+    return {f"{ours}.{name}": f"{theirs}.{other}".lstrip(".") for name, other in children.items()}
 
 
 def _modules(names: Iterable[str]) -> set[str]:

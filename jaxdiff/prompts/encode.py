@@ -1,7 +1,8 @@
 """From a batch's prompts to the arrays that a text encoder, a sampler and guidance take."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +75,8 @@ def encode(
 ) -> tuple[Prompts, list[str]]:
     """The tokens of a batch's prompts and how they are weighed; and sentences of warning, each once.
 
+    Textual inversions are words of the tokenizer; `embedding:WORD`, as ComfyUI writes it, is the word.
+
     A text without syntax that fits gives the one phase, part and chunk that `tokenizer` makes of it. Longer ones go on
     in further chunks, which end after a comma, or else a word, where one is near, and at BREAK. Where texts of one
     batch have several numbers of chunks, each text's are repeated to a common multiple. The negative prompt may have
@@ -97,7 +100,7 @@ def encode(
     def parts_of(text: str, compose: bool = True) -> list[Part]:
         if literal:
             return [plain(text, steps)]
-        parts, told = parse(text, steps, compose=compose)
+        parts, told = parse(_with_words(text, tokenizer.words), steps, compose=compose)
         warnings.extend(told)
         return parts
 
@@ -131,6 +134,15 @@ def encode(
                 out.ids[b, phase, p] = np.tile(ids, (n // len(ids), 1))
                 out.token_weights[b, phase, p] = np.tile(weights, (n // len(ids), 1))
     return out, _unique(warnings)
+
+
+def _with_words(text: str, words: Iterable[str]) -> str:
+    """The text with further words in place of their spelling in ComfyUI, `embedding:WORD` or `embedding:WORD.pt`."""
+    known = sorted(map(re.escape, words), key=len, reverse=True)
+    if not known or "embedding:" not in text.lower():
+        return text
+    spelling = rf"\bembedding:({'|'.join(known)})(?:\.(?:pt|bin|safetensors))?(?!\w)"
+    return re.sub(spelling, r"\1", text, flags=re.IGNORECASE)
 
 
 def _starts(parts: Sequence[Part], steps: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Stable Diffusion XL and its kin draw what diffusers draws, from the same latents."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -8,11 +9,14 @@ import pytest
 import torch
 import tyro
 import xl
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from pairs import TEXTS, nchw
 from safetensors.torch import load_file
 
 import jaxdiff
+from jaxdiff import build
+from jaxdiff.config import UNetConfig
+from jaxdiff.io.convert import leaves, torch_axes, torch_name
 from jaxdiff.io.weights import read_metadata
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.tools import convert as converting
@@ -177,3 +181,32 @@ def test_a_single_file_is_read_by_diffusers_and_here(kind, tmp_path, latents, fi
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     assert set(one) == set(two)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+XL = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+REFINER = XL | {
+    "block_out_channels": (384, 768, 1536, 1536), "cross_attention_dim": 1280, "transformer_layers_per_block": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (6, 12, 24, 24), "projection_class_embeddings_input_dim": 2560,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "total"), [(XL, 2_567_463_684), (REFINER, None)], ids=["base", "refiner"])
+def test_denoisers_of_the_published_sizes_have_diffusers_names_and_shapes(values, total):
+    with torch.device("meta"):
+        theirs = {name: tuple(t.shape) for name, t in UNet2DConditionModel(**values).state_dict().items()}
+    config = UNetConfig(**values)
+    shapes = build.param_shapes(build.unet(config), config)
+    ours = {
+        torch_name(path): tuple(leaf.shape[axis] for axis in torch_axes(path, len(leaf.shape)))
+        for path, leaf in leaves(shapes)
+    }
+    assert ours == theirs
+    assert total in (None, sum(math.prod(shape) for shape in ours.values()))

@@ -201,7 +201,7 @@ def check_tokenizer(folder: Path, text: dict[str, Any], pipe: Pipeline) -> None:
         ValueError: where it does not.
     """
     theirs = load.Tokenizer(load.read_json(folder / load.VOCAB), load.read_merges(folder / load.MERGES), **text)
-    for trial in (*TRIALS, *text["special"]):
+    for trial in (*TRIALS, *text["special"], *(f"{word}s" for word in text["special"])):
         if (theirs([trial]) != pipe.model.tokenizer([trial])).any():
             raise ValueError(f"The model's tokenizer is not CLIP's: of {trial!r} it makes other tokens, so the loader "
                              "cannot do without the package tokenizers, and the model is not exported.")  # fmt: skip

@@ -86,6 +86,8 @@ def read_request(body: bytes, pipe: Pipeline, limits: Limits) -> DrawRequest:
             values["mask"] = read_mask(files["mask"], (image.shape[1], image.shape[0]))
     elif files["mask"] is not None:
         raise ValueError("mask requires an image.")
+    if values.get("control_image"):  # a path would name a file of this machine
+        raise ValueError("control_image is for Python and the shell; leave it out.")
     request = Request.of({"prompt": "", "seed": 0} | values)
     request.check_portable()
     if request.n > limits.images:
