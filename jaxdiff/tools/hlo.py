@@ -220,8 +220,10 @@ def flops(jaxpr: Any, turns: int = 1) -> int:
         else:
             values = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
             inner = [flops(value, turns) for value in values if _is_jaxpr(value)]
-            times = {"shard_map": eqn.params["mesh"].size} if name == "shard_map" else {"while": turns}
-            times = times.get(name, eqn.params.get("length", 1))
+            if name == "shard_map":
+                times = eqn.params["mesh"].size
+            else:
+                times = turns if name == "while" else eqn.params.get("length", 1)
             total += (max(inner, default=0) if name == "cond" else sum(inner)) * times
     return total
 
