@@ -157,7 +157,7 @@ class Args:
     """A textual inversion, and what its word is called in prompts; without TOKEN, it is the file's own. Give it again
     for more of them."""
     controls: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="control")] = ()
-    """A ControlNet, a folder or a file, for --control-image. Give it again for more of them."""
+    """A ControlNet or T2I-Adapter, a folder or a file, for --control-image. Give it again for more of them."""
     out: Path = Path("samples")
     """The folder for the images."""
     request: Annotated[Flags, tyro.conf.arg(name="")] = field(default_factory=Flags)
@@ -409,7 +409,7 @@ def check_like(args: Args, pipe: Pipeline) -> None:
     was = dict(Request.of({name: carried[name] for name in (*PICTURES, "prompt") if name in carried}).pictures())
     for name, path in args.request.pictures():
         known = carried.get(f"{name}_sha256")
-        if path == was.get(name) and known is not None and known != sha256(path):
+        if path == was.get(name) and known is not None and known != sha256(str(path)):
             print(f"warning: {path} has changed since {args.like} was drawn from it.", file=sys.stderr)
 
 

@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxdiff.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, T2IAdapterConfig, UNetConfig, VAEConfig
 from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel
+from jaxdiff.models.t2i_adapter import T2IAdapter
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.nn.layers import Remat
 from jaxdiff.types import Key, Params
 
-NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
+NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig | T2IAdapterConfig
 
 
 def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> UNet2DConditionModel:
@@ -31,6 +32,13 @@ def controlnet(config: ControlNetConfig, dtype: DTypeLike = jnp.float32, remat: 
         pools=config.global_pool_conditions,
         bgr=config.controlnet_conditioning_channel_order == "bgr",
     )
+
+
+def t2i_adapter(config: T2IAdapterConfig, dtype: DTypeLike = jnp.float32) -> T2IAdapter:
+    """What adds to a denoising network's features, once for all steps."""
+    return T2IAdapter(
+        config.adapter_type, config.channels, config.num_res_blocks, config.downscale_factor, dtype
+    )  # fmt: skip
 
 
 def _unet_fields(config: UNetConfig, dtype: DTypeLike, remat: Remat) -> dict[str, Any]:
@@ -121,6 +129,9 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
             image = jnp.zeros((1, side * config.factor, side * config.factor, config.conditioning_channels))
             more["image"] = image
         return (x, jnp.zeros((1,)), jnp.zeros((1, 1, config.cross_attention_dim))), more
+    if isinstance(config, T2IAdapterConfig):
+        side = config.downscale_factor * 2 ** len(config.channels)
+        return (jnp.zeros((1, side, side, config.in_channels)),), {}
     if isinstance(config, VAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),), {}
     return (jnp.zeros((1, config.max_position_embeddings), jnp.int32),), {}

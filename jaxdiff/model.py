@@ -17,7 +17,7 @@ from jaxdiff.build import NetworkConfig
 from jaxdiff.config import SchedulerConfig, load_json
 from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family, StableDiffusion, StableDiffusionXL, StableDiffusionXLRefiner, family_of
-from jaxdiff.io.control import NAME, ControlNet, read_control
+from jaxdiff.io.control import ControlNet, read_control
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.embeddings import HOW, Embedding, Vectors, read_embedding, with_rows
 from jaxdiff.io.folder import (
@@ -190,7 +190,7 @@ class Model:
         """The same model with control networks beside it, which are not saved with it.
 
         Args:
-            controls: folders or files of ControlNets.
+            controls: folders or files of ControlNets and T2I-Adapters.
 
         Raises:
             ValueError: where one is damaged or for another model.
@@ -204,7 +204,9 @@ class Model:
                 family.control_net(control.config)
             except ValueError as error:
                 raise ValueError(f"{control.path}: {error}") from error
-            found.append(control._replace(params=check_network(NAME, control.config, control.params, control.path)))
+            found.append(
+                control._replace(params=check_network(control.name, control.config, control.params, control.path))
+            )
         return replace(self, controls=(*self.controls, *found))
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
@@ -224,7 +226,8 @@ class Model:
             raise ValueError(f"dtype is {dtype!r}; choose float32, float16 or bfloat16.") from None
         for leaf in jax.tree.leaves(self.params):
             check_unchanged(leaf)
-        networks = {self.family.FOLDERS[role]: (config, params) for role, (config, params) in self.networks.items()}
+        named = self.networks.items()
+        networks: Any = {self.family.FOLDERS[role]: (config, params) for role, (config, params) in named}
         write_folder(
             path, networks, self.scheduler, self.tokenizer, self.defaults, dtype, tokenizer_2=self.tokenizer_2,
             about=self.about,

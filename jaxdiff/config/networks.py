@@ -169,6 +169,27 @@ class ControlNetConfig(UNetConfig):
 
 
 @dataclass(frozen=True)
+class T2IAdapterConfig(Checked):
+    """`config.json` of a T2I-Adapter."""
+
+    in_channels: int = 3
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_res_blocks: int = 2
+    downscale_factor: int = 8
+    adapter_type: Literal["full_adapter", "full_adapter_xl", "light_adapter"] = "full_adapter"
+
+    def _check(self) -> None:
+        positive(self, "in_channels", "channels", "num_res_blocks", "downscale_factor")
+        one_of("T2IAdapterConfig.in_channels", self.in_channels, (3,))
+        require(len(self.channels) > 0, "T2IAdapterConfig.channels is empty; give the channels of each level.")
+        light = self.adapter_type == "light_adapter"
+        require(
+            not light or all(width % 4 == 0 for width in self.channels),
+            f"T2IAdapterConfig.channels is {self.channels}; those of a light_adapter must be multiples of 4.",
+        )
+
+
+@dataclass(frozen=True)
 class VAEConfig(Checked):
     """`vae/config.json`: AutoencoderKL, a factor of 2 for each level after the first."""
 

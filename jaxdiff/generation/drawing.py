@@ -42,8 +42,8 @@ class ModelInfo:
     dtype: DTypeLike
     defaults: Mapping[str, Any]
     """The settings that stand in for those that a request leaves out."""
-    controls: int = 0
-    """Control networks that it was loaded with."""
+    controls: tuple[Any, ...] = ()
+    """The modules of the control networks that it was loaded with."""
     zero_empty: bool = False
     """Whether an empty negative prompt is zeros, and not what the text encoders make of it."""
 
@@ -205,10 +205,9 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         raise ValueError("This model is for inpainting; give an image and a mask.")
 
     for one in requests:
-        if one.control_image and len(one.control_image) != model.controls:
-            nets = "no control network; give it by controls= (--control)" if not model.controls else (
-                f"{model.controls} control network{'s' if model.controls > 1 else ''}; give an image for each"
-            )  # fmt: skip
+        if one.control_image and len(one.control_image) != (n := len(model.controls)):
+            nets = f"{n} control network{'s' if n > 1 else ''}; give an image for each"
+            nets = nets if n else "no control network; give it by controls= (--control)"
             raise ValueError(
                 f"There are {len(one.control_image)} of control_image, and the model was loaded with {nets}."
             )
@@ -220,6 +219,9 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         if image.shape != images[0].shape:
             shape = image_size(one, family, model.size)
             raise ValueError(f"Images that are drawn together must have one size; they have {size} and {shape}.")
+    if common.control_image:
+        for net in model.controls:
+            family.check_control(net, size, common.tile is not None)
     hints = [control_images(one, image_size(one, family, model.size)) for one in requests]
     if len({len(some) for some in hints}) > 1:
         raise ValueError("control_image is given for some of the requests; give it for all that are drawn together.")

@@ -13,7 +13,7 @@
 All of it is written for one image and mapped over a batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class Prepared(NamedTuple):
 
     prompts: Params
     """Of its prompts, by the denoiser."""
-    controls: tuple[tuple[Float[Array, "*b h w d"], Params], ...] = ()
+    controls: tuple[tuple[Any, Params], ...] = ()
     """By each control network, features of the control image, and of the prompts."""
 
 
@@ -171,25 +171,27 @@ class Rows:
         conditioning, prepared = of_rows(self.inputs.conditioning), of_rows(self.prepared.prompts)
         n, edits = len(chosen), self._edits(sigma, len(chosen))
         control = partial(self._control, sigma=sigma, rows=rows, conditioning=conditioning, of_rows=of_rows)
-        hints = [features.astype(jnp.float32) for features, _ in self.prepared.controls]
+        # Features of the latent's size travel beside it, through tiles; others are as large as they are.
+        hints = [features for features, _ in self.prepared.controls]
+        beside_x = [hint.astype(jnp.float32) for hint in hints if isinstance(hint, jax.Array)]
         channels = self.family.in_channels
 
         def network(x_in: Float[Array, "n h w c"], t: Float[Array, ""]) -> Array:
             deep, times, added = None if self.deep is None else self.deep[rows], jnp.full(n, t), None
             if hints:
-                x_in, features = x_in[..., :channels], x_in[..., channels:]
-                added = control(x_in, times, features)
+                x_in, *maps = jnp.split(x_in, np.cumsum([channels, *(a.shape[-1] for a in beside_x)])[:-1], axis=-1)
+                added = control(x_in, times, iter(maps))
             return self.family.predict(self.params, x_in, times, conditioning, prepared, edits, deep, only_deep, added)
 
         tiles = network if self.tile is None else tiled(network, self.tile)
-        maps = [*([] if self.inputs.extra is None else [jnp.asarray(self.inputs.extra)]), *hints]
+        maps = [*([] if self.inputs.extra is None else [jnp.asarray(self.inputs.extra)]), *beside_x]
         return beside(tiles, jnp.concatenate(maps, axis=-1)) if maps else tiles
 
     def _control(
         self,
         x: Float[Array, "n h w c"],
         t: Float[Array, " n"],
-        features: Float[Array, "n h w d"],
+        maps: Iterator[Float[Array, "n h w d"]],
         *,
         sigma: Sigma,
         rows: slice,
@@ -200,7 +202,7 @@ class Rows:
         nets, controls, guess = self.steering
         parts, total = self.inputs.weights.shape[-4], None
         for net, control, (own, keys) in zip(nets, controls, self.prepared.controls, strict=True):
-            hint, features = features[..., : own.shape[-1]], features[..., own.shape[-1] :]
+            hint = next(maps) if isinstance(own, jax.Array) else of_all(own, len(x))
             lowest = int(guess or self.family.steers_prompt_alone(net))  # the negative prompt is number 0
             which = np.array([i for i, p in enumerate(self.prompts[rows]) if lowest <= p <= parts], int)
             if not len(which):
@@ -209,9 +211,8 @@ class Rows:
             some = jax.tree.map(lambda leaf, which=which: leaf[which], given)
             add = partial(self.family.control, net, control.params, *some, jnp.asarray(control.scale), guess)
             added = add() if control.low is None or control.high is None else at_levels(add, sigma, control)
-            whole = [jnp.zeros((len(x), *a.shape[1:]), a.dtype).at[which].set(a) for a in jax.tree.leaves(added)]
-            added = jax.tree.unflatten(jax.tree.structure(added), whole)
-            total = added if total is None else jax.tree.map(jnp.add, total, added)
+            whole = jax.tree.map(lambda a, w=which: jnp.zeros((len(x), *a.shape[1:]), a.dtype).at[w].set(a), added)
+            total = whole if total is None else total.plus(whole)
         return total
 
     def _edits(self, sigma: Sigma, n: int) -> Params | None:
@@ -223,6 +224,11 @@ class Rows:
             source = jnp.where(sigma >= self.inputs.layout_above, n - 1, jnp.arange(n))
             edits |= self.family.shared_layout(self.params, source)
         return edits or None
+
+
+def of_all(tree: Any, n: int) -> Any:
+    """Arrays of one image for n rows."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), tree)
 
 
 def at_levels(fn: Callable[[], Any], sigma: Sigma, control: Control) -> Any:

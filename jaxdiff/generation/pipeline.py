@@ -83,7 +83,7 @@ def load(
         loras: files, or pairs of a file and a strength, such as ("flat.safetensors", 0.8); they come after `adapters`.
         embeddings: textual inversions, files or pairs of a file and what its word is called in prompts, such as
             ("learned_embeds.bin", "<my-cat>"); without a name it is the file's own.
-        controls: ControlNets, folders or files, which a request's `control_image` steers the model by.
+        controls: ControlNets and T2I-Adapters, folders or files, which a request's `control_image` steers the model by.
         refiner: a model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner; see
             `Request.refiner_start`.
 
@@ -156,7 +156,7 @@ class Pipeline:
             model.size,
             self._jax_dtype,
             self.defaults,
-            len(self._nets),
+            self._nets,
             model.zero_empty,
         )
         """What requests need to know of the model."""

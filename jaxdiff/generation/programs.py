@@ -165,7 +165,7 @@ def prepare(
     """What is computed once for all steps, and the control networks with their params."""
     family, conditioning = program.family, jax.tree.map(jnp.asarray, inputs.conditioning)
 
-    def own(net: Any, control: Control, images: UInt8[AnyArray, "b h2 w2 3"]) -> tuple[Array, Params]:
+    def own(net: Any, control: Control, images: UInt8[AnyArray, "b h2 w2 3"]) -> tuple[Any, Params]:
         features = family.embed_control(net, control.params, jnp.asarray(images).astype(jnp.float32) / 255)
         return features, family.prepare(control.params, conditioning)
 

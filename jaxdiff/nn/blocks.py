@@ -113,14 +113,23 @@ class Stage(nn.Module):
 
 
 class DownStage(Stage):
-    """Residual blocks (each with its transformer), then a halving; returns the features and every skip on the way."""
+    """Residual blocks (each with its transformer), then a halving; returns the features and every skip on the way.
+
+    `first` takes the first so many blocks alone. What is `added` (Mou et al. 2024, T2I-Adapter) goes to the last
+    block's features where there is attention, else to those of the end, and so to a skip as well.
+    """
 
     downsample: bool = True
     pad_all_round: bool = True
 
     @nn.compact
     def __call__(
-        self, x: Features, emb: Embedding | None = None, context: Context | None = None, first: int | None = None
+        self,
+        x: Features,
+        emb: Embedding | None = None,
+        context: Context | None = None,
+        first: int | None = None,
+        added: Float[Array, "b h2 w2 c2"] | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         skips = ()
         for i in range(self.layers if first is None else first):
@@ -128,10 +137,15 @@ class DownStage(Stage):
             if self.depth:
                 assert context is not None, "a stage with attention reads a prompt"
                 x = self.transformer(i)(x, context)
+            if added is not None and self.depth and i == self.layers - 1:
+                x += added.astype(x.dtype)
             skips += (x,)
         if self.downsample and first is None:
             x = Downsample(self.pad_all_round, self.dtype, name="downsamplers_0")(x)
             skips += (x,)
+        if added is not None and not self.depth:
+            x += added.astype(x.dtype)
+            skips = (*skips[:-1], x)
         return x, skips
 
 
