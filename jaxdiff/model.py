@@ -23,6 +23,7 @@ from jaxdiff.io.embeddings import HOW, Embedding, Vectors, read_embedding, with_
 from jaxdiff.io.folder import (
     DEFAULTS,
     TOKENIZERS,
+    Unmapped,
     clip_tokenizer,
     find_part,
     networks_of,
@@ -224,13 +225,17 @@ class Model:
             dtype = jnp.dtype(dtype)
         except TypeError:
             raise ValueError(f"dtype is {dtype!r}; choose float32, float16 or bfloat16.") from None
+        self.write(path, dtype)
+
+    def write(self, path: str | Path, dtype: DTypeLike | None = None, unmapped: Unmapped | None = None) -> None:
+        """As `save`; without a type weights keep their own, and what a single file had beside them goes along."""
         for leaf in jax.tree.leaves(self.params):
             check_unchanged(leaf)
         named = self.networks.items()
         networks: Any = {self.family.FOLDERS[role]: (config, params) for role, (config, params) in named}
         write_folder(
-            path, networks, self.scheduler, self.tokenizer, self.defaults, dtype, tokenizer_2=self.tokenizer_2,
-            about=self.about,
+            path, networks, self.scheduler, self.tokenizer, self.defaults, dtype, unmapped, self.tokenizer_2,
+            self.about,
         )  # fmt: skip
 
     @property
@@ -312,7 +317,7 @@ def _read_file(path: Path, options: FileOptions) -> Model:
     family = family_of(set(file.places)) or StableDiffusion
     if missing := [name for name in family.FOLDERS.values() if name not in file.places]:
         raise ValueError(f"{path} is {file.seems}; a model to draw with has a {' and a '.join(missing)}, too.")
-    tokenizer = file_tokenizer(file, options.tokenizer)
+    tokenizers = file_tokenizers(file, options.tokenizer)
     file.warn_of_unknown()
     networks = {}
     for role, name in family.FOLDERS.items():
@@ -321,22 +326,27 @@ def _read_file(path: Path, options: FileOptions) -> Model:
     return Model(
         networks=networks,
         scheduler=file.scheduler,
-        tokenizer=tokenizer,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1] if tokenizers[1:] else None,
+        zero_empty=file.zero_empty,
         family=family,
         defaults=file.defaults,
         name=path.resolve().name,
     )
 
 
-def file_tokenizer(file: SingleFile, path: Path | None) -> Tokenizer:
-    """The tokenizer of a model in a single file: CLIP's, or that of a folder, its own or another model's.
+def file_tokenizers(file: SingleFile, path: Path | None) -> tuple[Tokenizer, ...]:
+    """The text encoders' tokenizers of a model in a single file: CLIP's, or that of a folder, its own or another's.
 
     Raises:
         ValueError: where `path` is no such folder; where it is None and the vocabulary is not CLIP's.
     """
     folder = clip_tokenizer(file) if path is None else find_part(path, "tokenizer")
-    length = file.config("text_encoder").max_position_embeddings
-    return Tokenizer.load(folder, declared_length(folder, length)).padded_with(file.pad_id)
+    lengths = {name: file.config(name).max_position_embeddings for name in file.pads}
+    return tuple(
+        Tokenizer.load(folder, declared_length(folder, lengths[name])).padded_with(pad)
+        for name, pad in file.pads.items()
+    )
 
 
 def check_network(name: str, config: NetworkConfig, params: Params, where: str | Path) -> Params:

@@ -7,7 +7,8 @@ import logging
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -76,25 +77,35 @@ class Tokenizer:
         named: dict[str, Any] = dict.fromkeys(NAMED, EOS) | {"bos_token": BOS} | _given(config)
         added: dict[int, AddedToken] = {}
         if "added_tokens_decoder" in config:  # it is complete: transformers reads nothing else beside it
-            added = {int(i): _added(folder, token) for i, token in dict(config["added_tokens_decoder"]).items()}
+            listed = config["added_tokens_decoder"]
+            if not isinstance(listed, dict) or not all(i.isdecimal() and i.isascii() for i in listed):
+                raise ValueError(f"{folder}: added_tokens_decoder in tokenizer_config.json must be tokens by number.")
+            added = {int(i): _added(folder, token) for i, token in listed.items()}
         else:
             named |= _given(named_in_map)
-        extra = [_added(folder, token) for token in named.pop("extra", [])]
+        extra = [_added(folder, token) for token in _tokens(folder, named.pop("extra", []))]
         tokens = {name: _added(folder, token) for name, token in named.items()}
         if "added_tokens_decoder" not in config:
             # transformers does not count the map's additional_special_tokens here.
             known = _given(config).get("extra", []) if "extra_special_tokens" not in named_in_map else extra
-            special = {token.content for token in (*tokens.values(), *(_added(folder, token) for token in known))}
+            known = [_added(folder, token) for token in _tokens(folder, known)]
+            special = {token.content for token in (*tokens.values(), *known)}
             for content, i in added_in_map.items():
                 added[i] = AddedToken(content, normalized=content not in special, special=content in special)
             added |= {token["id"]: _added(folder, token) for token in in_file}
         by_content = {token.content: token for token in added.values()}
         tokens = {name: by_content.get(token.content, token) for name, token in tokens.items()}
 
-        backend = _backend(vocab, merges, tokens["unk_token"].content)
+        with _named(folder):
+            backend = _backend(vocab, merges, tokens["unk_token"].content)
         for mark in (tokens["bos_token"].content, tokens["eos_token"].content):
             if mark not in vocab and mark not in by_content:
                 raise ValueError(f"{folder}: the tokenizer's vocabulary lacks {mark!r}.")
+        if tokens["unk_token"].content not in vocab and (missing := _missing_bytes(vocab)):
+            raise ValueError(
+                f"{folder}: the tokenizer's vocabulary lacks {missing[0]!r} and {len(missing) - 1} other bytes, and "
+                f"{tokens['unk_token'].content!r} for what it lacks."
+            )
         backend.add_tokens([added[i] for i in sorted(added)])
         backend.add_special_tokens([*tokens.values(), *(token for token in extra if token.content not in by_content)])
         moved = {token.content: (i, backend.token_to_id(token.content)) for i, token in added.items()}
@@ -106,7 +117,8 @@ class Tokenizer:
                 ", ".join(f"{content!r} is {found}, not {i}" for content, (i, found) in moved.items()),
             )
         pad, bos, eos = (tokens[f"{name}_token"].content for name in ("pad", "bos", "eos"))
-        return cls(backend, max_length, pad, bos, eos)
+        with _named(folder):
+            return cls(backend, max_length, pad, bos, eos)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, max_length: int = 77) -> "Tokenizer":
@@ -260,6 +272,15 @@ class Tokenizer:
         return text[starts[0] :] if starts else None
 
 
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Errors inside name the folder that they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -305,15 +326,23 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     """The special tokens of a file, by name; `extra` has those without one."""
     found = {name: values[name] for name in (*NAMED, "sep_token", "cls_token", "mask_token") if values.get(name)}
     extra = values.get("extra_special_tokens") or values.get("additional_special_tokens")
-    return found | ({"extra": list(extra.values() if isinstance(extra, dict) else extra)} if extra else {})
+    return found | ({"extra": list(extra.values()) if isinstance(extra, dict) else extra} if extra else {})
+
+
+def _tokens(folder: Path, found: Any) -> list[Any]:
+    if not isinstance(found, list):
+        raise ValueError(f"{folder}: extra_special_tokens is {str(found)[:40]!r}; it must be a list of tokens.")
+    return found
 
 
 def _added(folder: Path, token: Any) -> AddedToken:
     """A token from its text or its JSON object."""
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    if isinstance(token, str) and token:
+    content = token.get("content") if isinstance(token, dict) else token
+    whole = isinstance(content, str) and content != "" and content == _clean(content)
+    if whole and content is token:
         return AddedToken(token, special=True, normalized=False)
-    if isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]:
+    if whole:
         return AddedToken(token["content"], **{flag: bool(token[flag]) for flag in flags if flag in token})
     raise ValueError(f"{folder}: {json.dumps(token)} is not a token.")
 
@@ -331,6 +360,8 @@ def _backend(vocab: dict[str, Any], merges: list[tuple[str, str]], unk_token: st
         raise ValueError("The vocabulary must give each token a whole number from 0 on.") from error
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ValueError(f"The vocabulary and the merges do not go together: {error}.") from error
+    if max(vocab.values(), default=0) >= 2**31:
+        raise ValueError(f"The vocabulary has a token number {max(vocab.values())}; they must be below 2^31.")
     backend = tokenizers.Tokenizer(bpe)
     steps: list[Any] = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     backend.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
@@ -370,6 +401,11 @@ def _read_clip_merges(path: Path) -> list[tuple[str, str]]:
 def _alphabet() -> list[str]:
     """A character for each byte, by which byte-level BPE writes texts, in CLIP's order."""
     return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _missing_bytes(vocab: Mapping[str, Any]) -> list[str]:
+    """Those of the bytes, and of the bytes that end a word, that a vocabulary lacks."""
+    return [token for byte in _alphabet() for token in (byte, f"{byte}</w>") if token not in vocab]
 
 
 def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:

@@ -69,7 +69,7 @@ def load(
 
     Args:
         path: a diffusers folder, a run directory of `train.py`, or a `.safetensors` or `.ckpt` file in the original
-            layout of Stable Diffusion 1 or 2; None is the model that comes with the package.
+            layout of Stable Diffusion 1, 2 or XL; None is the model that comes with the package.
         dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
         devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
         adapters: functions of the params by role, which are applied in order before anything is cast or placed. The

@@ -16,7 +16,7 @@ from jaxdiff.io import ldm
 from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch
 from jaxdiff.io.folder import UNET_IGNORED, UNET_ONLY
-from jaxdiff.io.layouts import CLASSES, SD1, SD2, VALUES, NotThere, mirrored, seems_to_be
+from jaxdiff.io.layouts import CLASSES, SD1, SD2, SDXL, VALUES, NotThere, mirrored, seems_to_be
 from jaxdiff.io.weights import listed, open_file, open_weights
 from jaxdiff.types import Params
 
@@ -107,6 +107,7 @@ def _config_of(path: Path, tensors: Mapping[str, np.ndarray]) -> Any:
     """The config by the shapes of diffusers' names."""
     projections = [array.ndim for name, array in tensors.items() if name.endswith("proj_in.weight")]
     layout = SD2 if projections and projections[0] == 2 else SD1
+    layout = SDXL if "add_embedding.linear_1.weight" in tensors else layout
     try:
         values = VALUES[NAME]({name: array.shape for name, array in tensors.items()}, layout)
     except NotThere as missing:

@@ -357,7 +357,8 @@ def clip_tokenizer(file: SingleFile) -> Path:
     Raises:
         ValueError: where the text encoder has another vocabulary.
     """
-    if (tokens := file.config("text_encoder").vocab_size) != _CLIP_TOKENS:
+    name = "text_encoder" if "text_encoder" in file.places else "text_encoder_2"
+    if (tokens := file.config(name).vocab_size) != _CLIP_TOKENS:
         raise ValueError(
             f"{file.path} has a text encoder of {tokens} tokens, where CLIP's has {_CLIP_TOKENS}, and a single file "
             "does not hold its tokenizer; name a folder with vocab.json and merges.txt, or a diffusers folder that "

@@ -9,8 +9,9 @@ follows is the same in both:
     text_model.encoder.layers.7.mlp.fc1 <->  transformer.resblocks.7.mlp.c_fc
 
 The longest start that a table has counts. Numbers run on through LDM's lists, so a table is made for a network's sizes;
-`unet_sizes` and its like find those in the original names. Names are without the file's prefixes. Two things are
-stored otherwise: the autoencoder's attention as convolutions [o i 1 1], and OpenCLIP's queries, keys and values as one.
+`unet_sizes` and its like find those in the original names. Names are without the file's prefixes. Three things are
+stored otherwise: the autoencoder's attention as convolutions [o i 1 1], OpenCLIP's queries, keys and values as one, and
+its projection as [i o].
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,6 +59,7 @@ _OPENCLIP_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+_PROJECTION = "text_projection.weight"
 _STACKED = ("q_proj", "k_proj", "v_proj")  # PyTorch's order in `in_proj_weight` and `in_proj_bias`
 
 
@@ -163,9 +165,9 @@ def vae_sizes(names: Iterable[str]) -> tuple[int, int]:
     return count_items(modules, "encoder.down"), count_items(modules, "encoder.down.0.block")
 
 
-def openclip_table(layers: int) -> Table:
-    """The first so many layers of OpenCLIP's text tower, its embeddings and its last norm."""
-    table = dict(_OPENCLIP)
+def openclip_table(layers: int, projection: bool = False) -> Table:
+    """The first so many layers of OpenCLIP's text tower, its embeddings, its last norm and perhaps its projection."""
+    table = dict(_OPENCLIP) | ({_PROJECTION: "text_projection"} if projection else {})
     for i in range(layers):
         table |= _inside(f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}", _OPENCLIP_LAYER)
     return table
@@ -208,7 +210,7 @@ def to_ldm(tensors: Mapping[str, np.ndarray], table: Table) -> Tensors:
     for name, array in tensors.items():
         if (original := translate(name, table)) is None:
             raise ValueError(f"{name} has no name in the original layout.")
-        found[original] = _as_conv(name, array)
+        found[original] = _as_original(name, array)
     for first in [name for name in found if ".attn.q_proj." in name]:
         module, leaf = first.split(".q_proj.")
         parts = [found.pop(f"{module}.{part}.{leaf}") for part in _STACKED]
@@ -254,8 +256,12 @@ def _of_vae_attention(name: str) -> bool:
 
 
 def _as_linear(name: str, array: np.ndarray) -> np.ndarray:
+    if name == _PROJECTION:
+        return array.T
     return array[:, :, 0, 0] if _of_vae_attention(name) and array.shape[2:] == (1, 1) else array
 
 
-def _as_conv(name: str, array: np.ndarray) -> np.ndarray:
+def _as_original(name: str, array: np.ndarray) -> np.ndarray:
+    if name == _PROJECTION:
+        return array.T
     return array[:, :, None, None] if _of_vae_attention(name) else array

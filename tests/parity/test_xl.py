@@ -1,13 +1,25 @@
 """Stable Diffusion XL and its kin draw what diffusers draws, from the same latents."""
 
+import json
+import math
+
+import jax
 import numpy as np
 import pytest
 import torch
+import tyro
 import xl
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from pairs import TEXTS, nchw
+from safetensors.torch import load_file
 
 import jaxdiff
+from jaxdiff import build
+from jaxdiff.config import UNetConfig
+from jaxdiff.io.convert import leaves, torch_axes, torch_name
+from jaxdiff.io.weights import read_metadata
+from jaxdiff.runtime.cli import exit_code
+from jaxdiff.tools import convert as converting
 
 PROMPTS = [TEXTS[0], "a dog! two green apples"]
 ROUNDED = 0.51
@@ -45,6 +57,15 @@ def picture():
 
 
 SIZE = {"height": 16, "width": 24}
+
+
+def convert(words):
+    return exit_code(lambda: converting.main(tyro.cli(converting.Args, args=list(map(str, words)))))
+
+
+def assert_same_params(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def error(ours, theirs, figures, what):
@@ -122,3 +143,70 @@ def test_base(base, latents, ours, theirs, figures):
     asked = {"num_inference_steps": 4, "guidance_scale": 5.0, "latents": nchw(latents), "output_type": "np"}
     expected = reference(PROMPTS, **asked | SIZE | theirs).images
     assert error(got, expected, figures, f"SDXL, {ours}") <= ROUNDED
+
+
+# As small as the layout of single files allows, which has groups of 32 and heads of 64 channels; and as diffusers does,
+# which looks for the tenth layer, tells text encoders by their widths and takes the projection for one of these.
+FILE_UNET = {"block_out_channels": (64, 128, 128), "attention_head_dim": (1, 2, 2), "norm_num_groups": 32,
+             "sample_size": 128}  # fmt: skip
+FILE_TEXTS = (
+    {"hidden_size": 64, "num_attention_heads": 1},
+    {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 10, "projection_dim": 128},
+)  # fmt: skip
+FILE_VAE = {"block_out_channels": (32, 64), "norm_num_groups": 32, "sample_size": 256}
+
+
+@pytest.mark.parametrize("kind", ["base", "refiner"])
+def test_a_single_file_is_read_by_diffusers_and_here(kind, tmp_path, latents, figures):
+    whole = xl.base if kind == "base" else xl.refiner
+    added = {"projection_class_embeddings_input_dim": 128 + 8 * (6 if kind == "base" else 5)}
+    reference = whole(tmp_path, texts=FILE_TEXTS, vae=FILE_VAE, **FILE_UNET, **added)
+    pipe = jaxdiff.load(tmp_path / "model")
+    assert convert([tmp_path / "model", tmp_path / "one.safetensors"]) == 0
+    again = type(reference).from_single_file(
+        str(tmp_path / "one.safetensors"), config=str(tmp_path / "model"), local_files_only=True, add_watermarker=False
+    )
+    for name in pipe.model.family.FOLDERS.values():
+        theirs, ours = getattr(reference, name).state_dict(), getattr(again, name).state_dict()
+        assert set(theirs) == set(ours)
+        assert [key for key in theirs if not torch.equal(theirs[key], ours[key])] == []
+    said = json.loads(read_metadata(tmp_path / "one.safetensors").get("jaxdiff", "{}"))
+    assert set(said) <= {"text_encoder", "text_encoder_2", "scheduler"}  # token ids, and how steps are spaced
+    own = jaxdiff.load(tmp_path / "one.safetensors", tokenizer=tmp_path / "made_tokenizer")
+    asked = {"steps": 3, "latents": latents}
+    np.testing.assert_array_equal(own(PROMPTS, **asked), pipe(PROMPTS, **asked))
+    assert convert([tmp_path / "one.safetensors", tmp_path / "back", "--tokenizer", tmp_path / "made_tokenizer"]) == 0
+    assert_same_params(jaxdiff.load(tmp_path / "back").model.params, pipe.model.params)
+    assert convert([tmp_path / "back", tmp_path / "two.safetensors"]) == 0
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert set(one) == set(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+XL = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+REFINER = XL | {
+    "block_out_channels": (384, 768, 1536, 1536), "cross_attention_dim": 1280, "transformer_layers_per_block": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (6, 12, 24, 24), "projection_class_embeddings_input_dim": 2560,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "total"), [(XL, 2_567_463_684), (REFINER, None)], ids=["base", "refiner"])
+def test_denoisers_of_the_published_sizes_have_diffusers_names_and_shapes(values, total):
+    with torch.device("meta"):
+        theirs = {name: tuple(t.shape) for name, t in UNet2DConditionModel(**values).state_dict().items()}
+    config = UNetConfig(**values)
+    shapes = build.param_shapes(build.unet(config), config)
+    ours = {
+        torch_name(path): tuple(leaf.shape[axis] for axis in torch_axes(path, len(leaf.shape)))
+        for path, leaf in leaves(shapes)
+    }
+    assert ours == theirs
+    assert total in (None, sum(math.prod(shape) for shape in ours.values()))

@@ -19,9 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from jaxdiff.data.tokens import Tokenizer
 
-WIDTHS = {"text_encoder": 24, "text_encoder_2": 40}
 POOLED = 32
-TEXT_2 = SD1_TEXT | {"hidden_size": WIDTHS["text_encoder_2"], "num_hidden_layers": 4, "projection_dim": POOLED,
+TEXT_2 = SD1_TEXT | {"hidden_size": 40, "num_hidden_layers": 4, "projection_dim": POOLED,
                      "hidden_act": "gelu", "num_attention_heads": 4}  # fmt: skip
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -38,7 +37,7 @@ def spiced(module: Any, seed: int) -> Any:
 
 def unet(in_channels: int = 4, refiner: bool = False, **others: Any) -> UNet2DConditionModel:
     """A denoiser that reads sizes, two levels of it with attention of different depths."""
-    numbers, widths = (5, WIDTHS["text_encoder_2"]) if refiner else (6, sum(WIDTHS.values()))
+    numbers = 5 if refiner else 6
     values = {
         "sample_size": 16,
         "in_channels": in_channels,
@@ -49,7 +48,6 @@ def unet(in_channels: int = 4, refiner: bool = False, **others: Any) -> UNet2DCo
         "transformer_layers_per_block": (1, 1, 2),
         "attention_head_dim": (2, 4, 4),
         "use_linear_projection": True,
-        "cross_attention_dim": widths,
         "norm_num_groups": 8,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -58,26 +56,35 @@ def unet(in_channels: int = 4, refiner: bool = False, **others: Any) -> UNet2DCo
     return spiced(UNet2DConditionModel(**values | others), 3)
 
 
-def parts(folder: Path, scheduler: Any = None, **options: Any) -> dict[str, Any]:
-    """The networks of a pipeline with both text encoders."""
+def parts(
+    folder: Path,
+    scheduler: Any = None,
+    texts: tuple[dict[str, Any], dict[str, Any]] = ({}, {}),
+    vae: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The networks of a pipeline with both text encoders; `texts` and `vae` are further values of their configs."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
     tokenizer = Tokenizer.train(TEXTS * 3, 560, MAX_TOKENS)
     tokenizer.save(folder / "made_tokenizer")
     common = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS, "bos_token_id": tokenizer.bos_id,
               "eos_token_id": 2, "pad_token_id": tokenizer.eos_id}  # fmt: skip
-    text, text_2 = (CLIPTextConfig(**common | one) for one in (SD1_TEXT, TEXT_2))
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, sample_size=32, norm_num_groups=8,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, scaling_factor=0.13025,
-    )  # fmt: skip
+    first, second = (CLIPTextConfig(**common | one | more) for one, more in zip((SD1_TEXT, TEXT_2), texts, strict=True))
+    values = {
+        "block_out_channels": (16, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "sample_size": 32,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "scaling_factor": 0.13025,
+        "norm_num_groups": 8,
+    }  # fmt: skip
+    refines = options.get("refiner", False)
+    width = second.hidden_size if refines else first.hidden_size + second.hidden_size
     return {
-        "vae": without_noise(spiced(vae, 5)),
-        "text_encoder": spiced(CLIPTextModel(text), 6),
-        "text_encoder_2": spiced(CLIPTextModelWithProjection(text_2), 7),
+        "vae": without_noise(spiced(AutoencoderKL(**values | (vae or {})), 5)),
+        "text_encoder": spiced(CLIPTextModel(first), 6),
+        "text_encoder_2": spiced(CLIPTextModelWithProjection(second), 7),
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "made_tokenizer"),
         "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "made_tokenizer", pad_token="!"),
-        "unet": unet(**options),
+        "unet": unet(**{"cross_attention_dim": width} | options),
         "scheduler": scheduler or EulerDiscreteScheduler(**SCHEDULE),
     }
 
@@ -91,14 +98,15 @@ def without_noise(vae: Any) -> Any:
     return vae
 
 
-def base(folder: Path) -> Any:
-    """Stable Diffusion XL."""
-    return saved(StableDiffusionXLPipeline(**parts(folder), add_watermarker=False), folder)
+def base(folder: Path, **values: Any) -> Any:
+    """Stable Diffusion XL; the others are further values of its networks' configs."""
+    networks = parts(folder, **values)
+    return saved(StableDiffusionXLPipeline(**networks, add_watermarker=False), folder)
 
 
-def refiner(folder: Path) -> Any:
-    """The refiner."""
-    networks = parts(folder, refiner=True) | {"text_encoder": None, "tokenizer": None}
+def refiner(folder: Path, **values: Any) -> Any:
+    """The refiner; the others are further values of its networks' configs."""
+    networks = parts(folder, refiner=True, **values) | {"text_encoder": None, "tokenizer": None}
     pipe = StableDiffusionXLImg2ImgPipeline(
         **networks, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False
     )
