@@ -34,6 +34,8 @@ from jaxdiff.io.folder import (
 )
 from jaxdiff.io.lora import LoRA, merge_loras
 from jaxdiff.io.mapped import check_unchanged
+from jaxdiff.io.preview import NAME as TINY
+from jaxdiff.io.preview import TinyVAE, read_tiny_vae
 from jaxdiff.io.scheduler import read_sampler, read_scheduler
 from jaxdiff.io.single_file import SingleFile, is_single, open_single
 from jaxdiff.io.weights import check_params
@@ -88,6 +90,8 @@ class Model:
 
     controls: tuple[ControlNet, ...] = ()
     """Networks that images steer the denoiser by."""
+    preview: TinyVAE | None = None
+    """A tiny autoencoder for previews."""
     tokenizer_2: Tokenizer | None = None
     """The second text encoder's."""
     zero_empty: bool = False
@@ -182,7 +186,9 @@ class Model:
             if words:
                 numbers = np.array([i for word in words for i in tokenizer.words[word]])
                 params = with_rows(params, numbers, np.concatenate([vectors[folder] for vectors in words.values()]))
-            networks[role] = Network(replace(config, vocab_size=max(config.vocab_size, len(tokenizer))), params)
+            # Where the config says which the end token is, it is no more the one with the largest number.
+            config = replace(config, vocab_size=max(config.vocab_size, len(tokenizer)), eos_token_id=tokenizer.eos_id)
+            networks[role] = Network(config, params)
             tokenizers.append(tokenizer)
         changed = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
         return replace(self, networks=networks, **changed, embeddings=(*self.embeddings, *wanted))
@@ -209,6 +215,19 @@ class Model:
                 control._replace(params=check_network(control.name, control.config, control.params, control.path))
             )
         return replace(self, controls=(*self.controls, *found))
+
+    def with_preview(self, path: str | Path) -> "Model":
+        """The same model with a tiny autoencoder beside it, the folder of a TAESD, which is not saved with it.
+
+        Raises:
+            ValueError: where it is damaged or for another model.
+        """
+        tiny = read_tiny_vae(path)
+        try:
+            self.modules().preview_net(tiny.config)
+        except ValueError as error:
+            raise ValueError(f"{tiny.path}: {error}") from error
+        return replace(self, preview=tiny._replace(params=check_network(TINY, tiny.config, tiny.params, tiny.path)))
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
         """Writes a folder that `load` and diffusers read.

@@ -11,6 +11,7 @@ from jaxdiff.config.networks import (
     ControlNetConfig,
     SchedulerConfig,
     T2IAdapterConfig,
+    TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "OptimConfig",
     "SchedulerConfig",
     "T2IAdapterConfig",
+    "TinyVAEConfig",
     "TrainConfig",
     "UNetConfig",
     "VAEConfig",

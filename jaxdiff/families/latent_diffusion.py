@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, ControlNetConfig, T2IAdapterConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, T2IAdapterConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from jaxdiff.models.controlnet import ControlNetModel, embed, times
 from jaxdiff.models.t2i_adapter import T2IAdapter
+from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import Added, UNet2DConditionModel, perturbed, prompt_keys, structured
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.types import Conditioning, Params, Tokens
@@ -319,6 +320,22 @@ class LatentDiffusion:
         told = self._told(conditioning)
         added: Any = net.apply(variables, x, t, conditioning.context, features=features, **told)
         return times(added, scale, guess and not net.pools)
+
+    # Previews ---------------------------------------------------------------------------------------------------------
+
+    def preview_net(self, config: TinyVAEConfig, dtype: DTypeLike = jnp.float32) -> AutoencoderTiny:
+        """The module of a tiny autoencoder, whose latents are the model's.
+
+        Raises:
+            ValueError: where they are not.
+        """
+        theirs, own = (config.latent_channels, config.factor), (self.latent_channels, self.factor)
+        if theirs != own:
+            raise ValueError(
+                f"It is for another model: its latents have {theirs[0]} channels and {theirs[1]} pixels to a side, and "
+                f"this model's {own[0]} and {own[1]}."
+            )
+        return build.tiny_vae(config, dtype)
 
     # Autoencoder ------------------------------------------------------------------------------------------------------
 

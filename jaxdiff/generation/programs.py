@@ -217,6 +217,13 @@ def decode(params: Params, latents: Float[Array, "b h w c"], *, program: Program
     return in_slices(one, latents)
 
 
+@partial(Compiled, static_argnames="net")
+def decode_preview(params: Params, latents: Float[Array, "b h w c"], *, net: Any) -> UInt8[Array, "b h2 w2 3"]:
+    """Images of latents at unit variance by a tiny autoencoder."""
+    image = net.apply({"params": params}, latents, method="decode")
+    return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
 def mapped_axes(inputs: Inputs) -> Inputs:
     """The axes for `vmap`: all but `layout_above`, which is the same for all images."""
     axes = jax.tree.map(lambda _: 0, inputs._replace(layout_above=None))

@@ -51,6 +51,7 @@ class Conv3x3(nn.Module):
     stride: int = 1
     padding: int | Padding = 1
     dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 {self.channels}"]:
@@ -62,6 +63,8 @@ class Conv3x3(nn.Module):
             y: Any = conv3x3(*at_width(x, kernel, self.dtype), stride=self.stride, padding=padding)
         else:
             y = _prepared(x.astype(self.dtype), transformed, padding)
+        if not self.use_bias:
+            return y
         return add(y, self.param("bias", nn.initializers.zeros_init(), (self.channels,)))
 
 
