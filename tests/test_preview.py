@@ -38,7 +38,7 @@ def test_previews_have_the_results_size_and_compile_once(tmp_path):
     count = decode_preview.count
     assert (pipe.preview(-latents) != image).any()
     assert decode_preview.count == count
-    with pytest.raises(ValueError, match="it must be .b, h, w, 4"):
+    with pytest.raises(ValueError, match=r"it must be \[b, h, w, 4\]"):
         pipe.preview(latents[..., :3])
 
 

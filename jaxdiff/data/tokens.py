@@ -339,11 +339,10 @@ def _added(folder: Path, token: Any) -> AddedToken:
     """A token from its text or its JSON object."""
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     content = token.get("content") if isinstance(token, dict) else token
-    whole = isinstance(content, str) and content != "" and content == _clean(content)
-    if whole and content is token:
-        return AddedToken(token, special=True, normalized=False)
-    if whole:
-        return AddedToken(token["content"], **{flag: bool(token[flag]) for flag in flags if flag in token})
+    if isinstance(content, str) and content and content == _clean(content):
+        if not isinstance(token, dict):
+            return AddedToken(content, special=True, normalized=False)
+        return AddedToken(content, **{flag: bool(token[flag]) for flag in flags if flag in token})
     raise ValueError(f"{folder}: {json.dumps(token)} is not a token.")
 
 

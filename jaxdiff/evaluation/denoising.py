@@ -114,7 +114,7 @@ def denoising_errors(
     Raises:
         ValueError: where the model's denoiser takes more than a noisy latent.
     """
-    if pipe.networks.inpaints or pipe.networks.numbers((1, 1), (1, 1), (0, 0), 0.0, 1.0) is not None:
+    if pipe.networks.beside or pipe.networks.numbers((1, 1), (1, 1), (0, 0), 0.0, 1.0) is not None:
         raise ValueError("The denoiser takes more than noisy latents and prompts, such as a mask or sizes; this "
                          "measures those that take no more.")  # fmt: skip
     check_count("batch", batch)

@@ -6,7 +6,7 @@ the denoiser is called. Another family is another module with the same methods.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.types import Conditioning, Params, Tokens
 
 Size = tuple[int, int]
+Beside = Literal["mask", "image", "depth"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class LatentDiffusion:
     latent_scale: float
     """A latent times this has unit variance."""
     in_channels: int
-    """Channels that the denoiser takes; an inpainting model's are a latent, a mask and a masked image's latent."""
+    """Channels that the denoiser takes: a latent's, and what it reads beside it; see `beside`."""
 
     FOLDERS: ClassVar[Mapping[str, str]]
     """Each role's folder in a diffusers model folder."""
@@ -60,10 +61,11 @@ class LatentDiffusion:
         assert isinstance(vae, VAEConfig)
         texts: list[CLIPTextConfig] = [configs[role] for role in cls.TEXT_ENCODERS]
         latent = vae.latent_channels
-        if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1):
+        if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1, 2 * latent, latent + 1):
             raise ValueError(
                 f"The denoiser takes {unet.in_channels} channels and gives {unet.out_channels}, and the autoencoder's "
-                f"latents have {latent}; it must give {latent}, and take {latent}, or {2 * latent + 1} for inpainting."
+                f"latents have {latent}; it must give {latent}, and take {latent}, or {2 * latent + 1} for inpainting, "
+                f"{2 * latent} to edit images, {latent + 1} with a depth map."
             )
         widths = [text.hidden_size for text in texts]
         if unet.cross_attention_dim != sum(widths):
@@ -124,9 +126,12 @@ class LatentDiffusion:
         raise NotImplementedError
 
     @property
-    def inpaints(self) -> bool:
-        """Whether the denoiser takes a mask and the masked image's latent beside the noisy latent."""
-        return self.in_channels > self.latent_channels
+    def beside(self) -> Beside | None:
+        """What the denoiser takes beside the noisy latent: a mask and the masked image's latent (9 channels), the
+        latent of the image that it edits (8 channels), or a depth map (5 channels)."""
+        more, latent = self.in_channels - self.latent_channels, self.latent_channels
+        kinds: dict[int, Beside] = {latent + 1: "mask", latent: "image", 1: "depth"}
+        return kinds.get(more)
 
     @property
     def embeds_guidance(self) -> bool:

@@ -2,10 +2,11 @@
 
     rows          the denoiser on one row for each guess that guidance reads
     controlled    what control networks add to its features
-    beside        maps beside the latent: an inpainting model's mask and masked image, features of control images
+    beside        maps beside the latent: a mask, an image or a depth map that the model reads, features of control
+                  images
     tiled         overlapping tiles of a large image
     make_denoiser from the network's output to a guess of x_0
-    guided        one guess from several: classifier-free guidance, prompt parts, PAG, APG, rescaling
+    guided        one guess from several: classifier-free guidance, prompt parts, PAG, APG, rescaling, edited images
     within        guidance in an interval of noise levels
     beside_source the source image drawn along, for its layout
     inpainted     the known part of the image
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.denoiser import NetworkFn, make_denoiser, sigma_to_t
-from jaxdiff.diffusion.guidance import Guidance, guided, within
+from jaxdiff.diffusion.guidance import Guidance, guided, guided_by_image, within
 from jaxdiff.diffusion.inpaint import inpainted
 from jaxdiff.diffusion.prediction import PREDICTIONS
 from jaxdiff.diffusion.schedule import make_schedule
@@ -52,7 +53,8 @@ class Inputs(NamedTuple):
     noise: Float[AnyArray, "*b h w c"] | None = None
     """The noise of the part that is kept."""
     extra: Float[AnyArray, "*b h w d"] | None = None
-    """An inpainting model's further channels: the mask and the masked image's latent."""
+    """Further channels of models that read more: a mask and the masked image's latent, an image's latent, a depth
+    map."""
     step_noise: Float[AnyArray, "*b n h w c"] | None = None
     """The noise of each step, in place of the key's."""
     layout_above: Float[AnyArray, ""] | None = None
@@ -96,7 +98,8 @@ class Steering(NamedTuple):
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 # The denoiser is called once for all guesses that guidance reads, a row for each: the negative prompt's, those of the
-# prompt's parts, where attention is perturbed those of the parts once more, and the source's.
+# prompt's parts, where attention is perturbed those of the parts once more, the source's, and where an image is edited
+# the negative prompt's without it.
 ALL = slice(None)
 PROMPT = slice(1, 2)
 """The row of a prompt of one part."""
@@ -106,7 +109,13 @@ def prompt_of_row(inputs: Inputs, guidance: Guidance | None) -> list[int]:
     """Which of the prompts each row reads."""
     parts = range(1, 1 + inputs.weights.shape[-4])
     source = [] if inputs.layout_above is None else [1 + len(parts)]
-    return [0, *parts, *(parts if guidance is not None and guidance.pag_scale is not None else []), *source]
+    perturbed = parts if guidance is not None and guidance.pag_scale is not None else []
+    return [0, *parts, *perturbed, *source, *([0] if reads_no_image(guidance) else [])]
+
+
+def reads_no_image(guidance: Guidance | None) -> bool:
+    """Whether there is a last row, of the negative prompt without the image that is edited."""
+    return guidance is not None and guidance.image_guidance is not None
 
 
 def is_one_row(inputs: Inputs, guidance: Guidance) -> bool:
@@ -184,7 +193,11 @@ class Rows:
             return self.family.predict(self.params, x_in, times, conditioning, prepared, edits, deep, only_deep, added)
 
         tiles = network if self.tile is None else tiled(network, self.tile)
-        maps = [*([] if self.inputs.extra is None else [jnp.asarray(self.inputs.extra)]), *beside_x]
+        maps = [jnp.broadcast_to(hint, (n, *hint.shape)) for hint in beside_x]
+        if self.inputs.extra is not None:
+            numbers = np.arange(len(self.prompts))[rows]
+            shown = (numbers < len(self.prompts) - reads_no_image(self.guidance)).astype(np.float32)
+            maps = [jnp.asarray(shown)[:, None, None, None] * jnp.asarray(self.inputs.extra)[None], *maps]
         return beside(tiles, jnp.concatenate(maps, axis=-1)) if maps else tiles
 
     def _control(
@@ -237,11 +250,11 @@ def at_levels(fn: Callable[[], Any], sigma: Sigma, control: Control) -> Any:
     return jax.lax.cond((control.low < sigma) & (sigma <= control.high), fn, lambda: zeros)  # pyright: ignore
 
 
-def beside(network_fn: NetworkFn, maps: Float[AnyArray, "h w d"]) -> NetworkFn:
-    """The network that reads further channels beside the latent's, which are the same for all rows."""
+def beside(network_fn: NetworkFn, maps: Float[AnyArray, "n h w d"]) -> NetworkFn:
+    """The network that reads further channels beside the latent's."""
 
     def network(x_in: Float[Array, "n h w c"], t: Float[Array, ""]) -> Array:
-        return network_fn(jnp.concatenate([x_in, jnp.broadcast_to(maps, (len(x_in), *maps.shape))], axis=-1), t)
+        return network_fn(jnp.concatenate([x_in, maps], axis=-1), t)
 
     return network
 
@@ -268,7 +281,10 @@ def image_denoiser(rows: Rows) -> DenoiseFn:
         x_0 = rows.guesses(x, sigma, PROMPT)[0]
         return (x_0, *memory) if memory else x_0
 
-    denoise_fn = combine(rows.guesses) if inputs.layout_above is None else beside_source(rows.guesses, combine)
+    if reads_no_image(guidance):
+        denoise_fn = guided_by_image(rows.guesses, combine, guidance)
+    else:
+        denoise_fn = combine(rows.guesses) if inputs.layout_above is None else beside_source(rows.guesses, combine)
     if guidance.low is not None and is_one_row(inputs, guidance):  # further rows are needed at every level
         denoise_fn = within(denoise_fn, prompt_alone, guidance)
     if inputs.mask is not None:

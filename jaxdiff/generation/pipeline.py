@@ -631,7 +631,7 @@ def _depth(value: Any) -> int:
 
 def _one_each(name: str, value: Any, b: int) -> list[Any]:
     """A field's value for each of b images: one for all, or one each."""
-    single = {"image": 3, "control_image": 3, "mask": 2, "latents": 3}.get(name, 0)
+    single = {"image": 3, "control_image": 3, "mask": 2, "depth": 2, "latents": 3}.get(name, 0)
     depth = _depth(value)
     if name == "control_image" and isinstance(value, tuple):  # one for each network
         return [value] * b

@@ -202,7 +202,7 @@ def _down_values(shapes: Shapes, layout: Layout) -> dict[str, Any]:
     depths = tuple(ldm.count_items(shapes, f"{block}.attentions.0.transformer_blocks") for block in deep)
     split = layout.head_channels
     added = {}
-    if layout.numbers is not None:
+    if "add_embedding.linear_1.weight" in shapes:
         features = _size(shapes, "add_embedding.linear_1.weight", 1)
         added = {
             "addition_embed_type": "text_time",
