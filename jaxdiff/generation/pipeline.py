@@ -31,7 +31,7 @@ from jaxdiff.model import Adapter, FileOptions, Model, check_dtype, merge_adapte
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.memory import free_bytes, memory_bytes, resident_bytes, temporaries
 from jaxdiff.runtime.mesh import make_mesh, on, spread
-from jaxdiff.runtime.programs import enable_compilation_cache, give_back_memory, kept
+from jaxdiff.runtime.programs import begin, enable_compilation_cache, give_back_memory, kept
 from jaxdiff.sampling.loop import State
 from jaxdiff.sampling.samplers import BUILT_IN, SAMPLERS, count_steps, make_sigmas
 from jaxdiff.types import DenoiseFn, Params
@@ -213,6 +213,8 @@ class Pipeline:
             raise ValueError(f"requests is {shown(requests)}; give a list of one Request or more.")
         drawing = make_drawing(singles(requests), self.info)
         program = self.program(drawing.settings)
+        if self._mesh is None:
+            self._decoder(jax.ShapeDtypeStruct((len(drawing.requests), *drawing.shape), jnp.float32), begin)
         inputs, state, keys = make_inputs(drawing, self.model.tokenizer, self.params, program)
         state = state._replace(memory=drawing.guidance.memory(jnp.zeros((len(drawing.requests), *drawing.shape))))
         state = self._denoise(drawing, program, inputs, state, keys, progress, on_step)
@@ -416,10 +418,10 @@ class Pipeline:
             run = self._decoder(placed)
             return np.asarray(run(self.params["vae"], placed))
 
-    def _decoder(self, latents: Any) -> Callable[[Params, Array], Array]:
-        """The decoder's program for latents, or for their shape."""
+    def _decoder(self, latents: Any, get: Callable[..., Any] = kept) -> Callable[[Params, Array], Array]:
+        """The decoder's program for latents, or for their shape; or it is begun (`get` is `begin`)."""
         program = Program(self.networks, self.model.scheduler)
-        return kept(decode, self._like("vae"), latents, program=program)
+        return get(decode, self._like("vae"), latents, program=program)
 
     def _like(self, role: str) -> Params:
         """What a network's programs are compiled for: shapes, which take no memory; on a mesh, its params."""

@@ -28,7 +28,7 @@ def recomputed(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @jax.jit
     def pull(args: tuple[Array, ...], d: Any) -> Any:
-        # Without the barrier the compiler would see that all this has been computed before, and keep it; or do it early.
+        # Without the barrier the compiler sees that all this has been computed before, and keeps it, or does it early.
         args, d = jax.lax.optimization_barrier((args, d))
         return jax.vjp(f, *args)[1](d)
 
@@ -115,7 +115,7 @@ def _group_norm(groups: int, eps: float, dtype: Any, activation: str | None) -> 
 
 
 class LayerNorm(nn.Module):
-    """Normalises each token over its features; statistics in float32. Parameters are those of `flax.linen.LayerNorm`."""
+    """Normalises each token over its features, with statistics in float32. Parameters are `flax.linen.LayerNorm`'s."""
 
     eps: float = 1e-5
     dtype: DTypeLike = jnp.float32

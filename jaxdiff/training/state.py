@@ -282,7 +282,9 @@ def make_step(
 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
-    def either(first: Array, one: Callable[..., TrainState], other: Callable[..., TrainState], *args: Any) -> TrainState:
+    def either(
+        first: Array, one: Callable[..., TrainState], other: Callable[..., TrainState], *args: Any
+    ) -> TrainState:
         # On a CPU, a choice between two values of every leaf has the old ones copied first: of 37 M parameters, 600 MB
         # and a tenth of the step's time. A branch works in place; but a GPU's host would wait for what it depends on.
         if on_cpu:
