@@ -20,8 +20,9 @@ from jaxdiff.generation.batch.groups import Job, jobs_of
 from jaxdiff.generation.batch.store import Store, fingerprint
 from jaxdiff.generation.conditioning import PromptWarning, filled
 from jaxdiff.generation.pipeline import Pipeline
-from jaxdiff.generation.request import RENAMED, Region, Request, current_name
+from jaxdiff.generation.request import PICTURES, RENAMED, Region, Request, current_name
 from jaxdiff.generation.weights import Memory, check_memory
+from jaxdiff.io.embeddings import Embedding
 from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_image
 from jaxdiff.io.lora import LoRA
 from jaxdiff.model import DTYPES, FileOptions
@@ -68,6 +69,16 @@ def lora(text: str) -> LoRA:
     return LoRA.of(text if number is None else (path, number))
 
 
+def embedding(text: str) -> Embedding:
+    """`learned_embeds.bin:<my-cat>` -> an embedding; without a word, it is the file's own.
+
+    Raises:
+        ValueError: where the word cannot be written in a prompt.
+    """
+    path, colon, word = text.rpartition(":")
+    return Embedding.of(text if not colon or Path(text).exists() else (path, word))
+
+
 def _spelled(kind: type, metavar: str, read: Callable[[str], Any], write: Callable[[Any], str]) -> Any:
     """How tyro reads a value of this type from one word, and shows it."""
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -80,6 +91,10 @@ def _spelled(kind: type, metavar: str, read: Callable[[str], Any], write: Callab
 
 
 LoRAFlag = Annotated[LoRA, _spelled(LoRA, "FILE[:STRENGTH]", lora, lambda one: f"{one.path}:{one.strength}")]
+EmbeddingFlag = Annotated[
+    Embedding,
+    _spelled(Embedding, "FILE[:TOKEN]", embedding, lambda one: f"{one.path}:{one.word}" if one.word else str(one.path)),
+]
 RegionFlag = Annotated[
     Region,
     _spelled(Region, "L,T,R,B:PROMPT", region, lambda one: f"{','.join(map(repr, one.box))}:{one.prompt}"),
@@ -98,14 +113,22 @@ class Flags(Request):
     """An image to start from; it is made to fit the model, or the size."""
     mask: str | None = None
     """An image of the image's size, whose white is drawn anew; what is black is kept exactly."""
+    control_image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """An image that the result follows, by the network of --control; give it again for each further network."""
+    control_scale: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
+    """How strongly it is followed: 0 is not at all, 1 (the default) as it was trained; once for all, or once for each
+    network."""
+    control_start: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
+    """The share of the steps before which it is not followed; by default 0."""
+    control_end: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
+    """The share of the steps after which it is not followed any more; by default 1."""
     regions: Annotated[tuple[RegionFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="region")] = ()
     """A prompt for a part of the image: left, top, right and bottom in shares of the sides."""
 
     def given(self) -> dict[str, Any]:
         """The fields that differ from their defaults, but for the seed, which is that of the first image of all."""
         given = super().given()
-        given.pop("seed", None)
-        return given
+        return {name: value for name, value in given.items() if name != "seed" and value != ()}
 
 
 @dataclass(frozen=True)
@@ -125,9 +148,16 @@ class Args:
     model: Path | None = None
     """A diffusers folder, a run directory or a single file; without it, the model that comes with the package."""
     file: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
+    refiner: Path | None = None
+    """A model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner."""
     loras: Annotated[tuple[LoRAFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora")] = ()
     """A LoRA or one of its kin (LoCon, LoHa, LoKr, DoRA, IA3), and how strongly: 0 is not at all, 1 as trained. Give it
     again for more of them."""
+    embeddings: Annotated[tuple[EmbeddingFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="embedding")] = ()
+    """A textual inversion, and what its word is called in prompts; without TOKEN, it is the file's own. Give it again
+    for more of them."""
+    controls: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="control")] = ()
+    """A ControlNet, a folder or a file, for --control-image. Give it again for more of them."""
     out: Path = Path("samples")
     """The folder for the images."""
     request: Annotated[Flags, tyro.conf.arg(name="")] = field(default_factory=Flags)
@@ -180,7 +210,9 @@ def main(args: Args) -> int:
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
     devices = jax.local_devices()
     several = devices if min(len(devices), n) > 1 else None
-    pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, loras=args.loras, **vars(args.file))
+    more: dict[str, Any] = {"loras": args.loras, "embeddings": args.embeddings, "refiner": args.refiner}
+    more |= {"controls": args.controls}
+    pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **more, **vars(args.file))
     if args.like is not None:
         check_like(args, pipe)
     if args.from_file is not None:
@@ -201,10 +233,10 @@ def read_lines(args: Args) -> Iterator[Line]:
         raise ValueError("--frames needs a second image to go to; give --to-prompt or --to-seed.")
     if args.frames is not None and args.trajectory:
         raise ValueError("--frames and --trajectory both make a GIF; give only one of them.")
-    for name, path in {"--image": flags.image, "--mask": flags.mask}.items():
-        if path is not None and not Path(path).is_file():
-            found = "that is a folder" if Path(path).is_dir() else "there is no such file"
-            raise ValueError(f"{name} is {path!r}, and {found}.")
+    for name, path in flags.pictures():
+        if not Path(str(path)).is_file():
+            found = "that is a folder" if Path(str(path)).is_dir() else "there is no such file"
+            raise ValueError(f"--{name.replace('_', '-')} is {path!r}, and {found}.")
     if args.from_file is None:
         if not args.prompts:
             raise ValueError('No prompt was given; try: python sample.py "a red apple".')
@@ -259,8 +291,14 @@ def draw_file(args: Args, pipe: Pipeline, wanted: list[Job], part: int, parts: i
     batch: dict[str, Any] = {"requests": fingerprint(wanted), "model": pipe.name, "dtype": pipe.dtype}
     if args.memory != "normal":
         batch["memory"] = args.memory
+    if pipe.refiner is not None:
+        batch["refiner"] = pipe.refiner.name
     if args.loras:
         batch["loras"] = [[str(one.path), one.strength] for one in args.loras]
+    if args.controls:
+        batch["controls"] = list(map(str, args.controls))
+    if args.embeddings:
+        batch["embeddings"] = [[str(one.path), one.word] for one in args.embeddings]
     bad: set[int] = set()
 
     def refuse(job: Job, error: ValueError) -> None:
@@ -305,7 +343,8 @@ def like(path: Path) -> Args:
         memory = check_memory(carried.get("memory", "normal"))
         if (dtype := carried.get("dtype")) not in (None, *DTYPES):
             raise ValueError(f"dtype is {dtype!r}.")
-        loras = carried_loras(carried)
+        loras, embeddings = carried_loras(carried), carried_embeddings(carried)
+        controls = carried_controls(carried)
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: {error}") from error
     return Args(
@@ -314,6 +353,8 @@ def like(path: Path) -> Args:
         dtype=dtype,
         memory=memory,
         loras=loras,
+        embeddings=embeddings,
+        controls=controls,
         request=Flags(**{**vars(request), "prompt": ""}),
     )
 
@@ -330,15 +371,45 @@ def carried_loras(carried: Mapping[str, Any]) -> tuple[LoRA, ...]:
     raise ValueError("its loras are no list of files and strengths.")
 
 
+def carried_embeddings(carried: Mapping[str, Any]) -> tuple[Embedding, ...]:
+    """The textual inversions that an image was drawn with, by its settings.
+
+    Raises:
+        ValueError: where these make no sense.
+    """
+    match carried.get("embeddings", []):
+        case list(embeddings) if all(isinstance(one, dict) for one in embeddings):
+            return tuple(Embedding.of((one.get("file"), one.get("word"))) for one in embeddings)
+    raise ValueError("its embeddings are no list of files and words.")
+
+
+def carried_controls(carried: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The control networks that an image was drawn with, by its settings.
+
+    Raises:
+        ValueError: where these make no sense.
+    """
+    match carried.get("controls", []):
+        case list(controls) if all(isinstance(one, str) for one in controls):
+            return tuple(map(Path, controls))
+    raise ValueError("its controls are no list of files.")
+
+
 def check_like(args: Args, pipe: Pipeline) -> None:
     """Checks that the model is the image's; warns where an image that it was made from has changed."""
     assert args.like is not None
     carried = read_settings(args.like) or {}
     if args.model is None and carried.get("model") != pipe.name:
         raise ValueError(f"{args.like} was drawn by the model {carried.get('model')!r}; give its folder by --model.")
-    for name, path in {"image": args.request.image, "mask": args.request.mask}.items():
+    refiner = None if pipe.refiner is None else pipe.refiner.name
+    if args.refiner is None and carried.get("refiner") != refiner:
+        raise ValueError(
+            f"{args.like} was drawn with the refiner {carried['refiner']!r}; give its folder by --refiner."
+        )
+    was = dict(Request.of({name: carried[name] for name in (*PICTURES, "prompt") if name in carried}).pictures())
+    for name, path in args.request.pictures():
         known = carried.get(f"{name}_sha256")
-        if path is not None and path == carried.get(name) and known is not None and known != sha256(path):
+        if path == was.get(name) and known is not None and known != sha256(str(path)):
             print(f"warning: {path} has changed since {args.like} was drawn from it.", file=sys.stderr)
 
 

@@ -425,7 +425,7 @@ def sample_requests(config: TrainConfig, vae: VAEConfig, tokenizer: Tokenizer, c
     requests = pipe.requests(prompts, seed=0, **fields)
     try:
         drawing = make_drawing(requests, pipe.info)
-        encoded(requests, tokenizer, drawing.steps)
+        encoded(requests, [tokenizer], drawing.steps)
     except ValueError as error:
         raise ValueError(f"The samples of an evaluation could not be drawn: {error}") from error
     return requests

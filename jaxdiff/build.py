@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
-from jaxdiff.models.clip import CLIPTextModel
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
+from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from jaxdiff.models.controlnet import ControlNetModel
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.nn.layers import Remat
@@ -19,12 +20,26 @@ NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
 
 def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> UNet2DConditionModel:
     """The denoising network; `remat` says what the backward pass computes again (`jaxdiff.nn.layers.remat`)."""
+    return UNet2DConditionModel(**_unet_fields(config, dtype, remat))
+
+
+def controlnet(config: ControlNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> ControlNetModel:
+    """What adds to a denoising network's features."""
+    return ControlNetModel(
+        **_unet_fields(config, dtype, remat),
+        hidden=config.conditioning_embedding_out_channels,
+        pools=config.global_pool_conditions,
+        bgr=config.controlnet_conditioning_channel_order == "bgr",
+    )
+
+
+def _unet_fields(config: UNetConfig, dtype: DTypeLike, remat: Remat) -> dict[str, Any]:
     depths = config.per_level("transformer_layers_per_block")
 
     def masked(blocks: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(depth if block.startswith("CrossAttn") else 0 for depth, block in zip(depths, blocks, strict=True))
 
-    return UNet2DConditionModel(
+    return dict(
         out_channels=config.out_channels,
         channels=config.block_out_channels,
         layers=config.per_level("layers_per_block"),
@@ -41,6 +56,8 @@ def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "non
         scale_shift=config.resnet_time_scale_shift == "scale_shift",
         mid_divisor=config.mid_block_scale_factor,
         center_input=config.center_input_sample,
+        number_features=config.addition_time_embed_dim if config.addition_embed_type else None,
+        guidance_features=config.time_cond_proj_dim,
         dtype=dtype,
         remat=remat,
     )
@@ -67,35 +84,52 @@ def text_encoder(
     config: CLIPTextConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none", skip_layers: int = 0
 ) -> CLIPTextModel:
     """The prompt's reader; `skip_layers` 1 takes the penultimate layer of a full-depth folder."""
-    return CLIPTextModel(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        max_positions=config.max_position_embeddings,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        activation=config.hidden_act,
-        eps=config.layer_norm_eps,
-        skip_layers=skip_layers,
-        dtype=dtype,
-        remat=remat,
-    )
+    return CLIPTextModel(**_clip(config), skip_layers=skip_layers, dtype=dtype, remat=remat)
 
 
-def example_inputs(config: NetworkConfig) -> tuple[Any, ...]:
+def text_encoder_2(
+    config: CLIPTextConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
+) -> CLIPTextModelWithProjection:
+    """The second reader of Stable Diffusion XL's prompts, which also makes one vector of the whole prompt."""
+    return CLIPTextModelWithProjection(**_clip(config), projection_dim=config.projection_dim, dtype=dtype, remat=remat)
+
+
+def _clip(config: CLIPTextConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "max_positions": config.max_position_embeddings,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "activation": config.hidden_act,
+        "eps": config.layer_norm_eps,
+    }
+
+
+def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The smallest inputs that a network's `__call__` takes: enough to find the shapes of its parameters."""
     if isinstance(config, UNetConfig):
         side = 2 ** (len(config.block_out_channels) - 1)
         x = jnp.zeros((1, side, side, config.in_channels))
-        return x, jnp.zeros((1,)), jnp.zeros((1, 1, config.cross_attention_dim))
+        more: dict[str, Any] = {}
+        if config.addition_embed_type is not None:
+            more = {"pooled": jnp.zeros((1, config.added_features)), "numbers": jnp.zeros((1, 0))}
+        if config.time_cond_proj_dim is not None:
+            more["guidance"] = jnp.ones((1,))
+        if isinstance(config, ControlNetConfig):
+            image = jnp.zeros((1, side * config.factor, side * config.factor, config.conditioning_channels))
+            more["image"] = image
+        return (x, jnp.zeros((1,)), jnp.zeros((1, 1, config.cross_attention_dim))), more
     if isinstance(config, VAEConfig):
-        return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
-    return (jnp.zeros((1, config.max_position_embeddings), jnp.int32),)
+        return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),), {}
+    return (jnp.zeros((1, config.max_position_embeddings), jnp.int32),), {}
 
 
 def init(module: nn.Module, config: NetworkConfig, key: Key) -> Params:
     """Random float32 parameters: a pure function of the key, to be jitted with the shardings that are wanted."""
-    return dict(module.init(key, *example_inputs(config))["params"])
+    arguments, named = example_inputs(config)
+    return dict(module.init(key, *arguments, **named)["params"])
 
 
 def param_shapes(module: nn.Module, config: NetworkConfig) -> Params:

@@ -16,12 +16,17 @@ from jaxdiff import build
 from jaxdiff.build import NetworkConfig
 from jaxdiff.config import SchedulerConfig, load_json
 from jaxdiff.data.tokens import Tokenizer, declared_length
-from jaxdiff.families import FAMILIES, Family
+from jaxdiff.families import FAMILIES, Family, StableDiffusion, StableDiffusionXL, StableDiffusionXLRefiner, family_of
+from jaxdiff.io.control import NAME, ControlNet, read_control
 from jaxdiff.io.convert import leaves
+from jaxdiff.io.embeddings import HOW, Embedding, Vectors, read_embedding, with_rows
 from jaxdiff.io.folder import (
     DEFAULTS,
+    TOKENIZERS,
+    Unmapped,
     clip_tokenizer,
     find_part,
+    networks_of,
     read_index,
     read_network,
     tokenizer_folder,
@@ -66,10 +71,11 @@ class Model:
     """A text-to-image model."""
 
     networks: Mapping[str, Network]
-    """By role: "denoiser", "vae" and "text_encoder"."""
+    """By role: "denoiser", "vae" and "text_encoder"; of Stable Diffusion XL "text_encoder_2", too."""
     scheduler: SchedulerConfig
     """The noise schedule that it was trained with."""
     tokenizer: Tokenizer
+    """The first text encoder's."""
     family: type[Family] = FAMILIES[0]
     """How the networks are called."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -77,13 +83,26 @@ class Model:
     name: str = ""
     loras: tuple[LoRA, ...] = ()
     """Those that the params have in them."""
+    embeddings: tuple[Embedding, ...] = ()
+    """Textual inversions that the tokenizer and the params have in them."""
+
+    controls: tuple[ControlNet, ...] = ()
+    """Networks that images steer the denoiser by."""
+    tokenizer_2: Tokenizer | None = None
+    """The second text encoder's."""
+    zero_empty: bool = False
+    """Whether an empty negative prompt is zeros, and not what the text encoders make of it."""
 
     def __post_init__(self) -> None:
-        vocabulary = self.configs["text_encoder"].vocab_size
-        if len(self.tokenizer) > vocabulary:
-            raise ValueError(
-                f"The tokenizer has {len(self.tokenizer)} tokens, more than the text encoder's vocab_size {vocabulary}."
-            )
+        for role, tokenizer in zip(self.family.TEXT_ENCODERS, self.tokenizers, strict=True):
+            vocabulary = self.configs[role].vocab_size
+            if len(tokenizer) > vocabulary:
+                told = "text encoder" if role == "text_encoder" else role
+                raise ValueError(
+                    f"The tokenizer has {len(tokenizer)} tokens, more than the {told}'s vocab_size {vocabulary}."
+                )
+        if len({tokenizer.max_length for tokenizer in self.tokenizers}) > 1:
+            raise ValueError("The text encoders' tokenizers take texts of different lengths; they must take the same.")
 
     @cached_property
     def configs(self) -> dict[str, Any]:
@@ -94,6 +113,11 @@ class Model:
     def params(self) -> dict[str, Params]:
         """The networks' params, by role, as they were read."""
         return {role: network.params for role, network in self.networks.items()}
+
+    @property
+    def tokenizers(self) -> tuple[Tokenizer, ...]:
+        """Each text encoder's, in the order of the family's `TEXT_ENCODERS`."""
+        return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -128,6 +152,62 @@ class Model:
         model = self.with_params({role: merged[folders[role]] for role in self.params})
         return replace(model, loras=(*self.loras, *wanted))
 
+    def with_embeddings(self, embeddings: Iterable[Any]) -> "Model":
+        """The same model with further words, which textual inversions teach it.
+
+        Args:
+            embeddings: files, or pairs of a file and what its word is called in prompts.
+
+        Raises:
+            ValueError: where a file is damaged or for another model, or a word is there already.
+        """
+        wanted = tuple(Embedding.of(embedding) for embedding in embeddings)
+        folders = {role: self.family.FOLDERS[role] for role in self.family.TEXT_ENCODERS}
+        widths = {folder: self.configs[role].hidden_size for role, folder in folders.items()}
+        words: dict[str, Vectors] = {}
+        for embedding in wanted:
+            for word, vectors in read_embedding(embedding, widths).items():
+                if word in words:
+                    raise ValueError(f"{embedding.path} teaches the word {word!r}, and so does another file; give it "
+                                     f"another name{HOW}.")  # fmt: skip
+                words[word] = vectors
+        networks, tokenizers = dict(self.networks), []
+        for (role, folder), own in zip(folders.items(), self.tokenizers, strict=True):
+            try:
+                tokenizer = own.with_words({word: len(vectors[folder]) for word, vectors in words.items()})
+            except ValueError as error:
+                raise ValueError(f"{str(error).removesuffix('.')}{HOW}.") from error
+            config: Any = networks[role].config
+            params = networks[role].params
+            if words:
+                numbers = np.array([i for word in words for i in tokenizer.words[word]])
+                params = with_rows(params, numbers, np.concatenate([vectors[folder] for vectors in words.values()]))
+            networks[role] = Network(replace(config, vocab_size=max(config.vocab_size, len(tokenizer))), params)
+            tokenizers.append(tokenizer)
+        changed = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
+        return replace(self, networks=networks, **changed, embeddings=(*self.embeddings, *wanted))
+
+    def with_controls(self, controls: Iterable[Any]) -> "Model":
+        """The same model with control networks beside it, which are not saved with it.
+
+        Args:
+            controls: folders or files of ControlNets.
+
+        Raises:
+            ValueError: where one is damaged or for another model.
+        """
+        family, found = self.modules(), []
+        for path in controls:
+            if not isinstance(path, str | Path):
+                raise ValueError(f"A control network is {path!r}; give its folder or file.")
+            control = read_control(path)
+            try:
+                family.control_net(control.config)
+            except ValueError as error:
+                raise ValueError(f"{control.path}: {error}") from error
+            found.append(control._replace(params=check_network(NAME, control.config, control.params, control.path)))
+        return replace(self, controls=(*self.controls, *found))
+
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
         """Writes a folder that `load` and diffusers read.
 
@@ -143,10 +223,27 @@ class Model:
             dtype = jnp.dtype(dtype)
         except TypeError:
             raise ValueError(f"dtype is {dtype!r}; choose float32, float16 or bfloat16.") from None
+        self.write(path, dtype)
+
+    def write(self, path: str | Path, dtype: DTypeLike | None = None, unmapped: Unmapped | None = None) -> None:
+        """As `save`; without a type weights keep their own, and what a single file had beside them goes along."""
         for leaf in jax.tree.leaves(self.params):
             check_unchanged(leaf)
         networks = {self.family.FOLDERS[role]: (config, params) for role, (config, params) in self.networks.items()}
-        write_folder(path, networks, self.scheduler, self.tokenizer, self.defaults, dtype)
+        write_folder(
+            path, networks, self.scheduler, self.tokenizer, self.defaults, dtype, unmapped, self.tokenizer_2,
+            self.about,
+        )  # fmt: skip
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What `model_index.json` says of it, beside its parts."""
+        about: dict[str, Any] = {"_class_name": self.family.PIPELINE}
+        if not issubclass(self.family, StableDiffusion):
+            about[FORCE_ZEROS] = self.zero_empty
+        if self.family is StableDiffusionXLRefiner:
+            about["requires_aesthetics_score"] = True
+        return about
 
 
 def read_model(
@@ -164,35 +261,60 @@ def read_model(
         ValueError: in one sentence, when anything is missing, damaged or not supported.
     """
     path = EMBEDDED if path is None else Path(path)
-    family = FAMILIES[0]
     if is_single(path):
-        return _read_file(path, family, options)
+        return _read_file(path, options)
     if options != FileOptions():
         raise ValueError(f"{path} is no single file; tokenizer, prediction_type and ema are for those alone.")
     folder = exported(path)
     index = read_index(folder)
+    family = family_of(networks_of(index)) or StableDiffusion
     networks = {role: Network(*read_network(folder, name, variant)) for role, name in family.FOLDERS.items()}
     for role, (config, params) in networks.items():
         name = family.FOLDERS[role]
         networks[role] = Network(config, check_network(name, config, params, folder / name))
-    text: Any = networks["text_encoder"].config
-    tokenizer = tokenizer_folder(folder)
+    if family is not StableDiffusion:
+        check_latents(folder / "vae" / "config.json")
+    texts: list[Any] = [networks[role].config for role in family.TEXT_ENCODERS]
+    folders = [tokenizer_folder(folder, TOKENIZERS[family.FOLDERS[role]]) for role in family.TEXT_ENCODERS]
+    tokenizers = [
+        Tokenizer.load(own, declared_length(own, text.max_position_embeddings))
+        for own, text in zip(folders, texts, strict=True)
+    ]
     return Model(
         networks=networks,
         scheduler=read_scheduler(folder),
-        tokenizer=Tokenizer.load(tokenizer, declared_length(tokenizer, text.max_position_embeddings)),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1] if tokenizers[1:] else None,
+        zero_empty=bool(index.get(FORCE_ZEROS, family is StableDiffusionXL)),
         family=family,
         defaults=read_sampler(folder) | index.get(DEFAULTS, {}),
         name=path.resolve().name,
     )
 
 
-def _read_file(path: Path, family: type[Family], options: FileOptions) -> Model:
+FORCE_ZEROS = "force_zeros_for_empty_prompt"
+"""In the index of Stable Diffusion XL's models, what `Model.zero_empty` is."""
+
+
+def check_latents(file: Path) -> None:
+    """Refuses an autoencoder whose latents have a mean and a scale for each channel.
+
+    Raises:
+        ValueError: for such a config.
+    """
+    values = load_json(file)
+    for name in ("latents_mean", "latents_std", "shift_factor"):
+        if values.get(name):
+            raise ValueError(f"{file}: {name} is {values[name]}; supported: null.")
+
+
+def _read_file(path: Path, options: FileOptions) -> Model:
     """The model in a single file."""
     file = open_single(path, options.prediction_type, options.ema)
+    family = family_of(set(file.places)) or StableDiffusion
     if missing := [name for name in family.FOLDERS.values() if name not in file.places]:
         raise ValueError(f"{path} is {file.seems}; a model to draw with has a {' and a '.join(missing)}, too.")
-    tokenizer = file_tokenizer(file, options.tokenizer)
+    tokenizers = file_tokenizers(file, options.tokenizer)
     file.warn_of_unknown()
     networks = {}
     for role, name in family.FOLDERS.items():
@@ -201,22 +323,27 @@ def _read_file(path: Path, family: type[Family], options: FileOptions) -> Model:
     return Model(
         networks=networks,
         scheduler=file.scheduler,
-        tokenizer=tokenizer,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1] if tokenizers[1:] else None,
+        zero_empty=file.zero_empty,
         family=family,
         defaults=file.defaults,
         name=path.resolve().name,
     )
 
 
-def file_tokenizer(file: SingleFile, path: Path | None) -> Tokenizer:
-    """The tokenizer of a model in a single file: CLIP's, or that of a folder, its own or another model's.
+def file_tokenizers(file: SingleFile, path: Path | None) -> tuple[Tokenizer, ...]:
+    """The text encoders' tokenizers of a model in a single file: CLIP's, or that of a folder, its own or another's.
 
     Raises:
         ValueError: where `path` is no such folder; where it is None and the vocabulary is not CLIP's.
     """
     folder = clip_tokenizer(file) if path is None else find_part(path, "tokenizer")
-    length = file.config("text_encoder").max_position_embeddings
-    return Tokenizer.load(folder, declared_length(folder, length)).padded_with(file.pad_id)
+    lengths = {name: file.config(name).max_position_embeddings for name in file.pads}
+    return tuple(
+        Tokenizer.load(folder, declared_length(folder, lengths[name])).padded_with(pad)
+        for name, pad in file.pads.items()
+    )
 
 
 def check_network(name: str, config: NetworkConfig, params: Params, where: str | Path) -> Params:

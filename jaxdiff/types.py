@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # A nested dict of arrays, as `module.init(key, ...)["params"]` returns it; a path such as
 # ("down_blocks_0", "resnets_1", "conv1", "kernel") names a leaf.
@@ -30,6 +30,16 @@ class Conditioning(NamedTuple):
     """One vector for the whole prompt."""
     extra: Float[Array, "*b numbers"] | None = None
     """Further numbers, such as the size and crop that an image is to look like."""
+
+
+class Tokens(NamedTuple):
+    """Texts as a text encoder reads them, in chunks of as many tokens as it takes."""
+
+    ids: Int[Array, "*b chunks length"]
+    weights: Float[Array, "*b chunks length"]
+    """Each token's weight; 1 takes it as it is."""
+    empty: Int[Array, " length"]
+    """The tokens of the empty text."""
 
 
 # (x, sigma) -> the model's guess of the clean x_0, where x = x_0 + sigma * eps and eps is standard normal.

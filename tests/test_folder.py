@@ -427,7 +427,7 @@ def test_settings_that_diffusers_pipeline_overrides_are_told(bundle, tmp_path, c
         (SCHEDULE, "prediction_type", "flow", "flow_prediction"),
         (SCHEDULE, "trained_betas", [1], "1000"),
         (SCHEDULE, "timestep_type", "continuous", "discrete"),
-        ("model_index.json", "text_encoder_2", ["transformers", "CLIPTextModel"], "not supported"),
+        ("model_index.json", "prior", ["diffusers", "PriorTransformer"], "not supported"),
         ("model_index.json", "unet", ["diffusers", "FluxTransformer2DModel"], "UNet2DConditionModel"),
     ],
 )

@@ -31,19 +31,28 @@ def test_a_request_is_json_and_back():
         **dict.fromkeys(("upscale", "latent_upscale"), lambda: chance.randint(1, 3)),
         "guidance_interval": lambda: tuple(sorted((chance.uniform(0, 15), chance.uniform(0, 15)))),
         "size": lambda: (chance.randrange(999), chance.randrange(999)),
+        "original_size": lambda: (chance.randrange(999), chance.randrange(999)),
+        "crop": lambda: (chance.randrange(99), chance.randrange(99)),
+        "aesthetic_score": lambda: chance.uniform(0, 10),
+        "refiner_start": chance.random,
         "outpaint": lambda: tuple(chance.randrange(99) for _ in range(4)),
         "regions": lambda: tuple(Region(prompt, (0.1, 0.0, 0.1 + chance.random() / 2, 1.0)) for prompt in texts[:2]),
         "sampler": lambda: chance.choice(["ddim", "euler", "unipc", "lcm", "tcd"]),
         "schedule": lambda: chance.choice(["model", "karras", "align_your_steps"]),
         "invert": lambda: chance.choice(["ddim", "exact"]),
         "rng": lambda: chance.choice(["jax", "torch"]),
-        "literal": lambda: chance.random() < 0.5,
+        **dict.fromkeys(("literal", "control_guess"), lambda: chance.random() < 0.5),
+        "control_image": lambda: chance.choice(["a.png", ("a.png",), ("a.png", "b.jpg")]),
+        "control_scale": lambda: chance.choice([0.5, (1.5,), (-0.5, 2.0)]),
+        "control_start": lambda: chance.choice([0.25, (0.0, 0.5)]),
+        "control_end": lambda: chance.choice([0.75, (1.0, 0.625)]),
     }
     assert {*kinds, "latents"} == {one.name for one in fields(Request)}
     checked = set()
-    for _ in range(1000):
-        names = chance.choice([(), ("image",), ("image", "invert")])
-        values = {name: kinds[name]() for name in {*names, *chance.sample(sorted(kinds), chance.randint(1, 5))}}
+    for _ in range(2000):
+        names = chance.choice([(), ("image",), ("image", "invert"), ("control_image",)])
+        wanted = {*names, *chance.sample(sorted(kinds), chance.randint(1, 5))}
+        values = {name: kinds[name]() for name in sorted(wanted)}
         request = Request(**values)
         try:
             request.check()
@@ -201,6 +210,11 @@ def test_a_field_out_of_range_or_of_another_kind_is_named_with_its_value_and_its
         ({"sampler": "euler", "eta": 1.0}, "eta is 1.*euler.*ddim"),
         ({"sampler": "lcm", "cache_interval": 2}, "cache_interval is 2.*lcm"),
         ({"sampler": "dpmpp_sde", "rng": "torch"}, "rng.*torch.*dpmpp_sde"),
+        ({"control_scale": 0.5}, r"control_scale is \(0.5,\).*control_image"),
+        ({"control_image": "a.png", "control_scale": (0.5, 1.0)}, "2 of control_scale for 1 control images"),
+        ({"control_image": "a.png", "control_start": 0.5, "control_end": 0.5}, "control_start is 0.5.*before it ends"),
+        ({"control_image": ("a.png",) * 2, "control_end": 0.5, "control_start": (0.0, 0.75)}, "control_start is 0.75"),
+        ({"control_image": "a.png", "cache_interval": 2}, "cache_interval.*control_image"),
     ],
 )
 def test_fields_that_do_not_go_together_are_named(values, words):

@@ -161,6 +161,59 @@ def test_a_strength_that_is_no_finite_number_is_told(sample, loras, capsys):
     assert "strength of a.safetensors is nan" in capsys.readouterr().err
 
 
+@pytest.fixture
+def words(tmp_path):
+    """A file with two words."""
+    rng = np.random.default_rng(0)
+    tensors = {word: rng.standard_normal((2, 16)).astype(np.float32) for word in ("zebra", "<quagga>")}
+    write_safetensors(tmp_path / "w.safetensors", stored(tensors))
+
+
+def test_textual_inversions_are_drawn_with_and_told(sample, folder, words):
+    code, _, said = sample("a gnu", "--embedding", "w.safetensors:gnu")
+    assert (code, "it has <quagga>, zebra" in said) == (2, True)
+    code, (path,), _ = sample("a zebra", "--embedding", "w.safetensors:zebra")
+    assert code == 0
+    drawn = jaxdiff.load(folder, embeddings=[("w.safetensors", "zebra")])("a zebra", steps=3)[0]
+    np.testing.assert_array_equal(opened(path), drawn)
+    assert off(drawn, jaxdiff.load(folder)("a zebra", steps=3)[0]) > 5
+    assert read_settings(path)["embeddings"] == [{"file": "w.safetensors", "word": "zebra"}]
+    code, (again,), _ = sample("--like", path)
+    assert code == 0
+    assert Path(again).read_bytes() == Path(path).read_bytes()
+
+
+def test_a_batch_is_gone_on_with_only_with_its_words(sample, words, tmp_path):
+    (tmp_path / "p.txt").write_text("a zebra\n")
+    assert sample("--from-file", "p.txt", "--embedding", "w.safetensors")[0] == 0
+    code, _, said = sample("--from-file", "p.txt")
+    assert (code, "embeddings" in said) == (2, True)
+
+
+@pytest.mark.slow
+def test_control_images_are_followed_and_told(sample, folder, tmp_path):
+    from test_control import write_folder
+
+    write_folder(tmp_path / "net")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(tmp_path / "c.png")
+    asked = ("--control", "net", "--control-image", "c.png", "--control-scale", 0.7, "--control-end", 0.9)
+    code, (path,), _ = sample("a dog", *asked)
+    assert code == 0
+    pipe = jaxdiff.load(folder, controls=["net"])
+    drawn = pipe("a dog", steps=3, control_image="c.png", control_scale=0.7, control_end=0.9)[0]
+    np.testing.assert_array_equal(opened(path), drawn)
+    settings = read_settings(path)
+    assert (settings["controls"], settings["control_image"], settings["control_scale"]) == (["net"], ["c.png"], [0.7])
+    code, (again,), _ = sample("--like", path)
+    assert code == 0
+    assert Path(again).read_bytes() == Path(path).read_bytes()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a dog", "control_image": "c.png", "control_scale": 0.7}\n')
+    assert sample("--from-file", "p.jsonl", "--control", "net")[0] == 0
+    for words in (("--control-image", "none.png"), ("--control-image", "c.png"), ("--control-scale", 0.5)):
+        code, _, said = sample("a dog", *words)
+        assert (code, len(said.splitlines())) == (2, 1)
+
+
 def test_nothing_is_overwritten(sample):
     _, (first,), _ = sample("a dog")
     before = Path(first).read_bytes()

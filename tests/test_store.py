@@ -198,7 +198,12 @@ def test_a_fingerprint_changes_with_any_argument_and_the_images_contents(tmp_pat
                {"regions": box}, {"outpaint": (0, 2, 0, 0)}, {"upscale": 2}, {"to_prompt": "b"}, {"to_seed": 1},
                {"to_seed": 1, "mix": 0.25}, {"outpaint": (0, 2, 0, 0), "feather": 1}, {"tile": 8}, {"rng": "torch"},
                {"guidance_rescale": 0.5}, {"apg_eta": 0}, {"apg_norm_threshold": 1}, {"latent_upscale": 2},
-               {"pag_scale": 3}, {"literal": True}, {"apg_momentum": -0.5}, {"clip_skip": 1}]  # fmt: skip
+               {"pag_scale": 3}, {"literal": True}, {"apg_momentum": -0.5}, {"clip_skip": 1},
+               {"original_size": (2, 4)}, {"crop": (1, 2)}, {"aesthetic_score": 5.0},
+               {"refiner_start": 0.5}, {"control_image": (str(image),)}, {"control_image": (str(image),) * 2},
+               {"control_image": str(image), "control_scale": 0.5}, {"control_image": str(image), "control_start": 0.5},
+               {"control_image": str(image), "control_end": 0.5}, {"control_image": str(image), "control_guess": True},
+               ]  # fmt: skip
     assert {one.name for one in fields(Request)} - {"latents"} == {name for change in changed for name in change}
     assert len({base, *(of(**change) for change in changed)}) == 1 + len(changed)
     Image.new("RGB", (2, 2), "red").save(image)

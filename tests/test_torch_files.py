@@ -285,6 +285,37 @@ def test_a_file_with_a_byte_changed_gives_tensors_or_a_sentence(tmp_path):
             assert all(array.nbytes <= FLOATS.nbytes for array in got.values())
 
 
+@pytest.mark.parametrize("write", [archive, stream])
+def test_dicts_in_a_dict_are_looked_into_and_none_deeper(tmp_path, write):
+    """As those of IP-Adapters are; one that holds itself ends."""
+    one = tensor("FloatStorage", "0", 12, 0, (12,), (1,), write is stream)
+    inner = b"}q\x09(" + text("a") + one + text("again") + b"h\x09" + text("deep") + b"}" + text("b") + one + b"su"
+    got = open_torch(write(tmp_path / "f.pt", dictionary(x=inner, y=one), _0=FLOATS))
+    assert list(got) == ["x.a", "y"]
+    assert (got["x.a"] == FLOATS).all()
+
+
+@pytest.mark.parametrize("write", [archive, stream])
+def test_a_dict_of_parameters_is_a_dict(tmp_path, write):
+    """As the first textual inversions have it."""
+    old = write is stream
+    one = tensor("FloatStorage", "0", 12, 0, (3, 4), (4, 1), old)
+    cls = b"ctorch.nn.modules.container\nParameterDict\n"
+    cls = b"(" + text("module") + cls + text("container.py") + text("class ParameterDict: ...") + b"tQ" if old else cls
+    parameters = b"}" + text("*") + one + b"s"
+    whole = cls + b")\x81}(" + text("training") + b"\x88" + text("_parameters") + parameters + b"ub"
+    got = open_torch(write(tmp_path / "f.pt", dictionary(string_to_param=whole, step=number(3)), _0=FLOATS))
+    assert list(got) == ["string_to_param.*"]
+    assert (got["string_to_param.*"] == FLOATS.reshape(3, 4)).all()
+
+
+def test_names_that_would_take_memory_are_refused(tmp_path):
+    one = tensor("FloatStorage", "0", 12, 0, (12,), (1,))
+    inner = b"}(" + text("a") + one + text("b") + one + b"u"
+    path = archive(tmp_path / "f.pt", b"\x80\x02}" + text("x" * 1_000_000) + inner + b"s.", _0=FLOATS)
+    refused(path, "names that are longer")
+
+
 def test_what_is_no_such_file_is_named(tmp_path):
     refused(tmp_path / "none.pt", "cannot be read: No such file")
     (tmp_path / "f.pt").write_bytes(b"<html>")

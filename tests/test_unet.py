@@ -38,8 +38,8 @@ def test_deep_features_of_the_same_input_give_the_same_output(unet):
 
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_norms_and_activations_keep_nothing_but_their_input_for_the_backward_pass(scale_shift):
-    """They are the block's input, those of the convolutions and that of the second norm; with `scale_shift` also what is
-    scaled, and the activation's input."""
+    """It is the block's, those of the convolutions and that of the second norm; with `scale_shift` also that of the
+    scaling, and that of the activation."""
     block = ResnetBlock(64, 32, 1e-5, scale_shift=scale_shift)
     x, emb = jnp.ones((2, 16, 16, 64)), jnp.ones((2, 32))
     params = block.init(jax.random.key(0), x, emb)

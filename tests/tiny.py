@@ -9,7 +9,7 @@ import numpy as np
 from jaxdiff import build
 from jaxdiff.config import CLIPTextConfig, DiffusionTask, SchedulerConfig, UNetConfig, VAEConfig
 from jaxdiff.data.tokens import Tokenizer
-from jaxdiff.families import StableDiffusion
+from jaxdiff.families import StableDiffusion, StableDiffusionXL
 from jaxdiff.model import Model, Network
 from jaxdiff.types import Params
 
@@ -89,6 +89,26 @@ def model(scheduler: SchedulerConfig = SCHEDULER, seed: int = 0, **configs: Any)
 def inpainting_model() -> Model:
     """A model whose denoiser takes a mask and a masked image."""
     return model(denoiser=replace(UNET, in_channels=9))
+
+
+def xl_model(seed: int = 0, zero_empty: bool = True) -> Model:
+    """A model of Stable Diffusion XL's kind: two text encoders, a vector of the prompt, sizes."""
+    rng = np.random.default_rng(seed)
+    second = replace(TEXT_ENCODER, hidden_size=24, projection_dim=12, hidden_act="gelu")
+    unet = replace(
+        UNET, cross_attention_dim=40, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=12 + 6 * 4,
+    )  # fmt: skip
+    configs = {"denoiser": unet, "vae": VAE, "text_encoder": TEXT_ENCODER, "text_encoder_2": second}
+    networks = {
+        role: Network(config, random_params(StableDiffusionXL.FOLDERS[role], config, rng))
+        for role, config in configs.items()
+    }
+    first = tokenizer()
+    return Model(
+        networks, SCHEDULER, first, StableDiffusionXL, name="tiny-xl", tokenizer_2=first.padded_with(0),
+        zero_empty=zero_empty,
+    )  # fmt: skip
 
 
 def off(a: np.ndarray, b: np.ndarray) -> int:

@@ -182,4 +182,6 @@ def _words(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(map(_words, args))
+    if origin is Literal:
+        return " or ".join(map(repr, args))
     return f"a list of {_WORDS[args[0]][1]}" if origin is tuple else _WORDS[hint][0]

@@ -42,6 +42,14 @@ class UNetConfig(Checked):
     """What the sums of the middle's residual blocks are divided by."""
     center_input_sample: bool = False
     """Whether the network reads 2 x - 1 in place of x."""
+    addition_embed_type: Literal["text_time"] | None = None
+    """With "text_time" the network reads a vector for the whole prompt and numbers, such as an image's sizes, too."""
+    addition_time_embed_dim: int | None = None
+    """Features that each of the numbers becomes."""
+    projection_class_embeddings_input_dim: int | None = None
+    """Features of the vector and of all numbers."""
+    time_cond_proj_dim: int | None = None
+    """Features that the guidance scale becomes, of a network that was distilled to read it (Luo et al. 2023, LCM)."""
 
     def _check(self) -> None:
         n = len(self.block_out_channels)
@@ -59,6 +67,9 @@ class UNetConfig(Checked):
             "cross_attention_dim",
             "norm_num_groups",
             "norm_eps",
+            "addition_time_embed_dim",
+            "projection_class_embeddings_input_dim",
+            "time_cond_proj_dim",
         )
         require(
             not isinstance(self.sample_size, tuple) or len(self.sample_size) == 2,
@@ -86,6 +97,12 @@ class UNetConfig(Checked):
         require(
             self.mid_block_scale_factor != 0,
             "UNetConfig.mid_block_scale_factor is 0; sums are divided by it, so make it 1, or any number but 0.",
+        )
+        sizes = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        require(
+            self.addition_embed_type is None or None not in sizes,
+            f"UNetConfig.addition_embed_type is {self.addition_embed_type!r}, with addition_time_embed_dim {sizes[0]} "
+            f"and projection_class_embeddings_input_dim {sizes[1]}; give both.",
         )
         half = self.block_out_channels[0] // 2
         require(
@@ -116,9 +133,39 @@ class UNetConfig(Checked):
         return (size[0], size[1]) if isinstance(size, tuple) else None if size is None else (size, size)
 
     @property
+    def added_features(self) -> int:
+        """Features of all that the network reads beside time and context: `Conditioning.pooled` and the numbers."""
+        return 0 if self.addition_embed_type is None else self.projection_class_embeddings_input_dim or 0
+
+    @property
     def heads(self) -> tuple[int, ...]:
         """Attention heads of each level."""
         return self.per_level("num_attention_heads" if self.num_attention_heads is not None else "attention_head_dim")
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(UNetConfig):
+    """`config.json` of a ControlNet: a UNet's way down, and the image's embedding."""
+
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    controlnet_conditioning_channel_order: Literal["rgb", "bgr"] = "rgb"
+    global_pool_conditions: bool = False
+    """Whether its features are means over the image, as for one that shuffles."""
+
+    def _check(self) -> None:
+        super()._check()
+        positive(self, "conditioning_channels", "conditioning_embedding_out_channels")
+        one_of("ControlNetConfig.conditioning_channels", self.conditioning_channels, (3,))
+        require(
+            len(self.conditioning_embedding_out_channels) > 0,
+            "ControlNetConfig.conditioning_embedding_out_channels is empty; give the channels of each level.",
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
 
 @dataclass(frozen=True)

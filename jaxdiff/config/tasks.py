@@ -79,7 +79,13 @@ class DiffusionTask(Checked):
         return self.unet != UNetConfig() or self.text_encoder != CLIPTextConfig()
 
     def check_sizes(self) -> None:
-        """That the UNet takes what the text encoder gives."""
+        """That the UNet takes what the text encoder gives, and nothing else."""
+        added = self.unet.addition_embed_type or self.unet.time_cond_proj_dim
+        require(
+            added is None,
+            f"The UNet reads more than a prompt ({added!r} of addition_embed_type and time_cond_proj_dim), as that of "
+            "Stable Diffusion XL; such networks are sampled, and not trained.",
+        )
         require(
             self.unet.cross_attention_dim == self.text_encoder.hidden_size,
             f"UNetConfig.cross_attention_dim is {self.unet.cross_attention_dim} and CLIPTextConfig.hidden_size "

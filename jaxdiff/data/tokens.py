@@ -1,12 +1,15 @@
 """The CLIP tokenizer: byte-level BPE over lower-cased text, in the files that transformers reads and writes."""
 
 import gzip
+import itertools
 import json
 import logging
+import re
+import unicodedata
 import zlib
-from collections.abc import Iterable, Sequence
-from functools import cached_property
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +77,35 @@ class Tokenizer:
         named: dict[str, Any] = dict.fromkeys(NAMED, EOS) | {"bos_token": BOS} | _given(config)
         added: dict[int, AddedToken] = {}
         if "added_tokens_decoder" in config:  # it is complete: transformers reads nothing else beside it
-            added = {int(i): _added(folder, token) for i, token in dict(config["added_tokens_decoder"]).items()}
+            listed = config["added_tokens_decoder"]
+            if not isinstance(listed, dict) or not all(i.isdecimal() and i.isascii() for i in listed):
+                raise ValueError(f"{folder}: added_tokens_decoder in tokenizer_config.json must be tokens by number.")
+            added = {int(i): _added(folder, token) for i, token in listed.items()}
         else:
             named |= _given(named_in_map)
-        extra = [_added(folder, token) for token in named.pop("extra", [])]
+        extra = [_added(folder, token) for token in _tokens(folder, named.pop("extra", []))]
         tokens = {name: _added(folder, token) for name, token in named.items()}
         if "added_tokens_decoder" not in config:
             # transformers does not count the map's additional_special_tokens here.
             known = _given(config).get("extra", []) if "extra_special_tokens" not in named_in_map else extra
-            special = {token.content for token in (*tokens.values(), *(_added(folder, token) for token in known))}
+            known = [_added(folder, token) for token in _tokens(folder, known)]
+            special = {token.content for token in (*tokens.values(), *known)}
             for content, i in added_in_map.items():
                 added[i] = AddedToken(content, normalized=content not in special, special=content in special)
             added |= {token["id"]: _added(folder, token) for token in in_file}
         by_content = {token.content: token for token in added.values()}
         tokens = {name: by_content.get(token.content, token) for name, token in tokens.items()}
 
-        backend = _backend(vocab, merges, tokens["unk_token"].content)
+        with _named(folder):
+            backend = _backend(vocab, merges, tokens["unk_token"].content)
         for mark in (tokens["bos_token"].content, tokens["eos_token"].content):
             if mark not in vocab and mark not in by_content:
                 raise ValueError(f"{folder}: the tokenizer's vocabulary lacks {mark!r}.")
+        if tokens["unk_token"].content not in vocab and (missing := _missing_bytes(vocab)):
+            raise ValueError(
+                f"{folder}: the tokenizer's vocabulary lacks {missing[0]!r} and {len(missing) - 1} other bytes, and "
+                f"{tokens['unk_token'].content!r} for what it lacks."
+            )
         backend.add_tokens([added[i] for i in sorted(added)])
         backend.add_special_tokens([*tokens.values(), *(token for token in extra if token.content not in by_content)])
         moved = {token.content: (i, backend.token_to_id(token.content)) for i, token in added.items()}
@@ -104,7 +117,8 @@ class Tokenizer:
                 ", ".join(f"{content!r} is {found}, not {i}" for content, (i, found) in moved.items()),
             )
         pad, bos, eos = (tokens[f"{name}_token"].content for name in ("pad", "bos", "eos"))
-        return cls(backend, max_length, pad, bos, eos)
+        with _named(folder):
+            return cls(backend, max_length, pad, bos, eos)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, max_length: int = 77) -> "Tokenizer":
@@ -140,6 +154,39 @@ class Tokenizer:
             raise ValueError(f"The tokenizer has no token {index}, with which prompts are to be filled up.")
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         return Tokenizer(backend, self.max_length, token, self.bos_token, self.eos_token)
+
+    def with_words(self, words: Mapping[str, int]) -> "Tokenizer":
+        """This tokenizer with further words, each of so many tokens of its own: the first that are free, in order.
+
+        A word is found in any case, and whole: zebra is not in zebras. The tokens of a word of three are named as
+        diffusers names them, zebra, zebra_1 and zebra_2.
+
+        Raises:
+            ValueError: where a name is a token already, or two words have one name.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        taken = {_folded(token.content) for token in self._backend.get_added_tokens_decoder().values()}
+        taken |= self._backend.get_vocab(False).keys()  # dog may be the beginning of others
+        for word, n in words.items():
+            for name in (_nth(word, i) for i in range(n)):
+                if {name, _folded(name)} & taken:
+                    raise ValueError(f"The tokenizer has a token {name!r} already; give {word!r} another name.")
+                taken.add(_folded(name))
+                # What ends in no letters itself, such as <cat>, is whole wherever it stands.
+                whole = re.fullmatch(r"\W.*\W|\W", name) is None
+                backend.add_tokens([AddedToken(name, single_word=whole, normalized=True)])
+        return Tokenizer(backend, self.max_length, self.pad_token, self.bos_token, self.eos_token)
+
+    @cached_property
+    def words(self) -> dict[str, tuple[int, ...]]:
+        """The further words, and the tokens of each."""
+        added = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if not token.special}
+        found: dict[str, tuple[int, ...]] = {}
+        for word in added:
+            names = itertools.takewhile(added.__contains__, map(partial(_nth, word), itertools.count()))
+            found[word] = tuple(added[name] for name in names)
+        later = {i for ids in found.values() for i in ids[1:]}
+        return {word: ids for word, ids in found.items() if ids[0] not in later}
 
     def save(self, folder: str | Path) -> None:
         """Writes the four files that transformers' CLIPTokenizer loads.
@@ -183,7 +230,14 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text's tokens alone: no start, no end, no padding, nothing cut."""
         encodings = self._backend.encode_batch([_clean(text) for text in texts], add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        if not self._runs:
+            return [encoding.ids for encoding in encodings]
+        return [[i for token in encoding.ids for i in self._runs.get(token, (token,))] for encoding in encodings]
+
+    @cached_property
+    def _runs(self) -> dict[int, tuple[int, ...]]:
+        """The tokens of further words of several, by the first, which stands for all where a text is split."""
+        return {ids[0]: ids for ids in self.words.values() if len(ids) > 1}
 
     @cached_property
     def ends_word(self) -> Bool[np.ndarray, " vocab"]:
@@ -191,6 +245,7 @@ class Tokenizer:
         out = np.zeros(len(self), bool)
         out[[index for token, index in self._backend.get_vocab().items() if token.endswith("</w>")]] = True
         out[list(self._backend.get_added_tokens_decoder())] = True
+        out[[i for ids in self._runs.values() for i in ids[:-1]]] = False
         return out
 
     @property
@@ -211,8 +266,19 @@ class Tokenizer:
     def cut(self, text: str) -> str | None:
         """The end of the text that does not fit, or None where all of it does."""
         text = _clean(text)
-        offsets = self._backend.encode(text, add_special_tokens=False).offsets[self.max_length - 2 :]
-        return text[offsets[0][0] :] if offsets else None
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        starts = [start for token, (start, _) in pairs for _ in self._runs.get(token, (token,))][self.max_length - 2 :]
+        return text[starts[0] :] if starts else None
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Errors inside name the folder that they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -260,16 +326,23 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     """The special tokens of a file, by name; `extra` has those without one."""
     found = {name: values[name] for name in (*NAMED, "sep_token", "cls_token", "mask_token") if values.get(name)}
     extra = values.get("extra_special_tokens") or values.get("additional_special_tokens")
-    return found | ({"extra": list(extra.values() if isinstance(extra, dict) else extra)} if extra else {})
+    return found | ({"extra": list(extra.values()) if isinstance(extra, dict) else extra} if extra else {})
+
+
+def _tokens(folder: Path, found: Any) -> list[Any]:
+    if not isinstance(found, list):
+        raise ValueError(f"{folder}: extra_special_tokens is {str(found)[:40]!r}; it must be a list of tokens.")
+    return found
 
 
 def _added(folder: Path, token: Any) -> AddedToken:
     """A token from its text or its JSON object."""
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    if isinstance(token, str) and token:
-        return AddedToken(token, special=True, normalized=False)
-    if isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]:
-        return AddedToken(token["content"], **{flag: bool(token[flag]) for flag in flags if flag in token})
+    content = token.get("content") if isinstance(token, dict) else token
+    if isinstance(content, str) and content and content == _clean(content):
+        if not isinstance(token, dict):
+            return AddedToken(content, special=True, normalized=False)
+        return AddedToken(content, **{flag: bool(token[flag]) for flag in flags if flag in token})
     raise ValueError(f"{folder}: {json.dumps(token)} is not a token.")
 
 
@@ -286,6 +359,8 @@ def _backend(vocab: dict[str, Any], merges: list[tuple[str, str]], unk_token: st
         raise ValueError("The vocabulary must give each token a whole number from 0 on.") from error
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ValueError(f"The vocabulary and the merges do not go together: {error}.") from error
+    if max(vocab.values(), default=0) >= 2**31:
+        raise ValueError(f"The vocabulary has a token number {max(vocab.values())}; they must be below 2^31.")
     backend = tokenizers.Tokenizer(bpe)
     steps: list[Any] = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     backend.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
@@ -317,7 +392,7 @@ def _read_clip_merges(path: Path) -> list[tuple[str, str]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             # The first line says which version it is.
-            return [(left, right) for left, right in map(str.split, islice(file, 1, 1 + _CLIP_MERGES))]
+            return [(left, right) for left, right in map(str.split, itertools.islice(file, 1, 1 + _CLIP_MERGES))]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is damaged; download it again.") from error
 
@@ -327,11 +402,26 @@ def _alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
+def _missing_bytes(vocab: Mapping[str, Any]) -> list[str]:
+    """Those of the bytes, and of the bytes that end a word, that a vocabulary lacks."""
+    return [token for byte in _alphabet() for token in (byte, f"{byte}</w>") if token not in vocab]
+
+
 def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
     """Tokens in CLIP's order: bytes, bytes that end a word, what merges make, start and end."""
     alphabet = _alphabet()
     tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *map("".join, merges), BOS, EOS]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
+def _nth(word: str, i: int) -> str:
+    """The name of a further word's token number `i`."""
+    return f"{word}_{i}" if i else word
+
+
+def _folded(word: str) -> str:
+    """A word as it is looked for in texts: by letters, in any case."""
+    return unicodedata.normalize("NFC", word).lower()
 
 
 def _clean(text: str) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from jaxdiff.config import DataConfig, SchedulerConfig
 from jaxdiff.data.captions import Caption
@@ -22,8 +22,9 @@ from jaxdiff.diffusion.prediction import PREDICTIONS
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.evaluation import check_count
 from jaxdiff.families import Family
+from jaxdiff.generation.conditioning import one_chunk
 from jaxdiff.generation.pipeline import Pipeline
-from jaxdiff.types import Params
+from jaxdiff.types import Params, Tokens
 
 LEVELS = (0.6, 1.2, 2.5, 5.0, 10.0, 30.0)
 """Noise levels sigma, in x = x_0 + sigma eps at unit variance."""
@@ -113,17 +114,16 @@ def denoising_errors(
     Raises:
         ValueError: where the model's denoiser takes more than a noisy latent.
     """
-    if pipe.networks.inpaints:
-        raise ValueError("The denoiser takes a mask and a masked image, too; this measures those that take noisy "
-                         "latents alone.")  # fmt: skip
+    if pipe.networks.inpaints or pipe.networks.numbers((1, 1), (1, 1), (0, 0), 0.0, 1.0) is not None:
+        raise ValueError("The denoiser takes more than noisy latents and prompts, such as a mask or sizes; this "
+                         "measures those that take no more.")  # fmt: skip
     check_count("batch", batch)
     n = len(data.images)
     batch = min(batch, n)
     rng = np.random.default_rng(seed)
     program = partial(_squares, networks=pipe.networks, scheduler=pipe.model.scheduler)
-    params = {role: pipe.params[role] for role in ("denoiser", "text_encoder")}
-    tokenizer = pipe.model.tokenizer
-    empty = jnp.asarray(tokenizer([""])[0])
+    params = pipe.params["denoiser"], tuple(pipe.params[role] for role in pipe.networks.TEXT_ENCODERS)
+    tokenizers = pipe.model.tokenizers
     sums: Errors = {kind: dict.fromkeys(levels, 0.0) for kind in (kinds or data.captions)}
     for first in range(0, n, batch):
         rows = np.arange(first, first + batch) % n  # the last batch is filled up, and its copies not counted
@@ -131,18 +131,19 @@ def denoising_errors(
         x_0 = pipe.encode(data.images[rows])
         eps = jnp.asarray(rng.standard_normal(x_0.shape), jnp.float32)
         for kind, errors in sums.items():
-            tokens = jnp.asarray(tokenizer([data.captions[kind][row] for row in rows]))
+            captions = [data.captions[kind][row] for row in rows]
+            tokens = tuple(one_chunk(captions, tokenizer) for tokenizer in tokenizers)
             for level in errors:
-                squares = program(params, tokens, empty, x_0, eps, jnp.float32(level))
+                squares = program(*params, tokens, x_0, eps, jnp.float32(level))
                 errors[level] += float(np.asarray(squares)[:count].sum()) / n
     return sums
 
 
 @partial(jax.jit, static_argnames=("networks", "scheduler"))
 def _squares(
-    params: dict[str, Params],
-    tokens: Int[Array, "b t"],
-    empty: Int[Array, " t"],
+    params: Params,
+    text_params: tuple[Params, ...],
+    tokens: tuple[Tokens, ...],
     x_0: Float[Array, "b h w c"],
     eps: Float[Array, "b h w c"],
     sigma: Float[Array, ""],
@@ -151,12 +152,11 @@ def _squares(
     scheduler: SchedulerConfig,
 ) -> Float[Array, " b"]:
     """The squared error of each image's guess. (`Pipeline.denoiser` makes the negative prompt's guess, too.)"""
-    weights = jnp.ones((len(tokens), 1, tokens.shape[-1]))
-    conditioning = networks.encode_prompts(params["text_encoder"], tokens[:, None], weights, empty)
-    prepared = networks.prepare(params["denoiser"], conditioning)
+    conditioning = networks.encode_prompts(text_params, tokens)
+    prepared = networks.prepare(params, conditioning)
 
     def network(x_in: Array, t: Array) -> Array:
-        return networks.predict(params["denoiser"], x_in, jnp.full(len(x_in), t), conditioning, prepared)
+        return networks.predict(params, x_in, jnp.full(len(x_in), t), conditioning, prepared)
 
     denoise = make_denoiser(network, make_schedule(scheduler), PREDICTIONS[scheduler.prediction_type])
     return jnp.square(denoise(x_0 + sigma * eps, sigma) - x_0).mean((1, 2, 3))

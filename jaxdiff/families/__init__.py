@@ -1,9 +1,16 @@
 """Families of models: one module for each, which says what its networks are and how they are called."""
 
+from jaxdiff.families.latent_diffusion import LatentDiffusion as Family
 from jaxdiff.families.stable_diffusion import StableDiffusion
+from jaxdiff.families.stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLRefiner
 
-Family = StableDiffusion
-"""What the rest of the package asks of a family; with a second family this becomes their union."""
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusionXLRefiner)
+"""All that are known, the most usual first."""
 
-__all__ = ["FAMILIES", "Family", "StableDiffusion"]
+
+def family_of(folders: set[str]) -> type[Family] | None:
+    """The family whose networks are in these folders of a diffusers model folder."""
+    return next((family for family in FAMILIES if set(family.FOLDERS.values()) == folders), None)
+
+
+__all__ = ["FAMILIES", "Family", "StableDiffusion", "StableDiffusionXL", "StableDiffusionXLRefiner", "family_of"]

@@ -1,186 +1,45 @@
-"""Stable Diffusion 1 and 2 (Rombach et al. 2022): a UNet, an autoencoder and one CLIP text encoder.
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022): a UNet, an autoencoder and one CLIP text encoder."""
 
-A family is all that sampling needs to know of its networks: their roles, how prompts become a `Conditioning`, and how
-the denoiser is called. Another family is another module with the same methods.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
-
-from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, UNetConfig
+from jaxdiff.families.latent_diffusion import LatentDiffusion, in_a_row, weighed
 from jaxdiff.models.clip import CLIPTextModel
-from jaxdiff.models.unet import UNet2DConditionModel, perturbed, prompt_keys, structured
-from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.types import Conditioning, Params
+from jaxdiff.types import Conditioning, Params, Tokens
 
 
 @dataclass(frozen=True)
-class StableDiffusion:
-    """The networks' modules, and functions of their params. Hashable, so that it can be static in `jax.jit`.
+class StableDiffusion(LatentDiffusion):
+    """Prompts are the normed features of the text encoder's last layer that is not left out."""
 
-    Functions take the params of the one network that they call.
-    """
-
-    denoiser: UNet2DConditionModel
-    vae: AutoencoderKL
     text_encoder: CLIPTextModel
-    latent_scale: float
-    """A latent times this has unit variance."""
-    in_channels: int
-    """Channels that the denoiser takes; an inpainting model's are a latent, a mask and a masked image's latent."""
 
     FOLDERS: ClassVar[Mapping[str, str]] = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder"}
-    """Each role's folder in a diffusers model folder."""
+    TEXT_ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    PIPELINE: ClassVar[str] = "StableDiffusionPipeline"
 
     @classmethod
-    def of(cls, configs: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> "StableDiffusion":
-        """The modules of these configs, by role, which compute in `dtype`.
+    def check_added(cls, unet: UNetConfig, texts: Sequence[CLIPTextConfig]) -> None:
+        """Whether the denoiser reads nothing but time and context.
 
         Raises:
-            ValueError: where the networks do not fit together.
+            ValueError: where it reads more.
         """
-        unet, vae, text = configs["denoiser"], configs["vae"], configs["text_encoder"]
-        assert isinstance(unet, UNetConfig)
-        assert isinstance(vae, VAEConfig)
-        assert isinstance(text, CLIPTextConfig)
-        latent = vae.latent_channels
-        if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1):
+        if unet.addition_embed_type is not None:
             raise ValueError(
-                f"The denoiser takes {unet.in_channels} channels and gives {unet.out_channels}, and the autoencoder's "
-                f"latents have {latent}; it must give {latent}, and take {latent}, or {2 * latent + 1} for inpainting."
+                f"The denoiser reads more than a prompt (addition_embed_type {unet.addition_embed_type!r}), as that of "
+                "Stable Diffusion XL, whose second text encoder is missing: the model is not whole."
             )
-        if unet.cross_attention_dim != text.hidden_size:
-            raise ValueError(
-                f"The denoiser's cross_attention_dim is {unet.cross_attention_dim} and the text encoder's hidden_size "
-                f"{text.hidden_size}; they must be equal."
-            )
-        return cls(
-            denoiser=build.unet(unet, dtype),
-            vae=build.vae(vae, dtype),
-            text_encoder=build.text_encoder(text, dtype),
-            latent_scale=vae.scaling_factor,
-            in_channels=unet.in_channels,
-        )
-
-    @staticmethod
-    def trained_size(configs: Mapping[str, Any]) -> tuple[int, int] | None:
-        """Width and height in pixels that the model was trained at; None where its config does not say."""
-        sides, factor = configs["denoiser"].sides, configs["vae"].factor
-        return None if sides is None else (sides[1] * factor, sides[0] * factor)
-
-    # Sizes ------------------------------------------------------------------------------------------------------------
-
-    @property
-    def factor(self) -> int:
-        """Pixels to a latent pixel, along each side."""
-        return 2 ** (len(self.vae.channels) - 1)
-
-    @property
-    def grain(self) -> int:
-        """Pixels of which each side should be a multiple, so that the denoiser halves it to whole numbers."""
-        return self.factor * 2 ** (len(self.denoiser.channels) - 1)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of a latent."""
-        return self.vae.latent_channels
-
-    @property
-    def decoder_channels(self) -> int:
-        """Values to a pixel of the image in the decoder's largest features, which memory has to hold."""
-        return sum(self.vae.channels[:2])
 
     @property
     def text_layers(self) -> int:
         """Layers of the text encoder, of which clip_skip leaves out some."""
         return self.text_encoder.layers
 
-    @property
-    def inpaints(self) -> bool:
-        """Whether the denoiser takes a mask and the masked image's latent beside the noisy latent."""
-        return self.in_channels > self.latent_channels
-
-    # Text encoder -----------------------------------------------------------------------------------------------------
-
-    def encode_prompts(
-        self,
-        params: Params,
-        ids: Int[Array, "*n chunks length"],
-        weights: Float[Array, "*n chunks length"],
-        empty: Int[Array, " length"],
-        clip_skip: int = 0,
-    ) -> Conditioning:
-        """Tokens to features, chunk after chunk: context [*n, chunks * length, d].
-
-        A token with another weight than 1 moves on the line from the empty prompt's features at its place to its own.
-
-        Args:
-            params: the text encoder's.
-            ids: tokens.
-            weights: each token's weight.
-            empty: the empty prompt's tokens.
-            clip_skip: layers that are left out, from the last, below `text_layers`; the final norm follows the last
-                that is left.
-        """
+    def encode_prompts(self, params: Sequence[Params], tokens: Sequence[Tokens], clip_skip: int = 0) -> Conditioning:
+        """Tokens to features, chunk after chunk; see `LatentDiffusion.encode_prompts`."""
         encoder = self.text_encoder.clone(skip_layers=clip_skip) if clip_skip else self.text_encoder
-        rows = jnp.concatenate([empty[None], ids.reshape(-1, ids.shape[-1])])
-        nothing, features = jnp.split(encoder.apply({"params": params}, rows), [1])  # pyright: ignore
-        features += (weights.reshape(-1, weights.shape[-1], 1) - 1) * (features - nothing)  # weight 1 is exact
-        return Conditioning(features.reshape(*ids.shape[:-2], -1, features.shape[-1]))
-
-    # Denoiser ---------------------------------------------------------------------------------------------------------
-
-    def prepare(self, params: Params, conditioning: Conditioning) -> Params:
-        """What the denoiser computes from the prompts alone, once for all steps: cross-attention's keys and values."""
-        return prompt_keys(params, conditioning.context, self.denoiser.dtype)
-
-    def predict(
-        self,
-        params: Params,
-        x: Float[Array, "n h w c"],
-        t: Float[Array, " n"],
-        conditioning: Conditioning,
-        prepared: Params,
-        edits: Params | None = None,
-        deep: Float[Array, "n h2 w2 d"] | None = None,
-        only_deep: bool = False,
-    ) -> Array:
-        """The denoiser's output [n, h, w, c] for n rows, each with its own prompt.
-
-        Args:
-            params: the denoiser's.
-            x: noisy latents at unit variance, and after them an inpainting model's further channels.
-            t: the training steps.
-            conditioning: n rows of it.
-            prepared: n rows of what `prepare` gave.
-            edits: merged results of `perturbed_attention` and `shared_layout`; None leaves attention as it is.
-            deep: features of an earlier step, which stand in for most of the network (Ma et al. 2023, DeepCache).
-            only_deep: returns those features.
-        """
-        variables = {"params": params, "prompt": prepared} | ({} if edits is None else {"rows": edits})
-        return self.denoiser.apply(variables, x, t, conditioning.context, deep, only_deep=only_deep)  # pyright: ignore
-
-    def perturbed_attention(self, params: Params, rows: Bool[Array, " n"]) -> Params:
-        """The edit in which these rows' self-attention in the middle is the identity (Ahn et al. 2024, PAG)."""
-        return perturbed(params, rows)
-
-    def shared_layout(self, params: Params, source: Int[Array, " n"]) -> Params:
-        """The edit in which row i takes its layout from row source[i] (Tumanyan et al. 2023, plug-and-play)."""
-        return structured(params, source)
-
-    # Autoencoder ------------------------------------------------------------------------------------------------------
-
-    def encode(self, params: Params, image: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
-        """Images in [-1, 1] to their most likely latents, at unit variance."""
-        moments = self.vae.apply({"params": params}, image, method="encode")
-        return self.latent_scale * moments[..., : self.latent_channels]  # pyright: ignore
-
-    def decode(self, params: Params, latent: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
-        """Latents at unit variance to images, which may overshoot [-1, 1]."""
-        return self.vae.apply({"params": params}, latent / self.latent_scale, method="decode")  # pyright: ignore
+        features, _ = weighed(lambda rows: (encoder.apply({"params": params[0]}, rows),), tokens[0])  # pyright: ignore
+        return Conditioning(in_a_row(features))

@@ -37,7 +37,7 @@ def image_size(request: Request, family: Family, own: Size | None) -> Size:
         ValueError: where nothing gives a size, or its sides do not fit the model.
     """
     if request.image is None:
-        size = request.size or _of_latents(request, family) or own
+        size = request.size or _of_latents(request, family) or _of_control(request, family, own) or own
         if size is None:
             raise ValueError("The model does not say at which size it was trained; give a size.")
     else:
@@ -92,6 +92,21 @@ def canvas_of(request: Request, family: Family, own: Size | None) -> Canvas | No
     return Canvas(image, mask)
 
 
+def control_images(request: Request, size: Size) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """The request's control images, stretched to the size of the result as diffusers stretches them.
+
+    Raises:
+        ValueError: where a file cannot be read.
+    """
+    images = map(_read, request.control_image)
+    return [
+        image
+        if image.shape[1::-1] == size
+        else np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+        for image in images
+    ]
+
+
 def check_size(name: str, size: Size, factor: int, whose: str = "the model's factor") -> None:
     """Both sides must be above 0, multiples of `factor`, and not beyond `MAX_SIDE`.
 
@@ -128,12 +143,7 @@ def fitted_size(size: Size, family: Family, own: Size | None) -> Size:
 def _canvas_size(request: Request, family: Family, own: Size | None) -> Size:
     """The size at which the image is taken: an array's own; a file's is made to fit."""
     assert request.image is not None
-    if isinstance(request.image, np.ndarray):
-        size = request.image.shape[1], request.image.shape[0]
-    else:
-        size = _header(str(request.image), _changed(str(request.image)))
-        if not all(size):
-            size = _read(request.image).shape[1::-1]  # says what is wrong with the file
+    size = _size_of(request.image)
     if request.upscale is not None or request.latent_upscale > 1:
         times = request.upscale or 1
         return size[0] * times, size[1] * times
@@ -142,6 +152,23 @@ def _canvas_size(request: Request, family: Family, own: Size | None) -> Size:
     chosen = request.size or fitted_size(size, family, own)
     assert not isinstance(chosen, str)
     return chosen
+
+
+def _size_of(image: Pixels) -> Size:
+    """Width and height of an image, of a file by its header."""
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    size = _header(str(image), _changed(str(image)))
+    return size if all(size) else _read(image).shape[1::-1]  # which says what is wrong with the file
+
+
+def _of_control(request: Request, family: Family, own: Size | None) -> Size | None:
+    """The size of the first control image, of a file as it is made to fit."""
+    if not request.control_image:
+        return None
+    image = request.control_image[0]
+    size = _size_of(image)
+    return size if isinstance(image, np.ndarray) else fitted_size(size, family, own)
 
 
 def _of_latents(request: Request, family: Family) -> Size | None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.generation.drawing import Drawing
@@ -17,14 +17,14 @@ from jaxdiff.generation.network import AnyArray, Inputs
 from jaxdiff.generation.programs import Program, denoise, encode_images, encode_prompts, keys_and_noise
 from jaxdiff.generation.request import SEEDS, Region, Request, floats
 from jaxdiff.generation.weights import Weights
-from jaxdiff.prompts.encode import Prompts, Words, encode, fill
+from jaxdiff.prompts.encode import Prompts, Words, alike, encode, fill
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.programs import kept
 from jaxdiff.sampling.inversion import backwards
 from jaxdiff.sampling.loop import State, begin
 from jaxdiff.sampling.samplers import first_state
 from jaxdiff.sampling.torch_noise import torch_latents
-from jaxdiff.types import Conditioning, Params
+from jaxdiff.types import Conditioning, Params, Tokens
 
 
 class PromptWarning(UserWarning):
@@ -32,7 +32,7 @@ class PromptWarning(UserWarning):
 
 
 def make_inputs(
-    drawing: Drawing, tokenizer: Tokenizer, params: Weights, program: Program
+    drawing: Drawing, tokenizers: Sequence[Tokenizer], params: Weights, program: Program
 ) -> tuple[Inputs, State, Array]:
     """The denoiser's inputs, the state that sampling starts from, and the keys of the steps' noise.
 
@@ -40,9 +40,9 @@ def make_inputs(
         ValueError: where prompts do not go together.
     """
     settings, b = drawing.settings, len(drawing.requests)
-    inputs, source = prompt_inputs(drawing, tokenizer, params["text_encoder"], program)
+    inputs, source = prompt_inputs(drawing, tokenizers, params, program)
     keys, noise, step_noise = starting_noise(drawing)
-    inputs = inputs._replace(step_noise=step_noise)
+    inputs = inputs._replace(step_noise=step_noise, hints=drawing.hints or None)
     known = None if drawing.image is None else encode_latents(drawing.image, params["vae"], program)
     if known is not None and settings.latent_upscale > 1:
         known = _stretch(known, (b, *drawing.shape))
@@ -85,7 +85,7 @@ def _inverted(drawing: Drawing, source: Inputs, known: Array, keys: Array, param
     """The states that clean latents would have been drawn from, without guidance."""
     up = backwards(drawing.sigmas, drawing.steps)
     ends = np.int32(0), np.int32(drawing.steps - drawing.start)
-    inverse = replace(program, invert=drawing.settings.invert)
+    inverse = replace(program, invert=drawing.settings.invert, control_nets=(), control_guess=False)
     return denoise(params, source, begin_all(known), keys, up, *ends, None, np.float32(0), program=inverse)
 
 
@@ -112,25 +112,50 @@ def words_of(request: Request) -> Words:
     return Words(request.prompt, request.negative_prompt, tuple(prompt for prompt, _ in request.regions))
 
 
-def encoded(requests: Sequence[Request], tokenizer: Tokenizer, steps: int) -> tuple[Prompts, list[str]]:
-    """The tokens of all prompts, and warnings: the requests', then the second prompts, then the source prompts."""
+def one_chunk(texts: Sequence[str], tokenizer: Tokenizer) -> Tokens:
+    """Texts [b] as a text encoder reads them, without syntax; the ends of those that do not fit are cut."""
+    ids = jnp.asarray(tokenizer(texts))[:, None]
+    return Tokens(ids, jnp.ones(ids.shape), jnp.asarray(tokenizer([""])[0]))
+
+
+def encoded(
+    requests: Sequence[Request], tokenizers: Sequence[Tokenizer], steps: int
+) -> tuple[list[Prompts], list[str]]:
+    """The tokens of all prompts by each tokenizer: the requests', then the second prompts, then the source prompts.
+
+    The sentences beside them are warnings.
+    """
     words = [words_of(request) for request in requests]
     if requests[0].to_prompt is not None:
         words += [words_of(request)._replace(prompt=request.to_prompt or "") for request in requests]
     if requests[0].invert is not None:
         words += [Words("", request.source_prompt) for request in requests]  # nothing is composed there
-    return encode(words, tokenizer, steps, literal=requests[0].literal)
+    found = [encode(words, tokenizer, steps, literal=requests[0].literal) for tokenizer in tokenizers]
+    return alike([prompts for prompts, _ in found]), [told for _, some in found for told in some]
 
 
-def prompt_inputs(drawing: Drawing, tokenizer: Tokenizer, params: Params, program: Program) -> tuple[Inputs, Inputs]:
+def prompt_inputs(
+    drawing: Drawing, tokenizers: Sequence[Tokenizer], params: Weights, program: Program
+) -> tuple[Inputs, Inputs]:
     """The inputs as far as prompts give them; and those of the source prompts, where there are any."""
     b, steps, settings = len(drawing.requests), drawing.steps, drawing.settings
-    prompts, warnings_ = encoded(drawing.requests, tokenizer, steps)
+    by_tokenizer, warnings_ = encoded(drawing.requests, tokenizers, steps)
     warn(warnings_)
-    empty = jnp.asarray(tokenizer([""])[0])
-    arguments = params, jnp.asarray(prompts.ids), jnp.asarray(prompts.token_weights), empty
+    prompts = by_tokenizer[0]
+    tokens = tuple(
+        Tokens(jnp.asarray(one.ids), jnp.asarray(one.token_weights), jnp.asarray(tokenizer([""])[0]))
+        for one, tokenizer in zip(by_tokenizer, tokenizers, strict=True)
+    )
+    arguments = tuple(params[role] for role in program.family.TEXT_ENCODERS), tokens
     static = {"program": program, "clip_skip": settings.clip_skip}
     conditioning: Conditioning = kept(encode_prompts, *arguments, **static)(*arguments)
+    if drawing.zero_empty:
+        empty = [request.negative_prompt == "" for request in drawing.requests]
+        conditioning = _zeros_for_negatives(conditioning, np.resize(empty, len(prompts.ids)))
+    if drawing.numbers is not None:
+        extra = drawing.numbers[[0, *[1] * (prompts.ids.shape[2] - 1)]]
+        extra = jnp.broadcast_to(jnp.asarray(extra), (*prompts.ids.shape[:2], *extra.shape))
+        conditioning = conditioning._replace(extra=extra)
     levels = np.append(np.asarray(drawing.sigmas.sigmas)[:steps], 0).astype(np.float32)
 
     def rows(first: int) -> Conditioning:
@@ -153,6 +178,11 @@ def prompt_inputs(drawing: Drawing, tokenizer: Tokenizer, params: Params, progra
         raise ValueError("source_prompt may have no prompt editing; say what is in the image.")
     source = jax.tree.map(lambda leaf: leaf[:, :1, [0, 0]], rows(first))
     return inputs, Inputs(source, np.ones((b, 1, 1, 1, 1, 1), np.float32), levels[prompts.starts[first:, :1]])
+
+
+def _zeros_for_negatives(conditioning: Conditioning, rows: Bool[np.ndarray, " b"]) -> Conditioning:
+    """The conditioning [b, phases, prompts, ...] with zeros for the negative prompts of these rows."""
+    return jax.tree.map(lambda leaf: leaf.at[rows, :, 0].set(0), conditioning)
 
 
 def _part_weights(prompts: Prompts, drawing: Drawing) -> Float32[np.ndarray, "b phases parts h w 1"]:

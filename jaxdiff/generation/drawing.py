@@ -6,21 +6,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32, UInt8
 
 from jaxdiff.config import SchedulerConfig, nearest
+from jaxdiff.diffusion.denoiser import sigma_to_t
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.families import Family
-from jaxdiff.generation.canvas import Size, canvas_of, check_size, image_size, latent_shape
+from jaxdiff.generation.canvas import Size, canvas_of, check_size, control_images, image_size, latent_shape
 from jaxdiff.generation.programs import INVERSIONS
 from jaxdiff.generation.request import DEFAULTS, PER_IMAGE, Request
 from jaxdiff.runtime.memory import memory_bytes
 from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas, starts_at_sigma
 from jaxdiff.sampling.sigmas import Sigmas
 
+REFINER_START = 0.8
+"""How much of the noise schedule is drawn before a refiner takes over, where a request does not say."""
+AESTHETIC_SCORE = 6.0
+"""What the refiner of Stable Diffusion XL is told, where a request does not say: people liked the image."""
 UPSCALE_STRENGTH = 0.35
 """How much of an enlarged image is drawn anew, where the request does not say."""
 
@@ -36,6 +42,10 @@ class ModelInfo:
     dtype: DTypeLike
     defaults: Mapping[str, Any]
     """The settings that stand in for those that a request leaves out."""
+    controls: int = 0
+    """Control networks that it was loaded with."""
+    zero_empty: bool = False
+    """Whether an empty negative prompt is zeros, and not what the text encoders make of it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,14 @@ class Drawing:
     """Steps that the sigmas are for; pndm takes one more than is asked for."""
     image: UInt8[np.ndarray, "b h w 3"] | None
     mask: Float32[np.ndarray, "b h w"] | None
+    hints: tuple[UInt8[np.ndarray, "b h w 3"], ...] = ()
+    """Control images, for each control network."""
+    numbers: Float32[np.ndarray, "2 k"] | None = None
+    """What the denoiser is told beside a negative prompt, and beside a prompt; None is nothing."""
+    zero_empty: bool = False
+    """Whether an empty negative prompt is zeros."""
+    embeds_guidance: bool = False
+    """Whether the denoiser reads the guidance scale, and so needs no negative prompt."""
 
     @property
     def settings(self) -> Request:
@@ -74,6 +92,29 @@ class Drawing:
         return 0 if self.settings.invert is None else math.floor(self.settings.keep_layout * self.steps + 0.5)
 
     @property
+    def control(self) -> list[tuple[float, tuple[float, float] | None]]:
+        """For each control network how much it counts, and the noise levels above and up to which it does so.
+
+        Of n steps, it counts at step i where i / n is not before its start and (i + 1) / n not beyond its end, as in
+        diffusers; None is at all of them.
+        """
+        settings, n = self.settings, self.steps - self.start
+        levels, ends = (
+            np.asarray(part)[self.start : self.steps] for part in (self.sigmas.sigmas, self.sigmas.sigmas_next)
+        )
+        found = []
+        scales, *_ = settings.of_controls(len(self.hints))
+        for scale, window in zip(scales, settings.windows(len(self.hints)), strict=True):
+            start, end = window or (0.0, 1.0)
+            steps = [i for i in range(n) if start <= i / n and (i + 1) / n <= end]
+            low = high = -math.inf
+            if steps:
+                high = math.inf if steps[0] == 0 else float(levels[steps[0]])
+                low = -math.inf if steps[-1] == n - 1 else float(ends[steps[-1]])
+            found.append((scale, None if window is None else (low, high)))
+        return found
+
+    @property
     def guidance(self) -> Guidance:
         """Its numbers, as the programs take them; those that are None keep the program smaller.
 
@@ -82,13 +123,22 @@ class Drawing:
         settings = self.settings
         low, high = settings.guidance_interval or (None, None)
         numbers: dict[str, Any] = {
-            "scale": max(1.0, settings.guidance or 0.0),
+            "scale": 1.0 if self.embeds_guidance else max(1.0, settings.guidance or 0.0),
             "rescale": settings.guidance_rescale,
             "low": low,
             "high": high,
         }
         numbers |= {name: getattr(settings, name) for name in Guidance._fields if name not in numbers}
         return Guidance(**{name: np.float32(value) for name, value in numbers.items() if value is not None})
+
+
+def refiner_step(drawing: Drawing, scheduler: SchedulerConfig) -> int:
+    """The step at which a refiner takes over: the first whose training step is below its share of them."""
+    given, schedule = drawing.settings.refiner_start, make_schedule(scheduler)
+    first = round(scheduler.num_train_timesteps * (1 - (REFINER_START if given is None else given)))
+    sigmas = np.asarray(drawing.sigmas.sigmas)[: drawing.steps]
+    times = np.array([sigma_to_t(jnp.asarray(sigma), schedule) for sigma in sigmas])
+    return int((times >= first).sum())
 
 
 def checked_defaults(given: Mapping[str, Any], scheduler: SchedulerConfig) -> dict[str, Any]:
@@ -154,6 +204,14 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
     if family.inpaints and common.mask is None and common.outpaint is None:
         raise ValueError("This model is for inpainting; give an image and a mask.")
 
+    for one in requests:
+        if one.control_image and len(one.control_image) != model.controls:
+            nets = "no control network; give it by controls= (--control)" if not model.controls else (
+                f"{model.controls} control network{'s' if model.controls > 1 else ''}; give an image for each"
+            )  # fmt: skip
+            raise ValueError(
+                f"There are {len(one.control_image)} of control_image, and the model was loaded with {nets}."
+            )
     size = image_size(common, family, model.size)
     canvases = [canvas_of(one, family, model.size) for one in requests]
     images = [canvas.image for canvas in canvases if canvas is not None]
@@ -162,12 +220,25 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         if image.shape != images[0].shape:
             shape = image_size(one, family, model.size)
             raise ValueError(f"Images that are drawn together must have one size; they have {size} and {shape}.")
+    hints = [control_images(one, image_size(one, family, model.size)) for one in requests]
+    if len({len(some) for some in hints}) > 1:
+        raise ValueError("control_image is given for some of the requests; give it for all that are drawn together.")
+    if sizes := {image.shape for some in hints for image in some} - {(size[1], size[0], 3)}:
+        height, width, _ = sizes.pop()
+        raise ValueError(f"Images that are drawn together must have one size; they have {size} and {(width, height)}.")
     shape = latent_shape(size, family)
     for one in requests:
         if one.latents is not None and one.latents.shape != shape:
             raise ValueError(
                 f"latents have the shape {one.latents.shape}; it must be {shape}: height, width, channels."
             )
+    numbers = family.numbers(
+        size,
+        common.original_size or size,  # pyright: ignore[reportArgumentType]
+        common.crop or (0, 0),
+        AESTHETIC_SCORE if common.aesthetic_score is None else common.aesthetic_score,
+        common.guidance or 0.0,
+    )
     _check_memory(family, len(requests), size, model.dtype)
     schedule = make_schedule(model.scheduler)
     settings: Any = common  # they are filled in
@@ -180,7 +251,22 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         steps=count_steps(sigmas),
         image=np.stack(images) if images else None,
         mask=np.stack(masks) if masks else None,
+        hints=tuple(np.stack(some) for some in zip(*hints, strict=True)),
+        numbers=numbers,
+        zero_empty=model.zero_empty,
+        embeds_guidance=family.embeds_guidance,
     )
+
+
+def check_read(request: Request, families: Sequence[Family]) -> None:
+    """Refuses what a request tells denoisers and none of them reads.
+
+    Raises:
+        ValueError: in a sentence.
+    """
+    for name in ("original_size", "crop", "aesthetic_score"):
+        if getattr(request, name) is not None and not any(name in family.READS for family in families):
+            raise ValueError(f"{name} is {getattr(request, name)}; this model does not read it, so leave it out.")
 
 
 def _same(a: Any, b: Any) -> bool:

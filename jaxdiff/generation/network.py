@@ -1,7 +1,8 @@
 """From a model's denoiser to the `DenoiseFn` of one image. Each feature is a function wrapped round the one below it.
 
     rows          the denoiser on one row for each guess that guidance reads
-    extra_inputs  an inpainting model's mask and masked image
+    controlled    what control networks add to its features
+    beside        maps beside the latent: an inpainting model's mask and masked image, features of control images
     tiled         overlapping tiles of a large image
     make_denoiser from the network's output to a guess of x_0
     guided        one guess from several: classifier-free guidance, prompt parts, PAG, APG, rescaling
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.denoiser import NetworkFn, make_denoiser, sigma_to_t
@@ -57,6 +58,40 @@ class Inputs(NamedTuple):
     layout_above: Float[AnyArray, ""] | None = None
     """The noise level down to which the layout is that of a source, drawn along as the first of x [2, h, w, c]."""
 
+    hints: tuple[UInt8[AnyArray, "*b h2 w2 3"], ...] | None = None
+    """Control images, one for each control network."""
+
+
+class Control(NamedTuple):
+    """A network that an image steers the denoiser by, and how much and when; the same for all images."""
+
+    params: Params
+    scale: Float[AnyArray, ""]
+    low: Float[AnyArray, ""] | None = None
+    """The noise level above which it counts; None is at all levels."""
+    high: Float[AnyArray, ""] | None = None
+    """The one up to which it counts."""
+
+
+class Prepared(NamedTuple):
+    """What is computed for an image once for all steps."""
+
+    prompts: Params
+    """Of its prompts, by the denoiser."""
+    controls: tuple[tuple[Float[Array, "*b h w d"], Params], ...] = ()
+    """By each control network, features of the control image, and of the prompts."""
+
+
+class Steering(NamedTuple):
+    """The control networks in use."""
+
+    nets: tuple[Any, ...] = ()
+    """Their modules."""
+    controls: tuple[Control, ...] = ()
+    """As many."""
+    guess: bool = False
+    """Whether they see the prompt's rows alone, and say what it does not."""
+
 
 # Rows -----------------------------------------------------------------------------------------------------------------
 
@@ -89,9 +124,10 @@ class Rows:
         tile: tuple[int, int] | None,
         params: Params,
         inputs: Inputs,
-        prepared: Params,
+        prepared: Prepared,
         guidance: Guidance | None,
         deep: Float[Array, "rows h w d"] | None = None,
+        steering: Steering | None = None,
     ) -> None:
         """Binds one image's arrays.
 
@@ -101,13 +137,15 @@ class Rows:
             tile: height and width in latent pixels of the tiles; None is the whole image.
             params: the denoiser's.
             inputs: the image's.
-            prepared: what the family's `prepare` made of the image's conditioning.
+            prepared: what is computed once for the image.
             guidance: says which rows there are.
             deep: features of an earlier step for each row, in place of most of the network.
+            steering: control networks.
         """
         self.family, self.params, self.inputs, self.prepared = family, params, inputs, prepared
         self.schedule, self.prediction = make_schedule(scheduler), PREDICTIONS[scheduler.prediction_type]
         self.tile, self.guidance, self.deep = tile, guidance, deep
+        self.steering = steering or Steering()
         self.prompts = prompt_of_row(inputs, guidance)
 
     def guesses(self, x: Latent, sigma: Sigma, rows: slice = ALL) -> Float[Array, "n h w c"]:
@@ -126,19 +164,55 @@ class Rows:
 
     def _network(self, sigma: Sigma, rows: slice, only_deep: bool = False) -> NetworkFn:
         chosen, phase = jnp.array(self.prompts[rows]), phase_at(self.inputs, sigma)
-        conditioning, prepared = (
-            jax.tree.map(lambda leaf: leaf[phase][chosen], tree) for tree in (self.inputs.conditioning, self.prepared)
-        )
+
+        def of_rows(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf[phase][chosen], tree)
+
+        conditioning, prepared = of_rows(self.inputs.conditioning), of_rows(self.prepared.prompts)
         n, edits = len(chosen), self._edits(sigma, len(chosen))
+        control = partial(self._control, sigma=sigma, rows=rows, conditioning=conditioning, of_rows=of_rows)
+        hints = [features.astype(jnp.float32) for features, _ in self.prepared.controls]
+        channels = self.family.in_channels
 
         def network(x_in: Float[Array, "n h w c"], t: Float[Array, ""]) -> Array:
-            deep = None if self.deep is None else self.deep[rows]
-            return self.family.predict(
-                self.params, x_in, jnp.full(n, t), conditioning, prepared, edits, deep, only_deep
-            )
+            deep, times, added = None if self.deep is None else self.deep[rows], jnp.full(n, t), None
+            if hints:
+                x_in, features = x_in[..., :channels], x_in[..., channels:]
+                added = control(x_in, times, features)
+            return self.family.predict(self.params, x_in, times, conditioning, prepared, edits, deep, only_deep, added)
 
         tiles = network if self.tile is None else tiled(network, self.tile)
-        return tiles if self.inputs.extra is None else extra_inputs(tiles, self.inputs.extra)
+        maps = [*([] if self.inputs.extra is None else [jnp.asarray(self.inputs.extra)]), *hints]
+        return beside(tiles, jnp.concatenate(maps, axis=-1)) if maps else tiles
+
+    def _control(
+        self,
+        x: Float[Array, "n h w c"],
+        t: Float[Array, " n"],
+        features: Float[Array, "n h w d"],
+        *,
+        sigma: Sigma,
+        rows: slice,
+        conditioning: Conditioning,
+        of_rows: Callable[[Any], Any],
+    ) -> Any:
+        """What all control networks add to the rows' features together; None where they add to none of them."""
+        nets, controls, guess = self.steering
+        parts, total = self.inputs.weights.shape[-4], None
+        for net, control, (own, keys) in zip(nets, controls, self.prepared.controls, strict=True):
+            hint, features = features[..., : own.shape[-1]], features[..., own.shape[-1] :]
+            lowest = int(guess or self.family.steers_prompt_alone(net))  # the negative prompt is number 0
+            which = np.array([i for i, p in enumerate(self.prompts[rows]) if lowest <= p <= parts], int)
+            if not len(which):
+                continue
+            given = x[..., : self.family.latent_channels], t, conditioning, of_rows(keys), hint
+            some = jax.tree.map(lambda leaf, which=which: leaf[which], given)
+            add = partial(self.family.control, net, control.params, *some, jnp.asarray(control.scale), guess)
+            added = add() if control.low is None or control.high is None else at_levels(add, sigma, control)
+            whole = [jnp.zeros((len(x), *a.shape[1:]), a.dtype).at[which].set(a) for a in jax.tree.leaves(added)]
+            added = jax.tree.unflatten(jax.tree.structure(added), whole)
+            total = added if total is None else jax.tree.map(jnp.add, total, added)
+        return total
 
     def _edits(self, sigma: Sigma, n: int) -> Params | None:
         edits = {}
@@ -151,11 +225,17 @@ class Rows:
         return edits or None
 
 
-def extra_inputs(network_fn: NetworkFn, extra: Float[AnyArray, "h w d"]) -> NetworkFn:
-    """The network of an inpainting model, whose further channels are the same for all rows."""
+def at_levels(fn: Callable[[], Any], sigma: Sigma, control: Control) -> Any:
+    """`fn()` at the noise levels at which a control network counts; else zeros, which cost nothing."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn))
+    return jax.lax.cond((control.low < sigma) & (sigma <= control.high), fn, lambda: zeros)  # pyright: ignore
+
+
+def beside(network_fn: NetworkFn, maps: Float[AnyArray, "h w d"]) -> NetworkFn:
+    """The network that reads further channels beside the latent's, which are the same for all rows."""
 
     def network(x_in: Float[Array, "n h w c"], t: Float[Array, ""]) -> Array:
-        return network_fn(jnp.concatenate([x_in, jnp.broadcast_to(extra, (len(x_in), *extra.shape))], axis=-1), t)
+        return network_fn(jnp.concatenate([x_in, jnp.broadcast_to(maps, (len(x_in), *maps.shape))], axis=-1), t)
 
     return network
 

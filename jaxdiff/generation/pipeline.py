@@ -19,13 +19,22 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.families import Family
 from jaxdiff.generation.canvas import check_size, image_size, latent_shape
-from jaxdiff.generation.conditioning import encode_latents, filled, make_inputs, seeded
-from jaxdiff.generation.drawing import Drawing, ModelInfo, checked_defaults, make_drawing, settled
-from jaxdiff.generation.network import Inputs
-from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_prompts
+from jaxdiff.generation.conditioning import begin_all, encode_latents, filled, make_inputs, seeded
+from jaxdiff.generation.drawing import (
+    Drawing,
+    ModelInfo,
+    check_read,
+    checked_defaults,
+    make_drawing,
+    refiner_step,
+    settled,
+)
+from jaxdiff.generation.network import Control, Inputs, Prepared
+from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_once
 from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, floats, seed_number, shown
-from jaxdiff.generation.weights import STEPS, Memory, Weights, check_memory
+from jaxdiff.generation.weights import CONTROL, Memory, Weights, check_memory, step_roles
 from jaxdiff.io.images import feathered
 from jaxdiff.model import Adapter, FileOptions, Model, check_dtype, merge_adapters, read_model
 from jaxdiff.prompts.wildcards import Wildcards
@@ -52,12 +61,15 @@ def load(
     prediction_type: str | None = None,
     ema: bool = False,
     loras: Iterable[str | Path | tuple[str | Path, float]] = (),
+    embeddings: Iterable[str | Path | tuple[str | Path, str]] = (),
+    controls: Iterable[str | Path] = (),
+    refiner: str | Path | None = None,
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
     Args:
         path: a diffusers folder, a run directory of `train.py`, or a `.safetensors` or `.ckpt` file in the original
-            layout of Stable Diffusion 1 or 2; None is the model that comes with the package.
+            layout of Stable Diffusion 1, 2 or XL; None is the model that comes with the package.
         dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
         devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
         adapters: functions of the params by role, which are applied in order before anything is cast or placed. The
@@ -69,6 +81,11 @@ def load(
             Stable Diffusion 1, and a guess, with a warning, for 2.
         ema: of a single file, takes the averaged weights of the denoiser.
         loras: files, or pairs of a file and a strength, such as ("flat.safetensors", 0.8); they come after `adapters`.
+        embeddings: textual inversions, files or pairs of a file and what its word is called in prompts, such as
+            ("learned_embeds.bin", "<my-cat>"); without a name it is the file's own.
+        controls: ControlNets, folders or files, which a request's `control_image` steers the model by.
+        refiner: a model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner; see
+            `Request.refiner_start`.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
@@ -82,9 +99,20 @@ def load(
         model = model.with_params(merge_adapters(model.params, adapters))
     if isinstance(loras, str | Path):
         raise ValueError(f"loras is {shown(loras)}; give a list of files, or of pairs of a file and a strength.")
+    if isinstance(embeddings, str | Path):
+        raise ValueError(f"embeddings is {shown(embeddings)}; give a list of files, or of pairs of a file and a word.")
+    if isinstance(controls, str | Path):
+        raise ValueError(f"controls is {shown(controls)}; give a list of folders or files.")
     if loras := tuple(loras):
         model = model.with_loras(loras)
-    return Pipeline(model, dtype, devices, memory)
+    if embeddings := tuple(embeddings):
+        model = model.with_embeddings(embeddings)
+    if controls := tuple(controls):
+        model = model.with_controls(controls)
+    second = None
+    if refiner is not None:
+        second = Pipeline(read_model(refiner).with_embeddings(embeddings), dtype, devices, memory)
+    return Pipeline(model, dtype, devices, memory, second)
 
 
 class Pipeline:
@@ -96,23 +124,41 @@ class Pipeline:
         dtype: str | None = None,
         devices: Sequence[Any] | None = None,
         memory: Memory = "normal",
+        refiner: "Pipeline | None" = None,
     ) -> None:
         """The params go to the default device, or to each of `devices`, when they are first used.
 
         Raises:
-            ValueError: when the model's networks do not fit together.
+            ValueError: when the model's networks do not fit together, or a refiner has other latents.
         """
         self.model = model
         self.dtype = check_dtype(dtype)
         self.defaults = checked_defaults(model.defaults, model.scheduler)
         """The settings that stand in for those that a request leaves out."""
         self.networks = model.modules(self._jax_dtype)
+        self._nets = tuple(self.networks.control_net(control.config, self._jax_dtype) for control in model.controls)
         self._mesh = None if devices is None or len(devices) < 2 else make_mesh(devices=devices)
         everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
-        self.params = Weights(model.params, self._jax_dtype, everywhere, check_memory(memory))
+        params = model.params | {f"{CONTROL}{i}": control.params for i, control in enumerate(model.controls)}
+        self.params = Weights(params, self._jax_dtype, everywhere, check_memory(memory))
         """As the networks take them, by role."""
+        self.refiner = refiner
+        """What takes the last steps."""
+        if refiner is not None and _latents(refiner.networks) != _latents(self.networks):
+            raise ValueError(
+                f"The refiner {refiner.name} has other latents than {self.name}: scale, channels and pixels to each "
+                f"are {_latents(refiner.networks)}, and not {_latents(self.networks)}."
+            )
         self._fitting: set[tuple[Any, tuple[int, ...]]] = set()
-        self.info = ModelInfo(self.networks, model.scheduler, model.size, self._jax_dtype, self.defaults)
+        self.info = ModelInfo(
+            self.networks,
+            model.scheduler,
+            model.size,
+            self._jax_dtype,
+            self.defaults,
+            len(self._nets),
+            model.zero_empty,
+        )
         """What requests need to know of the model."""
 
     @property
@@ -212,12 +258,16 @@ class Pipeline:
         if not isinstance(requests, list | tuple) or not requests or not all(isinstance(r, Request) for r in requests):
             raise ValueError(f"requests is {shown(requests)}; give a list of one Request or more.")
         drawing = make_drawing(singles(requests), self.info)
+        self._check_refiner(requests[0])
         program = self.program(drawing.settings)
         if self._mesh is None:
             self._decoder(jax.ShapeDtypeStruct((len(drawing.requests), *drawing.shape), jnp.float32), begin)
-        inputs, state, keys = make_inputs(drawing, self.model.tokenizer, self.params, program)
-        state = state._replace(memory=drawing.guidance.memory(jnp.zeros((len(drawing.requests), *drawing.shape))))
-        state = self._denoise(drawing, program, inputs, state, keys, progress, on_step)
+        inputs, state, keys = make_inputs(drawing, self.model.tokenizers, self.params, program)
+        stop = drawing.steps if self.refiner is None else refiner_step(drawing, self.model.scheduler)
+        first, callbacks = drawing.start, (progress, on_step)
+        state = self._denoise(drawing, (first, max(first, stop)), program, inputs, state, keys, *callbacks)
+        if self.refiner is not None and stop < drawing.steps:
+            state = self.refiner._finish(drawing, max(first, stop), state, keys, *callbacks)
         if not np.isfinite(state.x).all():
             raise ValueError(
                 f"The image has values that are not finite: {self.dtype} overflowed, with guidance "
@@ -236,17 +286,51 @@ class Pipeline:
         mixed = np.round(drawn * images + (1 - drawn) * drawing.image).astype(np.uint8)
         return np.where(drawn == 0, drawing.image, mixed)
 
+    def _finish(
+        self,
+        drawing: Drawing,
+        start: int,
+        state: State,
+        keys: Array,
+        progress: Callable[[int], object] | None,
+        on_step: Callable[[int, Array], object] | None,
+    ) -> State:
+        """The last steps of another model's drawing, on its noise levels."""
+        size = drawing.shape[1] * self.networks.factor, drawing.shape[0] * self.networks.factor
+        own = make_drawing([request.without_control(size) for request in drawing.requests], self.info)
+        own = replace(own, sigmas=drawing.sigmas, at_sigma=drawing.at_sigma, steps=drawing.steps)
+        program = self.program(own.settings)
+        inputs, _, _ = make_inputs(own, self.model.tokenizers, self.params, program)
+        return self._denoise(own, (start, own.steps), program, inputs, begin_all(state.x), keys, progress, on_step)
+
+    def _check_refiner(self, request: Request) -> None:
+        """Refuses what a request says of a refiner that is not there, or does not go with the one that is.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        if self.refiner is None and request.refiner_start is not None:
+            raise ValueError("refiner_start is for a model with a refiner; load one (refiner=, --refiner), or leave "
+                             "refiner_start out.")  # fmt: skip
+        if self.refiner is not None and request.invert is not None:
+            raise ValueError("invert finds the noise of one model; load it without a refiner.")
+        check_read(request, [pipe.networks for pipe in (self, self.refiner) if pipe is not None])
+
     def program(self, request: Request) -> Program:
         """What the programs of a request are compiled for."""
         side = None if request.tile is None else request.tile // self.networks.factor
         tile = None if side is None else (side, side)
         name = request.sampler or self.defaults["sampler"]
         registered = None if SAMPLERS[name] is BUILT_IN.get(name) else SAMPLERS[name]
-        return Program(self.networks, self.model.scheduler, name, tile, registered)
+        nets = self._nets if request.control_image else ()
+        return Program(
+            self.networks, self.model.scheduler, name, tile, registered, None, nets, request.control_guess
+        )  # fmt: skip
 
     def _denoise(
         self,
         drawing: Drawing,
+        ends: tuple[int, int],
         program: Program,
         inputs: Inputs,
         state: State,
@@ -254,8 +338,10 @@ class Pipeline:
         progress: Callable[[int], object] | None,
         on_step: Callable[[int, Array], object] | None,
     ) -> State:
-        """All steps, in pieces where there are callbacks; taken in pieces the steps are the same."""
-        settings, steps, first = drawing.settings, drawing.steps, drawing.start
+        """The steps from the first of `ends` to the other, in pieces where there are callbacks; taken in pieces the
+        steps are the same."""
+        settings, (first, steps) = drawing.settings, ends
+        state = state._replace(memory=drawing.guidance.memory(jnp.zeros((len(drawing.requests), *drawing.shape))))
         interval = None if settings.cache_interval == 1 else np.int32(min(settings.cache_interval, steps))
         piece = 1 if on_step is not None else math.ceil((steps - first) / 10) if progress is not None else steps - first
         # Features that are kept for some steps are made where a piece starts.
@@ -263,14 +349,15 @@ class Pipeline:
         mesh = self._mesh_for(len(keys))
         inputs, state, keys = spread((inputs, state, keys), mesh)
 
-        def arguments(params: Params, start: int, stop: int, state: State) -> tuple[Any, ...]:
+        def arguments(params: Sequence[Params], start: int, stop: int, state: State) -> tuple[Any, ...]:
             numbers = np.int32(start), np.int32(stop), drawing.guidance, np.float32(settings.eta), interval
-            return params, inputs, state, keys, drawing.sigmas, *numbers
+            return params[0], inputs, state, keys, drawing.sigmas, *numbers, controls_of(drawing, params[1:])
 
+        roles = step_roles(len(drawing.hints))
         with on(mesh):  # compiled before there are params: the compiler wants memory, too
-            run = kept(denoise, *arguments(self._like(STEPS), first, steps, state), program=program)
-        self._check_fits(run, (len(keys), *drawing.shape))
-        params = self.params[STEPS]
+            run = kept(denoise, *arguments([*map(self._like, roles)], first, steps, state), program=program)
+        self._check_fits(run, (len(keys), *drawing.shape), roles)
+        params = [self.params[role] for role in roles]
 
         def report(start: int, stop: int, state: State) -> None:
             done = min(stop, settings.steps or steps)
@@ -292,7 +379,7 @@ class Pipeline:
             report(*taken)
         return state
 
-    def _check_fits(self, run: Any, shape: tuple[int, ...]) -> None:
+    def _check_fits(self, run: Any, shape: tuple[int, ...], roles: Sequence[str]) -> None:
         """Checks once for each program that steps and decoder have memory; systems kill a process without a word.
 
         Accelerators say themselves when theirs is short.
@@ -307,9 +394,9 @@ class Pipeline:
         there, free, total = resident_bytes(), free_bytes(), memory_bytes()
         if there is None or free is None:
             return
-        steps = self.params.missing_bytes(STEPS) + temporaries(run)
+        steps = sum(map(self.params.missing_bytes, roles)) + temporaries(run)
         last = self.params.missing_bytes("vae") + temporaries(decoder)
-        beside = 0 if low else self.params.missing_bytes(STEPS)
+        beside = 0 if low else sum(map(self.params.missing_bytes, roles))
         more = max(0, max(steps, beside + last) - self.params.passing_bytes())
         b, (h, w) = shape[0], (side * self.networks.factor for side in shape[1:3])
         told = (
@@ -350,15 +437,18 @@ class Pipeline:
         """
         if unused := sorted(OF_THE_LOOP & fields.keys()):
             raise ValueError(f"{unused[0]} is for the loop over the denoiser, and changes no guess; leave it out.")
-        drawing = make_drawing(singles(self.requests(prompts, negative_prompt, **fields)), self.info)
+        requests = singles(self.requests(prompts, negative_prompt, **fields))
+        drawing = make_drawing(requests, self.info)
+        check_read(requests[0], [self.networks])
         if drawing.mask is None and (unused := sorted(OF_INPAINTING & fields.keys())):
             raise ValueError(f"{unused[0]} changes a guess only where a mask keeps a part of an image; leave it out.")
         program = self.program(drawing.settings)
-        inputs, _, _ = make_inputs(drawing, self.model.tokenizer, self.params, program)
-        params = self.params["denoiser"]
-        prepared = prepare_prompts(params, inputs.conditioning, program=program)
+        inputs, _, _ = make_inputs(drawing, self.model.tokenizers, self.params, program)
+        params, *others = (self.params[role] for role in step_roles(len(drawing.hints)))
+        controls = controls_of(drawing, others)
+        prepared = prepare_once(params, inputs, controls, program=program)
         shape = len(drawing.requests), *drawing.shape
-        return jax.tree_util.Partial(_Guess(program, shape), params, inputs, prepared, drawing.guidance)
+        return jax.tree_util.Partial(_Guess(program, shape), params, inputs, prepared, drawing.guidance, controls)
 
     def sigmas(
         self,
@@ -459,6 +549,11 @@ class Pipeline:
         return jnp.dtype(self.dtype)
 
 
+def _latents(networks: Family) -> tuple[float, int, int]:
+    """What two models have in common that one can go on with the other's latents."""
+    return networks.latent_scale, networks.latent_channels, networks.factor
+
+
 def singles(requests: Sequence[Request]) -> list[Request]:
     """A request for each image; those without a seed take the image's place among all."""
     images: list[Request] = []
@@ -467,7 +562,26 @@ def singles(requests: Sequence[Request]) -> list[Request]:
     return images
 
 
-OF_THE_LOOP = {"n", "strength", "eta", "invert", "keep_layout", "source_prompt", "cache_interval", "apg_momentum"}
+def controls_of(drawing: Drawing, params: Sequence[Params]) -> tuple[Control, ...]:
+    """What the control networks of a drawing are called with."""
+    found = []
+    for one, (scale, levels) in zip(params, drawing.control, strict=True):
+        low, high = (None, None) if levels is None else (np.asarray(level, np.float32) for level in levels)
+        found.append(Control(one, np.asarray(scale, np.float32), low, high))
+    return tuple(found)
+
+
+OF_THE_LOOP = {
+    "n",
+    "refiner_start",
+    "strength",
+    "eta",
+    "invert",
+    "keep_layout",
+    "source_prompt",
+    "cache_interval",
+    "apg_momentum",
+}
 """Fields that are for the steps, and not for a guess."""
 OF_INPAINTING = {"image", "seed", "rng", "latents", "to_seed"}
 """Fields that a guess depends on where a part of an image is kept, by its pixels and their noise."""
@@ -480,7 +594,14 @@ class _Guess(NamedTuple):
     shape: tuple[int, int, int, int]
 
     def __call__(
-        self, params: Params, inputs: Inputs, prepared: Params, guidance: Guidance, x: Any, sigma: Any
+        self,
+        params: Params,
+        inputs: Inputs,
+        prepared: Prepared,
+        guidance: Guidance,
+        controls: tuple[Control, ...],
+        x: Any,
+        sigma: Any,
     ) -> Float[Array, "b h w c"]:
         if np.shape(x) != self.shape or np.ndim(sigma):
             raise ValueError(
@@ -490,7 +611,7 @@ class _Guess(NamedTuple):
         if not isinstance(sigma, jax.core.Tracer) and not 0 < floats(sigma) < math.inf:
             raise ValueError(f"sigma is {shown(sigma)}; it must be a finite number above 0.")
         x, sigma = jnp.asarray(x, jnp.float32), jnp.asarray(sigma, jnp.float32)
-        return guess(params, inputs, prepared, x, sigma, guidance, program=self.program)
+        return guess(params, inputs, prepared, x, sigma, guidance, controls, program=self.program)
 
 
 def _depth(value: Any) -> int:
@@ -502,8 +623,10 @@ def _depth(value: Any) -> int:
 
 def _one_each(name: str, value: Any, b: int) -> list[Any]:
     """A field's value for each of b images: one for all, or one each."""
-    single = {"image": 3, "mask": 2, "latents": 3}.get(name, 0)
+    single = {"image": 3, "control_image": 3, "mask": 2, "latents": 3}.get(name, 0)
     depth = _depth(value)
+    if name == "control_image" and isinstance(value, tuple):  # one for each network
+        return [value] * b
     if isinstance(value, str | bytes | Path | None) or depth == single or not isinstance(value, Iterable):
         return [value] * b
     if hasattr(value, "ndim") and depth != single + 1:  # neither one nor one each: the field's check says what it is

@@ -12,16 +12,26 @@ from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.families import Family
-from jaxdiff.generation.network import Inputs, Rows, cached_features, image_denoiser
+from jaxdiff.generation.network import (
+    AnyArray,
+    Control,
+    Inputs,
+    Prepared,
+    Rows,
+    Steering,
+    cached_features,
+    image_denoiser,
+)
 from jaxdiff.nn.slices import in_slices
 from jaxdiff.runtime.compile import Compiled
 from jaxdiff.sampling.inversion import ddim_inversion, edict_inversion
 from jaxdiff.sampling.loop import State, keyed_noise, sampling_loop
 from jaxdiff.sampling.samplers import SAMPLERS, Sampler
 from jaxdiff.sampling.sigmas import Sigmas
-from jaxdiff.types import Conditioning, Latent, Params, Sigma
+from jaxdiff.types import Conditioning, Latent, Params, Sigma, Tokens
 
-for container in (Conditioning, Guidance, Inputs, Sigmas, State):  # so that programs can be kept between processes
+# So that programs can be kept between processes.
+for container in (Conditioning, Control, Guidance, Inputs, Prepared, Sigmas, State, Tokens):
     jax.export.register_namedtuple_serialization(container, serialized_name=f"jaxdiff.{container.__name__}")
 
 INVERSIONS = {"ddim": ("ddim", ddim_inversion), "exact": ("edict", edict_inversion)}
@@ -43,6 +53,10 @@ class Program:
     """A sampler of a user's own, which is told apart from another of its name that was registered before."""
     invert: str | None = None
     """One of `INVERSIONS`, for the steps from an image to its noise; None draws."""
+    control_nets: tuple[Any, ...] = ()
+    """The modules of the control networks in use."""
+    control_guess: bool = False
+    """Whether they see the prompt alone, and say what it does not."""
 
     def sampler_fn(self, eta: Float[Array, ""] | float) -> Any:
         """The sampler with its options."""
@@ -67,16 +81,10 @@ def keys_and_noise(
 
 @partial(Compiled, static_argnames=("program", "clip_skip"))
 def encode_prompts(
-    params: Params,
-    ids: Int[Array, "*n chunks length"],
-    weights: Float[Array, "*n chunks length"],
-    empty: Int[Array, " length"],
-    *,
-    program: Program,
-    clip_skip: int = 0,
+    params: tuple[Params, ...], tokens: tuple[Tokens, ...], *, program: Program, clip_skip: int = 0
 ) -> Conditioning:
-    """Tokens and their weights to the denoiser's conditioning [*n, ...]; `empty` is the empty prompt's tokens."""
-    return program.family.encode_prompts(params, ids, weights, empty, clip_skip)
+    """Texts [*n], as each of the text encoders reads them, to the denoiser's conditioning [*n, ...]."""
+    return program.family.encode_prompts(params, tokens, clip_skip)
 
 
 @partial(Compiled, least_memory=True, static_argnames="program")
@@ -101,6 +109,7 @@ def denoise(
     guidance: Guidance | None,
     eta: Float[Array, ""],
     cache_interval: Int[Array, ""] | None = None,
+    controls: tuple[Control, ...] = (),
     *,
     program: Program,
 ) -> State:
@@ -118,17 +127,18 @@ def denoise(
         guidance: classifier-free guidance and its variants; None asks for the prompt alone.
         eta: the share of fresh noise in DDIM's steps, 0 to 1.
         cache_interval: deep features are computed at steps `start`, `start + cache_interval`, ...; None is all steps.
+        controls: one for each of the program's control networks.
         program: networks, sampler and tile.
 
     Returns:
         The state at `sigmas.sigmas_next[stop - 1]`.
     """
-    prepared = program.family.prepare(params, jax.tree.map(jnp.asarray, inputs.conditioning))
+    prepared, steering = prepare(program, params, inputs, controls)
     sampler = program.sampler_fn(eta)
 
-    def sample(inputs: Inputs, prepared: Params, state: State, key: Key[Array, ""]) -> State:
+    def sample(inputs: Inputs, prepared: Prepared, state: State, key: Key[Array, ""]) -> State:
         bind = partial(
-            Rows, program.family, program.scheduler, program.tile, params, inputs, prepared, guidance
+            Rows, program.family, program.scheduler, program.tile, params, inputs, prepared, guidance, steering=steering
         )  # fmt: skip
         noise_fn = keyed_noise(key, state.x.shape) if inputs.step_noise is None else inputs.step_noise.__getitem__
 
@@ -149,27 +159,46 @@ def denoise(
     return jax.vmap(sample, in_axes=(mapped_axes(inputs), 0, 0, 0))(inputs, prepared, state, keys)
 
 
+def prepare(
+    program: Program, params: Params, inputs: Inputs, controls: tuple[Control, ...]
+) -> tuple[Prepared, Steering]:
+    """What is computed once for all steps, and the control networks with their params."""
+    family, conditioning = program.family, jax.tree.map(jnp.asarray, inputs.conditioning)
+
+    def own(net: Any, control: Control, images: UInt8[AnyArray, "b h2 w2 3"]) -> tuple[Array, Params]:
+        features = family.embed_control(net, control.params, jnp.asarray(images).astype(jnp.float32) / 255)
+        return features, family.prepare(control.params, conditioning)
+
+    nets = program.control_nets
+    prepared = tuple(own(*one) for one in zip(nets, controls, inputs.hints or (), strict=True))
+    return Prepared(family.prepare(params, conditioning), prepared), Steering(nets, controls, program.control_guess)
+
+
 @partial(Compiled, static_argnames="program")
-def prepare_prompts(params: Params, conditioning: Conditioning, *, program: Program) -> Params:
-    """What the denoiser computes from the prompts alone, for `guess`."""
-    return program.family.prepare(params, conditioning)
+def prepare_once(params: Params, inputs: Inputs, controls: tuple[Control, ...], *, program: Program) -> Prepared:
+    """What is computed once for all steps, for `guess`."""
+    return prepare(program, params, inputs, controls)[0]
 
 
 @partial(Compiled, static_argnames="program")
 def guess(
     params: Params,
     inputs: Inputs,
-    prepared: Params,
+    prepared: Prepared,
     x: Float[Array, "b h w c"],
     sigma: Float[Array, ""],
     guidance: Guidance,
+    controls: tuple[Control, ...] = (),
     *,
     program: Program,
 ) -> Float[Array, "b h w c"]:
     """One call of each image's `DenoiseFn`: the guess of x_0 from x = x_0 + sigma eps."""
+    steering = Steering(program.control_nets, controls, program.control_guess)
 
-    def one(inputs: Inputs, prepared: Params, x: Latent, sigma: Sigma) -> Latent:
-        rows = Rows(program.family, program.scheduler, program.tile, params, inputs, prepared, guidance)
+    def one(inputs: Inputs, prepared: Prepared, x: Latent, sigma: Sigma) -> Latent:
+        rows = Rows(
+            program.family, program.scheduler, program.tile, params, inputs, prepared, guidance, steering=steering
+        )  # fmt: skip
         memory = guidance.memory(x)
         out: Any = image_denoiser(rows)(x, sigma, *memory)  # pyright: ignore[reportCallIssue]
         return out[0] if memory else out

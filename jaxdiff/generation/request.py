@@ -10,7 +10,7 @@ import operator
 import re
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -127,6 +127,15 @@ def size_of(name: str, value: Any) -> tuple[int, int]:
     return width, height
 
 
+def corner(name: str, value: Any) -> tuple[int, int]:
+    """Two whole numbers of pixels, 0 or more."""
+    found = _array(value).tolist() if hasattr(value, "__array__") else value
+    if not isinstance(found, list | tuple) or len(found) != 2:
+        raise ValueError(f"{name} is {shown(value)}; it must be two whole numbers of pixels: left and top.")
+    left, top = (whole_number(name, side, 0, MAX_SIDE) for side in found)
+    return left, top
+
+
 def interval(name: str, value: Any) -> tuple[float, float]:
     """Two noise levels, the lower one first."""
     found = floats(value)
@@ -159,6 +168,18 @@ def pixels(name: str, value: Any) -> Pixels:
         raise ValueError(f"{name} must be a file, or uint8 [height, width, 3]; it is {array.dtype} "
                          f"{list(array.shape)}.")  # fmt: skip
     return array
+
+
+def images_of(name: str, value: Any) -> tuple[Pixels, ...]:
+    """An image, or a tuple of them."""
+    single = not isinstance(value, list | tuple) or getattr(value, "ndim", 0)
+    return tuple(pixels(name, one) for one in ([value] if single else value))
+
+
+def numbers(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> tuple[float, ...]:
+    """A number, or a tuple of them."""
+    single = not isinstance(value, list | tuple)
+    return tuple(number(name, one, low, high) for one in ([value] if single else value))
 
 
 def mask_of(name: str, value: Any) -> Pixels:
@@ -231,6 +252,7 @@ def _region(name: str, given: Any) -> Region:
 
 
 share = partial(number, low=0.0, high=1.0)
+shares = partial(numbers, low=0.0, high=1.0)
 count = partial(whole_number, low=1)
 times = partial(whole_number, low=1, high=16)
 seed_number = partial(whole_number, low=0)
@@ -290,6 +312,16 @@ class Request:
     """A second seed, with whose noise the first's is mixed."""
     mix: Annotated[float, Field(share, per_image=True, needs=("to_prompt", "to_seed"))] = 0.5
     """How far to go towards to_prompt and to_seed: 0 is the first image, 1 the second."""
+    control_image: Annotated[tuple[Pixels, ...], Field(images_of, per_image=True)] = ()
+    """An image that the result follows, by a control network; of several networks, a tuple with one for each."""
+    control_scale: Annotated[tuple[float, ...], Field(numbers, needs=("control_image",))] = (1.0,)
+    """How strongly it is followed: 0 is not at all, 1 as it was trained; one for all networks, or one each."""
+    control_start: Annotated[tuple[float, ...], Field(shares, needs=("control_image",))] = (0.0,)
+    """The share of the steps before which it is not followed."""
+    control_end: Annotated[tuple[float, ...], Field(shares, needs=("control_image",))] = (1.0,)
+    """The share of the steps after which it is not followed any more."""
+    control_guess: Annotated[bool, Field(flag, needs=("control_image",))] = False
+    """Follow it where the prompt says little or nothing: the networks see the prompt's half of guidance alone."""
     latents: Annotated[np.ndarray | None, Field(unit_noise, per_image=True)] = None
     """Unit normal noise [h, w, c] in place of the seed's."""
     steps: Annotated[int | None, Field(count)] = None
@@ -341,6 +373,16 @@ class Request:
     """3 computes most of the network at every third step: faster, and another image (Ma et al. 2023, DeepCache)."""
     clip_skip: Annotated[int, Field(partial(whole_number, low=0))] = 0
     """Layers of the text encoder, from the last, that are left out; 1 takes the penultimate layer's features."""
+    original_size: Annotated[str | tuple[int, int] | None, Field(size_of)] = None
+    """For Stable Diffusion XL, the width and height that the image is to look as if it had before it was cut and
+    resized: small ones look blurred (Podell et al. 2023). None is its size."""
+    crop: Annotated[tuple[int, int] | None, Field(corner)] = None
+    """For Stable Diffusion XL, pixels that the image is to look cut by, at the left and at the top. None is 0 and 0."""
+    aesthetic_score: Annotated[float | None, Field(partial(number, low=0.0))] = None
+    """For the refiner of Stable Diffusion XL, how well people are to like the image, about 0 to 10. None is 6."""
+    refiner_start: Annotated[float | None, Field(share)] = None
+    """With a refiner, the share of the noise schedule that the model itself goes through, before the refiner takes
+    over. None is 0.8 (Podell et al. 2023, section 2.5)."""
     literal: Annotated[bool, Field(flag)] = False
     """Take brackets and the like in prompts as text."""
 
@@ -404,6 +446,16 @@ class Request:
             raise ValueError("The image and outpaint, upscale or latent_upscale give the size; leave out size.")
         if self.to_prompt is not None and self.regions:
             raise ValueError("to_prompt is for prompts without regions; leave out one of them.")
+        for name in CONTROL_NUMBERS:
+            if (n := len(getattr(self, name))) not in (1, len(self.control_image)):
+                raise ValueError(
+                    f"There are {n} of {name} for {len(self.control_image)} control images; give one, or one each."
+                )
+        for start, end in zip(*self.of_controls(len(self.control_image))[1:], strict=True):
+            if start >= end:
+                raise ValueError(f"control_start is {start:g} and control_end {end:g}; it must start before it ends.")
+        if self.control_image and self.cache_interval > 1:
+            raise ValueError("cache_interval leaves out what control networks add; leave out it or control_image.")
         if self.tile is not None and self.cache_interval > 1:
             raise ValueError("cache_interval keeps the features of one tile only; leave out tile or cache_interval.")
         if self.rng == "torch" and self.sampler == "dpmpp_sde":
@@ -428,6 +480,31 @@ class Request:
         """Whether the result is the image made larger, by its pixels or by its latent."""
         return self.upscale is not None or self.latent_upscale > 1
 
+    def of_controls(self, n: int) -> list[tuple[float, ...]]:
+        """The scale, start and end of each of `n` control networks."""
+        found = [getattr(self, name) for name in CONTROL_NUMBERS]
+        return [values * n if len(values) == 1 else values for values in found]
+
+    def without_control(self, size: tuple[int, int]) -> "Request":
+        """The request without control images, from the first of which the result may have its size."""
+        if not self.control_image:
+            return self
+        names = ("control_image", *CONTROL_NUMBERS, "control_guess")
+        rest = {one.name: one.default for one in fields(self) if one.name in names}
+        return replace(self, **rest, **({"size": size} if self.image is None else {}))
+
+    def windows(self, n: int) -> list[tuple[float, float] | None]:
+        """The shares of the steps at which each of `n` control networks starts and ends; None is all of them."""
+        _, starts, ends = self.of_controls(n)
+        return [None if pair == (0, 1) else pair for pair in zip(starts, ends, strict=True)]
+
+    def pictures(self) -> Iterator[tuple[str, Pixels]]:
+        """The files and arrays that it has, by their fields' names; of several, `control_image_2` and so on."""
+        for name in PICTURES:
+            given = getattr(self, name)
+            for i, one in enumerate(given if isinstance(given, tuple) else [] if given is None else [given]):
+                yield (f"{name}_{i + 1}" if i else name), one
+
     def check_portable(self) -> None:
         """Whether a file or a page may ask for it: arrays are for Python, since metadata cannot hold them.
 
@@ -448,10 +525,14 @@ class Request:
     def values(self) -> dict[str, Any]:
         """All fields by name as JSON holds them; `of` reads them back. Arrays are left out."""
         own = {one.name: getattr(self, one.name) for one in fields(self)}
+        own["control_image"] = [image for image in self.control_image if not isinstance(image, np.ndarray)]
         own["regions"] = [{"prompt": prompt, "box": box} for prompt, box in self.regions if isinstance(box, tuple)]
         return json.loads(json.dumps({name: value for name, value in own.items() if not isinstance(value, np.ndarray)}))
 
 
+PICTURES = ("image", "mask", "control_image")
+"""Fields that are files or arrays, of one image or several."""
+CONTROL_NUMBERS = ("control_scale", "control_start", "control_end")
 PROMPTS = ("prompt", "negative_prompt", "source_prompt", "to_prompt")
 """Texts that may be empty."""
 RENAMED = {
@@ -465,6 +546,9 @@ RENAMED = {
 ELSEWHERE = {
     "guidance_scale": "guidance", "num_inference_steps": "steps", "generator": "seed", "height": "size=(width, height)",
     "width": "size=(width, height)", "num_images_per_prompt": "n", "mask_image": "mask", "scheduler": "sampler",
+    "controlnet_conditioning_scale": "control_scale", "control_guidance_start": "control_start",
+    "control_guidance_end": "control_end", "guess_mode": "control_guess", "adapter_conditioning_scale": "control_scale",
+    "adapter_conditioning_factor": "control_end", "controlnet": "control_image, and the network an argument of load",
     "cfg_scale": "guidance", "denoising_strength": "strength", "batch_size": "n",
 }  # fmt: skip
 """Names of diffusers and others."""
@@ -521,6 +605,8 @@ def _from_text(hint: Any, given: str) -> Any:
             kind: Any = typing.get_args(kinds[0])[0]
             if kind is Region:
                 return json.loads(given)
+            if str in typing.get_args(kind):
+                return json.loads(given) if given.startswith("[") else given
             return tuple(kind(part) for part in re.split(r"\s*[x,;\s]\s*", given.strip().lower()))
         return int(given) if int in kinds else float(given)
     except (ValueError, RecursionError):

@@ -22,6 +22,8 @@ ALIGNED = 64
 """Bytes; where memory has to begin for XLA's CPU devices to use it without a copy."""
 STEPS = "denoiser"
 """The role of the network that is called at every step, for which a faster form is worth its memory."""
+CONTROL = "control"
+"""What roles of networks begin with that are called at the same steps: control0 and so on."""
 
 Path = tuple[str, ...]
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class Weights:
         with self._lock:
             if role not in self._placed:
                 params = self._params[role]
-                self._placed = {other: placed for other, placed in self._placed.items() if self._stays(other)}
+                self._placed = {other: placed for other, placed in self._placed.items() if self._stays(other, role)}
                 self._placed[role] = place_params(params, self._type, self._device, self._finish(role))
                 logger.debug("%s's weights: %.2f GB on the device", role, _bytes(self._placed[role]) / 1e9)
             return self._placed[role]
@@ -90,7 +92,7 @@ class Weights:
 
     def passing_bytes(self) -> int:
         """Bytes that are on the devices and will be dropped when others come."""
-        passing = [role for role in list(self._placed) if role != STEPS and not self._stays(role)]
+        passing = [role for role in list(self._placed) if not _at_steps(role) and not self._stays(role, STEPS)]
         return sum(_bytes(self.shapes(role)) for role in passing)
 
     def __iter__(self) -> Iterator[str]:
@@ -103,16 +105,27 @@ class Weights:
             return wide
         return leaf.dtype if leaf.dtype.itemsize == 2 else np.float16
 
-    def _stays(self, role: str) -> bool:
+    def _stays(self, role: str, comes: str) -> bool:
         """Whether its params stay when others come. What is large, and wanted once an image, a CPU fetches again."""
+        if _at_steps(role) and _at_steps(comes):
+            return True
         on_cpu = jax.default_backend() == "cpu"
-        return self.memory == "normal" and not (on_cpu and role != STEPS and is_large(self._params[role]))
+        return self.memory == "normal" and not (on_cpu and not _at_steps(role) and is_large(self._params[role]))
 
     def _finish(self, role: str) -> Callable[[Path, Params], Params] | None:
         # With kernels in Winograd's form SD1.5's denoiser takes 1.7 times its weights; other things need memory, too.
         weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(self._params[role]))
         enough = self.memory == "normal" and 2 * weights < memory_bytes()
-        return prepare if role == STEPS and enough and jax.default_backend() == "cpu" else None
+        return prepare if _at_steps(role) and enough and jax.default_backend() == "cpu" else None
+
+
+def step_roles(controls: int) -> list[str]:
+    """The roles of the networks that are called at every step: the denoiser, and so many control networks."""
+    return [STEPS, *(f"{CONTROL}{i}" for i in range(controls))]
+
+
+def _at_steps(role: str) -> bool:
+    return role == STEPS or role.startswith(CONTROL)
 
 
 def _bytes(params: Params) -> int:

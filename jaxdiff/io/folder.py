@@ -51,19 +51,17 @@ class _Network(NamedTuple):
     """What a file may leave out, where the library's default is not ours."""
 
 
-_UNET_ONLY: dict[str, tuple[Any, ...]] = {
+UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "reverse_transformer_layers_per_block": (None,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "dual_cross_attention": (False,),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
-    "addition_embed_type": (None,),
     "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
@@ -73,29 +71,34 @@ _TEXT_ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model", "clip"),
     "use_attention_mask": (False,),
 }
+# Softmax is always float32 here, so `upcast_attention` asks for nothing. The other fields belong to training, or to
+# blocks and embeddings that are refused by their types.
+UNET_IGNORED = frozenset({
+    "upcast_attention", "dropout", "addition_embed_type_num_heads", "resnet_skip_time_act", "resnet_out_scale_factor",
+    "cross_attention_norm", "mid_block_only_cross_attention",
+})  # fmt: skip
+_TEXT_IGNORED = frozenset({
+    "architectures", "dtype", "torch_dtype", "transformers_version", "initializer_factor", "initializer_range",
+    "return_dict", "use_cache", "attention_dropout", "dropout", "chunk_size_feed_forward", "length_penalty",
+    "max_length", "num_beams", "num_return_sequences", "output_attentions", "repetition_penalty", "temperature",
+    "tie_word_embeddings", "top_k", "top_p", "typical_p", "diversity_penalty", "problem_type", "id2label", "label2id",
+    "encoder_no_repeat_ngram_size", "use_bfloat16", "num_beam_groups",
+})  # fmt: skip
+_TEXT_LEFT_OUT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512}
 NETWORKS = {
-    # Softmax is always float32 here, so `upcast_attention` asks for nothing. The other fields belong to training, or to
-    # blocks and embeddings that are refused by their types.
-    "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", _UNET_ONLY,
-                     frozenset({"upcast_attention", "dropout", "addition_embed_type_num_heads",
-                                "addition_time_embed_dim", "projection_class_embeddings_input_dim",
-                                "resnet_skip_time_act", "resnet_out_scale_factor", "cross_attention_norm",
-                                "mid_block_only_cross_attention"})),
+    "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", UNET_ONLY,
+                     UNET_IGNORED),
     "vae": _Network(VAEConfig, "diffusers", "AutoencoderKL", "diffusion_pytorch_model", {},
                     # Of these diffusers' pipeline for Stable Diffusion takes no notice.
                     frozenset({"force_upcast", "shift_factor", "latents_mean", "latents_std"}),
                     {"layers_per_block": 1}),
-    "text_encoder": _Network(CLIPTextConfig, "transformers", "CLIPTextModel", "model", _TEXT_ONLY,
-                             frozenset({"architectures", "dtype", "torch_dtype", "transformers_version",
-                                        "initializer_factor", "initializer_range", "return_dict", "use_cache",
-                                        "attention_dropout", "dropout", "chunk_size_feed_forward", "length_penalty",
-                                        "max_length", "num_beams", "num_return_sequences", "output_attentions",
-                                        "repetition_penalty", "temperature", "tie_word_embeddings", "top_k", "top_p",
-                                        "typical_p", "diversity_penalty", "problem_type", "id2label", "label2id",
-                                        "encoder_no_repeat_ngram_size", "use_bfloat16", "num_beam_groups"}),
-                             {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
-                              "projection_dim": 512}),
+    "text_encoder": _Network(CLIPTextConfig, "transformers", "CLIPTextModel", "model", _TEXT_ONLY, _TEXT_IGNORED,
+                             _TEXT_LEFT_OUT),
+    "text_encoder_2": _Network(CLIPTextConfig, "transformers", "CLIPTextModelWithProjection", "model", _TEXT_ONLY,
+                               _TEXT_IGNORED, _TEXT_LEFT_OUT),
 }  # fmt: skip
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""The folder of each text encoder's tokenizer."""
 
 UNMAPPED = "unmapped.safetensors"
 """In a folder that was made of a single file, the tensors that have no place in a folder."""
@@ -121,7 +124,7 @@ _VERSION = {"_diffusers_version": "0.42.0"}
 
 
 def read_index(path: Path | str) -> dict[str, Any]:
-    """`model_index.json`, after a check that the folder holds the networks of `NETWORKS` and no others.
+    """`model_index.json`, after a check that the folder holds networks of `NETWORKS` and no others.
 
     Raises:
         ValueError: in one sentence, naming the file and what is missing or not supported.
@@ -137,11 +140,19 @@ def read_index(path: Path | str) -> dict[str, Any]:
     for name, value in index.items():
         if not isinstance(value, list) or value == [None, None] or name in ("safety_checker", "feature_extractor"):
             continue
+        if name.partition("_")[0] == "controlnet":
+            logger.warning("%s has a %s, which is left out; give it by --control %s.", path, name, path / name)
+            continue
         if name in parts and value not in (parts[name], *ALSO.get(name, ())):
             raise ValueError(f"{index_file}: {name} is {value}; supported: {parts[name]}.")
-        if name not in parts and name not in ("scheduler", "tokenizer"):
+        if name not in parts and name not in ("scheduler", *TOKENIZERS.values()):
             raise ValueError(f"{index_file}: {name} is {value}; models with such a part are not supported.")
     return index
+
+
+def networks_of(index: Mapping[str, Any]) -> set[str]:
+    """The folders of the networks that a `model_index.json` names."""
+    return {name for name in NETWORKS if name in index and index[name] != [None, None]}
 
 
 def read_network(path: Path | str, name: str, variant: str | None = None) -> tuple[Any, Params]:
@@ -192,6 +203,8 @@ def write_folder(
     defaults: Mapping[str, Any] | None = None,
     dtype: DTypeLike | None = np.float32,
     unmapped: Unmapped | None = None,
+    tokenizer_2: TokenizerFiles | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes what `diffusers.StableDiffusionPipeline.from_pretrained` loads; all of it, or nothing.
 
@@ -206,6 +219,8 @@ def write_folder(
         defaults: settings that the model is sampled with where a user gives none, as JSON values.
         dtype: float32, float16 or bfloat16, the type of the stored weights; None is each one's own.
         unmapped: what a single file had that has no place in a folder.
+        tokenizer_2: the second text encoder's tokenizer.
+        about: further values of `model_index.json`, such as its `_class_name`.
 
     Raises:
         ValueError: when the folder holds anything else or cannot be written, a weight does not fit into the type, or
@@ -214,7 +229,9 @@ def write_folder(
     if isinstance(tokenizer, Path):
         _check_tokenizer(tokenizer)
     flow = scheduler.prediction_type == "flow_prediction"
-    if not flow and (scheduler.steps_offset != 1 or scheduler.clip_sample):
+    about = {"_class_name": "StableDiffusionPipeline"} | dict(about or {})
+    changed = not flow and about["_class_name"] == "StableDiffusionPipeline"
+    if changed and (scheduler.steps_offset != 1 or scheduler.clip_sample):
         logger.warning(
             "diffusers' StableDiffusionPipeline takes steps_offset as 1 and clip_sample as False; this model has %s "
             "and %s, and its images will differ there.",
@@ -226,26 +243,31 @@ def write_folder(
             (new / name).mkdir()
             _write_network(new / name, NETWORKS[name], config, params, dtype)
         (new / "scheduler").mkdir()
-        cls = scheduler_class(scheduler)
+        cls = scheduler_class(scheduler, (defaults or {}).get("sampler"))
         values = {"_class_name": cls} | _VERSION | scheduler_values(scheduler)
         _write_json(new / "scheduler" / "scheduler_config.json", values)
-        (new / "tokenizer").mkdir()
-        if isinstance(tokenizer, Path):
-            for file in _TOKENIZER_FILES:
-                if (tokenizer / file).exists():
-                    shutil.copyfile(tokenizer / file, new / "tokenizer" / file)
-        else:
-            tokenizer.save(new / "tokenizer")
+        readers = [name for name in networks if name in TOKENIZERS] or ["text_encoder"]
+        for name, own in zip(readers, (tokenizer, tokenizer_2), strict=False):
+            folder = new / TOKENIZERS[name]
+            folder.mkdir()
+            if isinstance(own, Path):
+                for file in _TOKENIZER_FILES:
+                    if (own / file).exists():
+                        shutil.copyfile(own / file, folder / file)
+            elif own is not None:
+                own.save(folder)
+        safety = {"requires_safety_checker": False, "safety_checker": [None, None]}
+        missing = () if "text_encoder" in readers else ("text_encoder", "tokenizer")
         index = {
-            "_class_name": "StableDiffusionPipeline",
+            **about,
             **_VERSION,
             **MARK,
             **({DEFAULTS: dict(defaults)} if defaults else {}),
             "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
+            **(safety if about["_class_name"] == "StableDiffusionPipeline" else {}),
             "scheduler": ["diffusers", cls],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
+            **{TOKENIZERS[name]: ["transformers", "CLIPTokenizer"] for name in readers},
+            **{name: [None, None] for name in missing},
             **{name: [NETWORKS[name].library, NETWORKS[name].cls] for name in networks},
         }
         _write_json(new / "model_index.json", index)
@@ -289,14 +311,12 @@ def _write_unmapped(folder: Path, unmapped: Unmapped | None) -> None:
 
 
 CLIP = Path(__file__).parents[1] / "assets" / "clip"
-"""The folder of the tokenizer that all of Stable Diffusion 1 and 2 have."""
+"""The folder of the tokenizer that all of Stable Diffusion 1, 2 and XL have."""
 _CLIP_TOKENS = 49_408
 # A file that a part's folder holds, whatever the folder is called.
 _OWN_FILES = {name: ("config.json",) for name in NETWORKS}
-_OWN_FILES |= {
-    "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz"),
-}
+_OWN_FILES |= {"scheduler": ("scheduler_config.json",)}
+_OWN_FILES |= dict.fromkeys(TOKENIZERS.values(), ("tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz"))
 
 
 def find_part(path: Path | str, name: str) -> Path:
@@ -337,7 +357,8 @@ def clip_tokenizer(file: SingleFile) -> Path:
     Raises:
         ValueError: where the text encoder has another vocabulary.
     """
-    if (tokens := file.config("text_encoder").vocab_size) != _CLIP_TOKENS:
+    name = "text_encoder" if "text_encoder" in file.places else "text_encoder_2"
+    if (tokens := file.config(name).vocab_size) != _CLIP_TOKENS:
         raise ValueError(
             f"{file.path} has a text encoder of {tokens} tokens, where CLIP's has {_CLIP_TOKENS}, and a single file "
             "does not hold its tokenizer; name a folder with vocab.json and merges.txt, or a diffusers folder that "
@@ -358,13 +379,13 @@ def model_schedule(path: Path | str) -> SchedulerConfig:
     return read_scheduler(find_part(path, "scheduler").parent)
 
 
-def tokenizer_folder(path: Path | str) -> Path:
-    """The folder of a model's tokenizer.
+def tokenizer_folder(path: Path | str, name: str = "tokenizer") -> Path:
+    """The folder of a model's tokenizer, or of its `tokenizer_2`.
 
     Raises:
         ValueError: where it is not there, or lacks a file.
     """
-    return _check_tokenizer(find_part(path, "tokenizer"))
+    return _check_tokenizer(find_part(path, name))
 
 
 def _check_tokenizer(folder: Path) -> Path:
@@ -410,7 +431,7 @@ def check_target(path: Path | str, name: str | None = None) -> None:
 def _target(path: Path, name: str | None = None) -> tuple[Path, str, set[str]]:
     """Where a model, or one network of it, is written, and what may be there; the arguments of `replaced`."""
     if name is None:
-        return path.absolute(), "model_index.json", {*NETWORKS, "scheduler", "tokenizer", UNMAPPED}
+        return path.absolute(), "model_index.json", {*NETWORKS, "scheduler", *TOKENIZERS.values(), UNMAPPED}
     return path.absolute() / name, "config.json", {f"{NETWORKS[name].stem}.safetensors", UNMAPPED}
 
 

@@ -9,8 +9,9 @@ follows is the same in both:
     text_model.encoder.layers.7.mlp.fc1 <->  transformer.resblocks.7.mlp.c_fc
 
 The longest start that a table has counts. Numbers run on through LDM's lists, so a table is made for a network's sizes;
-`unet_sizes` and its like find those in the original names. Names are without the file's prefixes. Two things are
-stored otherwise: the autoencoder's attention as convolutions [o i 1 1], and OpenCLIP's queries, keys and values as one.
+`unet_sizes` and its like find those in the original names. Names are without the file's prefixes. Three things are
+stored otherwise: the autoencoder's attention as convolutions [o i 1 1], OpenCLIP's queries, keys and values as one, and
+its projection as [i o].
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -56,6 +59,7 @@ _OPENCLIP_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+_PROJECTION = "text_projection.weight"
 _STACKED = ("q_proj", "k_proj", "v_proj")  # PyTorch's order in `in_proj_weight` and `in_proj_bias`
 
 
@@ -66,6 +70,45 @@ def unet_table(layers: Sequence[int], up_attention: Sequence[bool]) -> Table:
         layers: residual blocks on the way down, for each level from the finest.
         up_attention: whether there is attention, for each `up_blocks.i`, from the coarsest level.
     """
+    table = _down_table(layers)
+    i = 0
+    for block, (count, attention) in enumerate(zip(reversed(layers), up_attention, strict=True)):
+        for j in range(count + 1):
+            table |= _inside(f"up_blocks.{block}.resnets.{j}", f"output_blocks.{i}.0", _UNET_RESNET)
+            if attention:
+                table[f"up_blocks.{block}.attentions.{j}"] = f"output_blocks.{i}.1"
+            i += 1
+        if block < len(layers) - 1:
+            table[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{i - 1}.{2 if attention else 1}.conv"
+    return table
+
+
+def control_table(layers: Sequence[int], embedding: int) -> Table:
+    """A ControlNet's: the UNet's way down, and the outputs and the image's embedding beside it.
+
+    Args:
+        layers: as of `unet_table`.
+        embedding: convolutions of the embedding, with its first and last.
+    """
+    table = _down_table(layers)
+    outputs = 1 + sum(layers) + len(layers) - 1
+    table |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(outputs)}
+    inner = [f"blocks.{i}" for i in range(embedding - 2)]
+    names = {name: f"input_hint_block.{2 * i}" for i, name in enumerate(["conv_in", *inner, "conv_out"])}
+    return table | {"controlnet_mid_block": "middle_block_out.0"} | _inside("controlnet_cond_embedding", "", names)
+
+
+def control_sizes(names: Iterable[str]) -> tuple[tuple[int, ...], int]:
+    """The arguments of `control_table`, from original names."""
+    names = list(names)
+    modules, i = _modules(names), 0
+    while f"input_hint_block.{2 * i}" in modules:
+        i += 1
+    return unet_sizes(names)[0], i
+
+
+def _down_table(layers: Sequence[int]) -> Table:
+    """The UNet's but for its way up."""
     table = _UNET | _inside("mid_block.resnets.0", "middle_block.0", _UNET_RESNET)
     table |= {"mid_block.attentions.0": "middle_block.1"}
     table |= _inside("mid_block.resnets.1", "middle_block.2", _UNET_RESNET)
@@ -78,15 +121,6 @@ def unet_table(layers: Sequence[int], up_attention: Sequence[bool]) -> Table:
         if level < len(layers) - 1:
             table[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{i}.0.op"
             i += 1
-    i = 0
-    for block, (count, attention) in enumerate(zip(reversed(layers), up_attention, strict=True)):
-        for j in range(count + 1):
-            table |= _inside(f"up_blocks.{block}.resnets.{j}", f"output_blocks.{i}.0", _UNET_RESNET)
-            if attention:
-                table[f"up_blocks.{block}.attentions.{j}"] = f"output_blocks.{i}.1"
-            i += 1
-        if block < len(layers) - 1:
-            table[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{i - 1}.{2 if attention else 1}.conv"
     return table
 
 
@@ -131,9 +165,9 @@ def vae_sizes(names: Iterable[str]) -> tuple[int, int]:
     return count_items(modules, "encoder.down"), count_items(modules, "encoder.down.0.block")
 
 
-def openclip_table(layers: int) -> Table:
-    """The first so many layers of OpenCLIP's text tower, its embeddings and its last norm."""
-    table = dict(_OPENCLIP)
+def openclip_table(layers: int, projection: bool = False) -> Table:
+    """The first so many layers of OpenCLIP's text tower, its embeddings, its last norm and perhaps its projection."""
+    table = dict(_OPENCLIP) | ({_PROJECTION: "text_projection"} if projection else {})
     for i in range(layers):
         table |= _inside(f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}", _OPENCLIP_LAYER)
     return table
@@ -176,7 +210,7 @@ def to_ldm(tensors: Mapping[str, np.ndarray], table: Table) -> Tensors:
     for name, array in tensors.items():
         if (original := translate(name, table)) is None:
             raise ValueError(f"{name} has no name in the original layout.")
-        found[original] = _as_conv(name, array)
+        found[original] = _as_original(name, array)
     for first in [name for name in found if ".attn.q_proj." in name]:
         module, leaf = first.split(".q_proj.")
         parts = [found.pop(f"{module}.{part}.{leaf}") for part in _STACKED]
@@ -193,7 +227,7 @@ def count_items(names: Iterable[str], start: str) -> int:
 
 
 def _inside(ours: str, theirs: str, children: Mapping[str, str]) -> Table:
-    return {f"{ours}.{name}": f"{theirs}.{other}" for name, other in children.items()}
+    return {f"{ours}.{name}": f"{theirs}.{other}".lstrip(".") for name, other in children.items()}
 
 
 def _modules(names: Iterable[str]) -> set[str]:
@@ -222,8 +256,12 @@ def _of_vae_attention(name: str) -> bool:
 
 
 def _as_linear(name: str, array: np.ndarray) -> np.ndarray:
+    if name == _PROJECTION:
+        return array.T
     return array[:, :, 0, 0] if _of_vae_attention(name) and array.shape[2:] == (1, 1) else array
 
 
-def _as_conv(name: str, array: np.ndarray) -> np.ndarray:
+def _as_original(name: str, array: np.ndarray) -> np.ndarray:
+    if name == _PROJECTION:
+        return array.T
     return array[:, :, None, None] if _of_vae_attention(name) else array

@@ -30,7 +30,7 @@ from jaxdiff.types import Params
 logger = logging.getLogger(__name__)
 Leaf = tuple[str, ...]
 
-KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}
+KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
 """What kohya's names of a network's modules begin with; the networks that files change, by diffusers' folders."""
 TENSORS = {
     "lora_down": ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight"),
@@ -52,11 +52,12 @@ _PEFT = "base_model.model."
 _OTHERS = (
     (r"double_blocks|single_blocks|single_transformer_blocks", "Flux"),
     (r"joint_blocks|^transformer\.|^lora_transformer_", "a model whose denoiser is a transformer, such as SD3"),
-    (r"lora_te2_|text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][2-9]", "SDXL"),
     (r"lora_controlnet", "a Control-LoRA"),
 )
-_SDXL_WIDTH = 2048
-"""Numbers that SDXL has of each token of a prompt."""
+_OF_XL = r"lora_te2_|text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][2-9]"
+_XL = "Stable Diffusion XL"
+_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: _XL}
+"""Models by the features that each has of a token of a prompt."""
 _FLOATS = {*FLOATS.values(), np.dtype(np.float64)}
 _MOST = 1e30
 """Beyond any alpha, and within float32."""
@@ -170,8 +171,8 @@ def read_lora(path: Path, networks: Mapping[str, Params]) -> dict[tuple[str, Lea
             found[module.network, leaf] = change
         changed = any(its & own.keys() for _, its, _ in KINDS.values())
         unknown += [name for ours, name in names.items() if not changed or ours in own.keys() & _OF_IA3]
-    if (unknown or faults) and (other := _seems_to_be(tensors)):
-        raise ValueError(f"{path} is for {other}, which is not supported.")
+    if (unknown or faults) and (other := _seems_to_be(tensors, networks)):
+        raise ValueError(f"{path} is for {other}, and does not fit this model.")
     if faults:
         told = "; ".join(f"{where}: {faults[where]}" for where in sorted(faults)[:10])
         raise ValueError(f"{path} does not fit the model in {len(faults)} places: {told}.")
@@ -213,7 +214,8 @@ def _spellings(places: Iterable[tuple[str, str]]) -> dict[str, Module]:
         module = Module(network, name)
         spelled = {name, name.removeprefix("text_model.")}
         original = ldm.translate(name, table) if network == "unet" else None
-        found |= dict.fromkeys([*spelled, *(f"{network}.{one}" for one in spelled)], module)
+        found |= dict.fromkeys((f"{network}.{one}" for one in spelled), module)
+        found = dict.fromkeys(spelled, module) | found  # without a network, text encoders' are the first one's
         for prefix in KOHYA[network]:
             for one in spelled | ({original} if original else set()):
                 found[prefix + one.replace(".", "_")] = module
@@ -302,8 +304,8 @@ def _alpha(path: Path, said: Mapping[str, Any], module: Module, rank: int) -> fl
     return float(alpha * math.sqrt(rank) if setting("use_rslora") else alpha)
 
 
-def _seems_to_be(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """What other model the file is for, if that can be told."""
+def _seems_to_be(tensors: Mapping[str, np.ndarray], networks: Mapping[str, Params]) -> str | None:
+    """What other model than that of these networks the file is for, if that can be told."""
     for pattern, model in _OTHERS:
         if any(re.search(pattern, name) for name in tensors):
             return model
@@ -313,4 +315,10 @@ def _seems_to_be(tensors: Mapping[str, np.ndarray]) -> str | None:
             if re.search(r"attn2[._](processor\.)?to_[kv]", name) and array.ndim > 1:
                 yield array
 
-    return "SDXL" if any(_SDXL_WIDTH in array.shape[1:2] for array in from_prompts()) else None
+    if "text_encoder_2" not in networks and any(re.search(_OF_XL, name) for name in tensors):
+        return _XL
+    own = {
+        leaf.shape[0] for place, leaf in leaves(networks.get("unet", {})) if place[-3:] == ("attn2", "to_k", "kernel")
+    }
+    widths = {array.shape[1] for array in from_prompts()} - own
+    return next((model for width, model in _WIDTHS.items() if own and width in widths), None)

@@ -92,6 +92,12 @@ DPM_SAMPLERS = {
 SCHEDULES = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 # Betas that one class alone has.
 _OWN_BETAS = {"sigmoid": "DDPMScheduler", "laplace": "DDPMScheduler", "exp": "HeunDiscreteScheduler"}
+WRITTEN = {
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+}
+"""The classes that are written for a model's own sampler; for any other it is DDIM's."""
 # What diffusers' StableDiffusionPipeline sets, whatever the scheduler's class and file say.
 PIPELINE = {"steps_offset": 1, "clip_sample": False}
 # How a scheduler takes its steps, and what plays no part in drawing.
@@ -116,19 +122,21 @@ def read_scheduler(path: Path | str) -> SchedulerConfig:
     """The noise schedule of a folder, whichever of diffusers' schedulers of this family wrote it.
 
     `steps_offset` is 1 and `clip_sample` is off, as diffusers' StableDiffusionPipeline sets them whatever the file
-    says, with a warning where it says otherwise. A folder that this package wrote means what it says.
+    says, with a warning where it says otherwise. A folder of Stable Diffusion XL, or one that this package wrote, means
+    what it says.
 
     Raises:
         ValueError: naming the file and, for a setting that is not supported, the field and its value.
     """
-    file, values, cls, ours = _load(path)
+    file, values, cls, ours, literal = _load(path)
     known = SCHEDULERS[cls]
     if values.get("predict_epsilon") is False:
         logger.warning("%s: predict_epsilon is false, which diffusers reads no more; prediction_type counts.", file)
     if not ours:
         values = _own(file, values, cls)
-    config = read_values(file, values, SchedulerConfig, _ONLY, _IGNORED, dict(known.defaults) | PIPELINE)
-    if ours or config.prediction_type == "flow_prediction":
+    left_out = dict(known.defaults) | ({} if literal and not ours else PIPELINE)
+    config = read_values(file, values, SchedulerConfig, _ONLY, _IGNORED, left_out)
+    if literal or config.prediction_type == "flow_prediction":
         return config
     changed = {name: getattr(config, name) for name, value in PIPELINE.items() if getattr(config, name) != value}
     if changed:
@@ -149,7 +157,7 @@ def read_sampler(path: Path | str) -> dict[str, str]:
     Raises:
         ValueError: as `read_scheduler`.
     """
-    file, values, cls, ours = _load(path)
+    file, values, cls, ours, _ = _load(path)
     if ours:
         return {}
     known = SCHEDULERS[cls]
@@ -184,10 +192,14 @@ def _own(file: Path, values: dict[str, Any], cls: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in strange}
 
 
-def scheduler_class(config: SchedulerConfig) -> str:
-    """The diffusers scheduler that has this noise schedule: its flow matching one, or DDIM, which has most betas."""
-    flow = config.prediction_type == "flow_prediction"
-    return "FlowMatchEulerDiscreteScheduler" if flow else _OWN_BETAS.get(config.beta_schedule, "DDIMScheduler")
+def scheduler_class(config: SchedulerConfig, sampler: str | None = None) -> str:
+    """The diffusers scheduler that has this noise schedule, and takes the steps of a sampler if one does.
+
+    Else it is diffusers' flow matching one, or DDIM, which has most betas.
+    """
+    if config.prediction_type == "flow_prediction":
+        return "FlowMatchEulerDiscreteScheduler"
+    return _OWN_BETAS.get(config.beta_schedule, WRITTEN.get(sampler or "", "DDIMScheduler"))
 
 
 def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
@@ -199,8 +211,9 @@ def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
     return {name: v for name, v in to_dict(config).items() if (name in names if flow else name not in left_out)}
 
 
-def _load(path: Path | str) -> tuple[Path, dict[str, Any], str, bool]:
-    """The scheduler's file, its values, its class, and whether this package wrote the model folder."""
+def _load(path: Path | str) -> tuple[Path, dict[str, Any], str, bool, bool]:
+    """The scheduler's file, its values, its class, whether this package wrote the model folder, and whether the values
+    mean what they say."""
     file = Path(path) / "scheduler" / "scheduler_config.json"
     if not file.parent.is_dir():
         raise ValueError(f"{path} has no folder 'scheduler'; it is not a diffusers model folder, or only half of one.")
@@ -212,4 +225,5 @@ def _load(path: Path | str) -> tuple[Path, dict[str, Any], str, bool]:
     cls = named[1] if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str) else own
     if not isinstance(cls, str) or cls not in SCHEDULERS:
         raise ValueError(f"{file}: the scheduler's class (_class_name) is {cls!r}; supported: {', '.join(SCHEDULERS)}.")
-    return file, values, cls, MARK.items() <= index.items()
+    ours = MARK.items() <= index.items()
+    return file, values, cls, ours, ours or str(index.get("_class_name", "")).startswith("StableDiffusionXL")

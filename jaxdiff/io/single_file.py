@@ -1,7 +1,7 @@
-"""Models in one file, in the original layout of Stable Diffusion 1 and 2: `.safetensors`, and `.ckpt` of torch.save.
+"""Models in one file, in the original layout of Stable Diffusion 1, 2 and XL: `.safetensors`, `.ckpt` of torch.save.
 
 Such a file holds tensors by their names in the original code and nothing else. Its networks' sizes are found from the
-names and shapes. What these do not say is what the two known layouts have (`jaxdiff.io.layouts`); a file that was
+names and shapes. What these do not say is what the known layouts have (`jaxdiff.io.layouts`); a file that was
 written here says in its metadata where it differs.
 """
 
@@ -27,9 +27,11 @@ from jaxdiff.io.layouts import (
     HEAD_CHANNELS,
     IGNORED,
     PLACES,
+    REFINER,
     SCHEDULER,
     SD1,
     SD2,
+    SDXL,
     UNSAID,
     VALUES,
     Layout,
@@ -39,6 +41,7 @@ from jaxdiff.io.layouts import (
     place_to_write,
     seems_to_be,
     used_layers,
+    xl_layout,
 )
 from jaxdiff.io.weights import Stored, listed, open_file, read_metadata, stored, write_safetensors
 from jaxdiff.types import Params
@@ -75,9 +78,16 @@ class SingleFile:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout that the file seems to have: it is told by the denoiser's projections, or the text tower."""
+        """The layout that the file seems to have: the text towers tell it, or what the denoiser reads."""
+        if "text_encoder_2" in self.places:
+            return SDXL if "text_encoder" in self.places else REFINER
+        if "text_encoder" in self.places and self.places["text_encoder"].xl:
+            return SDXL
         if "unet" in self.places:
             prefix = self.places["unet"].prefix
+            context = self.tensors.get(f"{prefix}middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+            if "text_encoder" not in self.places and f"{prefix}label_emb.0.0.weight" in self.tensors:
+                return xl_layout(0 if context is None or context.ndim < 2 else context.shape[1])
             flat = [
                 a.ndim == 2 for n, a in self.tensors.items() if n.startswith(prefix) and n.endswith("proj_in.weight")
             ]
@@ -100,18 +110,32 @@ class SingleFile:
     @property
     def defaults(self) -> dict[str, Any]:
         """Settings that the model is sampled with where a user gives none, of a file that was written here."""
-        return self.said.get("defaults", {})
+        return self.said.get("defaults", {"sampler": "euler"} if self.layout.numbers is not None else {})
 
     @property
     def pad_id(self) -> int | None:
-        """The token that fills up prompts; None is the end token."""
-        pad = self.said.get("pad_id", self.layout.pad_id)
-        if pad is not None and not (type(pad) is int and 0 <= pad < 2**31):
-            raise ValueError(f"{self.path} is damaged: pad_id of its metadata is {pad!r}, not a token's number.")
-        return pad
+        """The token that fills up the first text encoder's prompts; None is the end token."""
+        return self.pads.get("text_encoder", self.pads.get("text_encoder_2"))
+
+    @property
+    def pads(self) -> dict[str, int | None]:
+        """The token that fills up prompts, for each text encoder; None is the end token."""
+        usual = {"text_encoder": self.layout.pad_id, "text_encoder_2": _PAD_2}
+        pads = {name: self.said.get(_PADS[name], pad) for name, pad in usual.items() if name in self.places}
+        for name, pad in pads.items():
+            if pad is not None and not (type(pad) is int and 0 <= pad < 2**31):
+                raise ValueError(
+                    f"{self.path} is damaged: {_PADS[name]} of its metadata is {pad!r}, not a token's number."
+                )
+        return pads
+
+    @property
+    def zero_empty(self) -> bool:
+        """Whether an empty negative prompt is zeros."""
+        return bool(self.said.get("zero_empty", self.layout is SDXL))
 
     def network(self, name: str) -> tuple[Any, Params]:
-        """The config and the params of "unet", "vae" or "text_encoder", in the type that they are stored in.
+        """The config and the params of one network, such as "unet", in the type that they are stored in.
 
         Raises:
             ValueError: where the file lacks the network, the averages, or a tensor that its sizes are found from.
@@ -126,7 +150,7 @@ class SingleFile:
             raise ValueError(f"{self.path}: {error}") from error
 
     def config(self, name: str) -> Any:
-        """The config of "unet", "vae" or "text_encoder".
+        """The config of one network, such as "unet".
 
         Raises:
             ValueError: as `network`.
@@ -134,7 +158,7 @@ class SingleFile:
         values = self._values(name) | {key: v for key, v in self.said.get(name, {}).items() if key in UNSAID[name]}
         if name == "unet" and isinstance(heads := values["attention_head_dim"], list | tuple):
             values["attention_head_dim"] = one_value(tuple(heads))
-        heads = values["num_attention_heads"] if name == "text_encoder" else values.get("attention_head_dim")
+        heads = values["num_attention_heads"] if name in _PADS else values.get("attention_head_dim")
         if 0 in (heads if isinstance(heads, tuple) else (heads,)):
             raise ValueError(
                 f"{self.path} does not say how many heads its {name} has; in {self.layout.name} they have "
@@ -153,6 +177,10 @@ class SingleFile:
             ) from missing
         if name == "unet":
             values["sample_size"] = self._side
+            if self.layout.numbers is not None and "text_encoder_2" in self.places:
+                pooled = self._values("text_encoder_2")["projection_dim"]
+                features = values["projection_class_embeddings_input_dim"] - pooled
+                values["addition_time_embed_dim"] = features // self.layout.numbers
         elif name == "vae":
             values["sample_size"] = self._side * 2 ** (len(values["block_out_channels"]) - 1)
         return values
@@ -167,7 +195,8 @@ class SingleFile:
                 "prediction_type (--prediction-type) as %s.",
                 self.path, self.layout.name, found, "epsilon" if found == "v_prediction" else "v_prediction",
             )  # fmt: skip
-        values = to_dict(SCHEDULER) | self.said.get("scheduler", {}) | {"prediction_type": found}
+        values = to_dict(SCHEDULER) | {"rescale_betas_zero_snr": "ztsnr" in self.tensors}
+        values |= self.said.get("scheduler", {}) | {"prediction_type": found}
         return self._made(SchedulerConfig, values)
 
     def _made(self, cls: type, values: Mapping[str, Any]) -> Any:
@@ -186,15 +215,15 @@ class SingleFile:
             return str(said["prediction_type"]), False
         if (word := self.metadata.get("modelspec.prediction_type")) in told:  # by the standard of Stability AI
             return told[word], False
-        if self.layout is SD1:
-            return "epsilon", False
+        if self.layout is not SD2:
+            return ("v_prediction" if "v_pred" in self.tensors else "epsilon"), False
         inpaints = "unet" in self.places and self.tensors[self._anchor("unet")].shape[1:2] == (9,)
         return ("epsilon" if inpaints else "v_prediction"), True
 
     @property
     def _side(self) -> int:
         """Latent pixels along each side that the published model of the layout was trained at."""
-        return 96 if self.layout is SD2 and self._prediction[0] == "v_prediction" else 64
+        return 96 if self.layout is SD2 and self._prediction[0] == "v_prediction" else self.layout.side
 
     @cached_property
     def spare(self) -> dict[str, np.ndarray]:
@@ -245,6 +274,8 @@ class SingleFile:
                 table = ldm.unet_table(*ldm.unet_sizes(inside))
             elif name == "vae":
                 table = ldm.vae_table(*ldm.vae_sizes(inside))
+            elif name == "text_encoder_2":
+                table = ldm.openclip_table(ldm.openclip_layers(inside), projection=True)
             elif place.openclip:
                 table = ldm.openclip_table(used_layers(inside))
             else:
@@ -281,6 +312,9 @@ class SingleFile:
         return array
 
 
+_PADS = {"text_encoder": "pad_id", "text_encoder_2": "pad_id_2"}
+"""What a file's metadata call the token that fills up prompts, for each text encoder."""
+_PAD_2 = 0
 _CLIP_PARTS = ("embeddings", "encoder", "final_layer_norm")
 
 
@@ -316,11 +350,12 @@ def write_single(
     path: Path | str,
     networks: Mapping[str, tuple[NetworkConfig, Params]],
     scheduler: SchedulerConfig | None = None,
-    pad_id: int | None = None,
+    pads: Mapping[str, int | None] | None = None,
     spare: Mapping[str, np.ndarray] | None = None,
     metadata: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
     dtype: DTypeLike | None = None,
+    zero_empty: bool | None = None,
 ) -> dict[str, Any]:
     """Writes a safetensors file in the original layout, whole or not at all.
 
@@ -331,11 +366,12 @@ def write_single(
         path: a new file, or one that this function wrote.
         networks: config and params of each, by the name of its folder; of one alone the names have no prefix.
         scheduler: the noise schedule.
-        pad_id: the token that fills up prompts; None is the end token.
+        pads: the token that fills up prompts, for each text encoder; None is the end token.
         spare: further tensors, stored as they are, unless a network has one of the name.
         metadata: further texts for the file's header.
         defaults: settings that the model is sampled with where a user gives none, as JSON values.
         dtype: float32, float16 or bfloat16, the type of the networks' weights; None is their own.
+        zero_empty: whether an empty negative prompt is zeros; None is what is usual.
 
     Returns:
         What the metadata say of the configs: where they differ from what others take a file of this layout to be.
@@ -344,11 +380,11 @@ def write_single(
         ValueError: where the file is not ours to replace or cannot be written, a network has no place in the layout, or
             a weight does not fit into the type.
     """
-    openclip = "unet" in networks and getattr(networks["unet"][0], "use_linear_projection", False)
+    layout = _layout_to_write(networks)
     tensors: dict[str, np.ndarray] = {}
     for name, (config, params) in networks.items():
-        place = place_to_write(name, openclip, alone=len(networks) == 1)
-        named = ldm.to_ldm(torch_views(params), _table(config, openclip))
+        place = place_to_write(name, layout, layout is SD2, alone=len(networks) == 1)
+        named = ldm.to_ldm(torch_views(params), _table(name, config, place.openclip))
         tensors |= {f"{place.prefix}{original}": array for original, array in named.items()}
     metadata = {name: text for name, text in (metadata or {}).items() if name != _SAID}
     alike = SingleFile(Path(path), tensors, metadata)  # as others read it
@@ -367,10 +403,11 @@ def write_single(
         if alike._prediction[1]:  # what is a guess for others is better said
             said["scheduler"]["prediction_type"] = scheduler.prediction_type
     said = {name: values for name, values in said.items() if values}
-    if defaults:
-        said["defaults"] = dict(defaults)
-    if "text_encoder" in networks and pad_id != alike.layout.pad_id:
-        said["pad_id"] = pad_id
+    if dict(defaults or {}) != alike.defaults:
+        said["defaults"] = {"sampler": "ddim"} | dict(defaults or {}) if alike.defaults else dict(defaults or {})
+    if zero_empty not in (None, alike.zero_empty):
+        said["zero_empty"] = zero_empty
+    said |= {_PADS[name]: pad for name, pad in (pads or {}).items() if pad != alike.pads[name]}
     rest = {name: array for name, array in (spare or {}).items() if name not in tensors}
     with replaced_file(Path(path)) as new:
         write_safetensors(
@@ -421,14 +458,24 @@ def check_file(path: Path) -> None:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def _table(config: NetworkConfig, openclip: bool) -> ldm.Table:
+def _layout_to_write(networks: Mapping[str, tuple[Any, Params]]) -> Layout:
+    """The layout of these networks."""
+    unet = networks["unet"][0] if "unet" in networks else None
+    if "text_encoder_2" in networks:
+        return SDXL if "text_encoder" in networks else REFINER
+    if unet is not None and unet.addition_embed_type is not None:
+        return xl_layout(unet.cross_attention_dim)
+    return SD2 if unet is not None and unet.use_linear_projection else SD1
+
+
+def _table(name: str, config: NetworkConfig, openclip: bool) -> ldm.Table:
     if isinstance(config, UNetConfig):
         attention = [block.startswith("CrossAttn") for block in config.up_block_types]
         return ldm.unet_table(config.per_level("layers_per_block"), attention)
     if isinstance(config, VAEConfig):
         return ldm.vae_table(len(config.block_out_channels), config.layers_per_block)
     if openclip:
-        return ldm.openclip_table(config.num_hidden_layers)
+        return ldm.openclip_table(config.num_hidden_layers, projection=name == "text_encoder_2")
     return {"text_model": "text_model"}
 
 
@@ -438,6 +485,14 @@ def _spelled(config: Any) -> dict[str, Any]:
     if isinstance(config, UNetConfig):
         for name in ("layers_per_block", "transformer_layers_per_block"):
             values[name] = config.per_level(name)
+        # A level without attention has no depth, whatever a config says of it.
+        attends = [block.startswith("CrossAttn") for block in config.down_block_types]
+        attends_up = [block.startswith("CrossAttn") for block in reversed(config.up_block_types)]
+        deepest = values["transformer_layers_per_block"][-1]
+        values["transformer_layers_per_block"] = tuple(
+            depth if down or up else deepest
+            for depth, down, up in zip(values["transformer_layers_per_block"], attends, attends_up, strict=True)
+        )
         values |= {"attention_head_dim": config.heads, "num_attention_heads": None}
     return {name: _json(value) for name, value in values.items()}
 

@@ -43,6 +43,7 @@ _VERSION = 1001
 _MAX_BYTES = 2**22  # of a pickle, and of an archive's list of records
 _MAX_INSTRUCTIONS = 400_000
 _MAX_TENSORS = 20_000
+_MAX_NAME = 1000  # letters of a tensor inside a dict
 _MAX_DIMS = 8  # PyTorch allows 64, and no network has a weight of more than 5
 _SHOWN = 60  # characters of a file's own text in an error sentence
 
@@ -80,10 +81,12 @@ class _Tensor(NamedTuple):
 _DICT = _Global("collections", "OrderedDict")
 _REBUILD = _Global("torch._utils", "_rebuild_tensor_v2")
 _PARAMETER = _Global("torch._utils", "_rebuild_parameter")
+_PARAMETERS = _Global("torch.nn.modules.container", "ParameterDict")  # of the first textual inversions
 _ADMITTED = {
     _DICT,
     _REBUILD,
     _PARAMETER,
+    _PARAMETERS,
     *(_Global("torch", name) for name in _STORAGES),
     *(_Global("torch", name) for name in _DTYPES),
 }
@@ -114,6 +117,7 @@ class _File(io.BufferedReader):
 def open_torch(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict's file, or of the state dict under `state_dict` in it, as read-only arrays.
 
+    Those of a dict inside it, such as an IP-Adapter's `image_proj`, have names with a dot between: `image_proj.norm`.
     Views of one storage are views of one array. What else the dict holds, such as the number of a step, is left out.
     Beside the file, which is mapped, it takes less than 100 MB of memory whatever the file says of itself.
 
@@ -138,9 +142,7 @@ def open_torch(path: Path) -> dict[str, np.ndarray]:
         for name, value in tree.items():
             if isinstance(value, _Placeholder):
                 raise _Refused(f"its {_told(name)} is no tensor, but {_told(value)}, which is not made")
-        found = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, _Tensor)}
-        if len(found) > _MAX_TENSORS:
-            raise _Refused(f"it has {len(found)} tensors, more than a model ever has")
+        found = _named(tree)
         data = map_file(path)
         storages: dict[_Storage, np.ndarray] = {}
         return {name: _array(name, value, raw, data, storages) for name, value in found.items()}
@@ -150,6 +152,21 @@ def open_torch(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is not read: {error}; convert it to safetensors.") from error
     except _Damaged as error:
         raise ValueError(f"{path} is damaged: {error}. Download or save it again.") from error
+
+
+def _named(tree: dict[Any, Any]) -> dict[str, _Tensor]:
+    """The tensors of a dict and of the dicts in it, which are looked into no deeper: one in itself would never end."""
+    found: dict[str, _Tensor] = {}
+    for name, value in tree.items():
+        inside = value.items() if isinstance(value, dict) else [(None, value)]
+        for inner, one in inside:
+            if isinstance(name, str) and isinstance(inner, str | None) and isinstance(one, _Tensor):
+                if inner is not None and len(name) + len(inner) > _MAX_NAME:  # names are made here, one for each
+                    raise _Refused("its tensors have names that are longer than a model's ever are")
+                found[name if inner is None else f"{name}.{inner}"] = one
+                if len(found) > _MAX_TENSORS:
+                    raise _Refused(f"it has more than {_MAX_TENSORS} tensors, which no model has")
+    return found
 
 
 def _array(
@@ -321,7 +338,12 @@ def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | 
                     attribute, module = _of(str, stack.pop()), _of(str, stack.pop())
                     stack.append(_global(module, attribute))
                 case "BINPERSID":
-                    storage = _storage(stack.pop())
+                    match stack.pop():
+                        case ("module", _Global() | _Placeholder() as cls, *_):  # streams have its source beside it
+                            stack.append(cls)
+                            continue
+                        case value:
+                            storage = _storage(value)
                     if said.setdefault(storage.key, storage) != storage:
                         raise _Damaged("it names two storages by one key")
                     stack.append(storage)
@@ -330,11 +352,16 @@ def _unpickle(file: io.BufferedReader | io.BytesIO, said: dict[str, _Storage] | 
                     stack.append(_made(function, arguments))
                 case "NEWOBJ":
                     _of(tuple, stack.pop())
-                    _of(_Placeholder, stack[-1])
+                    if stack[-1] == _PARAMETERS:
+                        stack[-1] = {}
+                    else:
+                        _of(_Placeholder, stack[-1])
                 case "BUILD":
-                    stack.pop()
+                    state = stack.pop()
                     if not isinstance(stack[-1], _Placeholder):
-                        _of(dict, stack[-1])  # a state dict's `_metadata`: the versions of modules
+                        own = _of(dict, stack[-1])  # a state dict, whose `_metadata` has the versions of modules
+                        if isinstance(state, dict) and isinstance(inside := state.get("_parameters"), dict):
+                            own.update(inside)
                 case _:
                     raise _Refused(f"its pickle has the instruction {name}, which checkpoints do not need")
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:

@@ -1,5 +1,7 @@
 """CLIP's text transformer (Radford et al. 2021, section 2.4), named as in transformers."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -73,10 +75,9 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The stack of layers; the last `skip_layers` of them are left out of the computation."""
+    """The stack of layers: the features after each of these numbers of layers, of which there are one or two."""
 
-    layers: int
-    skip_layers: int
+    after: tuple[int, ...]
     heads: int
     intermediate_size: int
     activation: str
@@ -85,15 +86,21 @@ class CLIPEncoder(nn.Module):
     remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], ...]:
         layer = remat(CLIPEncoderLayer, self.remat)
-        for i in range(self.layers - self.skip_layers):
+        features = [x]
+        for i in range(max(self.after)):
             x = layer(self.heads, self.intermediate_size, self.activation, self.eps, self.dtype, name=f"layers_{i}")(x)
-        return x
+            features.append(x)
+        return tuple(features[n] for n in self.after)
 
 
 class CLIPTextTransformer(nn.Module):
-    """Embeddings, encoder, final norm."""
+    """Embeddings, encoder, final norm.
+
+    The last `skip_layers` layers are left out. With `penultimate` there is no norm: the features before the last layer
+    of those that are left are the result. With `whole` the normed features of all layers are there, too.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -106,13 +113,15 @@ class CLIPTextTransformer(nn.Module):
     skip_layers: int = 0
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
+    penultimate: bool = False
+    whole: bool = False
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    def __call__(self, tokens: Int[Array, "b t"]) -> tuple[Float[Array, "b t d"], ...]:
         x = CLIPEmbeddings(self.vocab_size, self.hidden_size, self.max_positions, self.dtype, name="embeddings")(tokens)
-        x = CLIPEncoder(
-            self.layers,
-            self.skip_layers,
+        last = self.layers - self.skip_layers - self.penultimate
+        features = CLIPEncoder(
+            (last, self.layers) if self.whole else (last,),
             self.heads,
             self.intermediate_size,
             self.activation,
@@ -121,7 +130,9 @@ class CLIPTextTransformer(nn.Module):
             self.remat,
             name="encoder",
         )(x)
-        return LayerNorm(eps=self.eps, dtype=self.dtype, name="final_layer_norm")(x)
+        norm = LayerNorm(eps=self.eps, dtype=self.dtype, name="final_layer_norm")
+        first = features[0] if self.penultimate else norm(features[0])
+        return (first, norm(features[1])) if self.whole else (first,)
 
 
 class CLIPTextModel(CLIPTextTransformer):
@@ -132,5 +143,29 @@ class CLIPTextModel(CLIPTextTransformer):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        fields = {f: getattr(self, f) for f in CLIPTextTransformer.__dataclass_fields__ if f not in ("parent", "name")}
-        return CLIPTextTransformer(**fields, name="text_model")(tokens).astype(jnp.float32)
+        return _transformer(self)(tokens)[0].astype(jnp.float32)
+
+
+class CLIPTextModelWithProjection(CLIPTextTransformer):
+    """Tokens to one feature vector each, as `CLIPTextModel`, and to a vector [projection_dim] for the whole text.
+
+    That is the projection of the last layer's normed output at the end token, the one with the largest number of
+    those below `vocab_size`.
+    """
+
+    projection_dim: int = 0
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b t"]) -> tuple[Float[Array, "b t d"], Float[Array, "b p"]]:
+        features, last = _transformer(self, whole=True)(tokens)
+        end = jnp.argmax(jnp.where(tokens < self.vocab_size, tokens, -1), axis=-1)
+        at_end = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
+        pooled = Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(at_end)
+        return features.astype(jnp.float32), pooled.astype(jnp.float32)
+
+
+def _transformer(model: CLIPTextTransformer, **others: Any) -> CLIPTextTransformer:
+    """The network under `text_model`, with the model's fields and others."""
+    names = CLIPTextTransformer.__dataclass_fields__.keys() - {"parent", "name"}
+    fields: dict[str, Any] = {name: getattr(model, name) for name in names}
+    return CLIPTextTransformer(**fields | others, name="text_model")

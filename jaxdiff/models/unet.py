@@ -1,5 +1,8 @@
 """The denoising network of Stable Diffusion (Rombach et al. 2022, section 3.2), named as in diffusers."""
 
+from functools import partial
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -16,13 +19,23 @@ OUTER = 2
 """Blocks next to the output that are computed at every step, where `deep` features are kept over some."""
 
 
+class Added(NamedTuple):
+    """What other networks add to a UNet's features on the way."""
+
+    skips: tuple[Float[Array, "b #h #w c"], ...]
+    """One for each skip, from the first."""
+    middle: Float[Array, "b #h #w c"]
+    """For what comes out of the middle."""
+
+
 class UNet2DConditionModel(nn.Module):
     """Predicts noise, velocity or the clean latent from a noisy one, the step number and the prompt's features.
 
     Each tuple has one entry a level, from the finest. `depths` counts transformer blocks after each residual block on
     the way down and (in the same order of levels) on the way up; 0 is a level without attention, and `mid_depth` is the
     middle's. `activation` and `scale_shift` are those of all residual blocks, `mid_divisor` is the middle's divisor
-    (see `ResnetBlock`). With `center_input` the network reads 2 x - 1.
+    (see `ResnetBlock`). With `center_input` the network reads 2 x - 1. With `number_features` it takes `pooled` and
+    `numbers`, and each number becomes so many features; with `guidance_features` it takes `guidance`, likewise.
     """
 
     out_channels: int
@@ -41,6 +54,8 @@ class UNet2DConditionModel(nn.Module):
     scale_shift: bool = False
     mid_divisor: float = 1.0
     center_input: bool = False
+    number_features: int | None = None
+    guidance_features: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
 
@@ -51,71 +66,112 @@ class UNet2DConditionModel(nn.Module):
         t: Float[Array, " b"],
         context: Context,
         deep: Float[Array, "b h w d"] | None = None,
+        added: Added | None = None,
         *,
+        pooled: Float[Array, "b p"] | None = None,
+        numbers: Float[Array, "b k"] | None = None,
+        guidance: Float[Array, " b"] | None = None,
         only_deep: bool = False,
     ) -> Float[Array, "b h w c2"]:
         """The prediction; or with `only_deep` what the last `OUTER` blocks take from below.
+
+        Stable Diffusion XL reads the vector `pooled` of the whole prompt and `numbers` such as sizes (Podell et al.
+        2023, section 2.2), and a network that was distilled with guidance the guidance scale (Luo et al. 2023, LCM).
 
         Given as `deep`, this stands in for all the network but those blocks, their skips and the ends (Ma et al. 2023,
         DeepCache, eq. 4). The collection "prompt" may hold what `prompt_keys` makes of `context`, and "rows" what
         `perturbed` or `structured` make.
         """
-        emb = timestep_embedding(
-            t, self.channels[0], flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
-        ).astype(self.dtype)
-        emb = TimestepMLP(4 * self.channels[0], self.dtype, self.activation, name="time_embedding")(emb)
-        context = context.astype(self.dtype)
+        emb, context = self.time_features(t, pooled, numbers, guidance), context.astype(self.dtype)
         last = len(self.channels) - 1
-
-        def stage(level: int, depth: int) -> dict:
-            return {
-                "channels": self.channels[level],
-                "groups": self.groups,
-                "eps": self.eps,
-                "depth": depth,
-                "heads": self.heads[level],
-                "linear_projection": self.linear_projection,
-                "dtype": self.dtype,
-                "remat": self.remat,
-                "activation": self.activation,
-                "scale_shift": self.scale_shift,
-            }
-
-        def down(i: int) -> DownStage:
-            sizes = stage(i, self.down_depths[i])
-            return DownStage(layers=self.layers[i], downsample=i < last, name=f"down_blocks_{i}", **sizes)
-
-        def up(i: int) -> UpStage:
-            level = last - i
-            sizes = stage(level, self.up_depths[level])
-            return UpStage(layers=self.layers[level] + 1, name=f"up_blocks_{i}", **sizes)
-
-        if self.center_input:
-            x = 2 * x - 1
-        x = Conv3x3(self.channels[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
+        x = self.first(x)
         skips = (x,)
-        outermost = up(last)
+        outermost = self.up(last)
         inner = max(0, outermost.layers - OUTER)
         if deep is None:
             for i in range(last + 1):
-                x, new_skips = down(i)(x, emb, context)
+                x, new_skips = self.down(i)(x, emb, context)
                 skips += new_skips
-            sizes = stage(last, self.mid_depth)
-            middle = CrossAttentionMiddle(layers=1, divisor=self.mid_divisor, name="mid_block", **sizes)
-            x = middle(x, emb, context)
+            x = self.middle()(x, emb, context)
+            if added is not None:
+                skips = tuple(skip + more.astype(self.dtype) for skip, more in zip(skips, added.skips, strict=True))
+                x += added.middle.astype(self.dtype)
             for i in range(last):
                 layers = self.layers[last - i] + 1
                 skips, used = skips[:-layers], skips[-layers:]
-                x = up(i)(x, emb, context, skips=used, size=(skips[-1].shape[1], skips[-1].shape[2]))
+                x = self.up(i)(x, emb, context, skips=used, size=(skips[-1].shape[1], skips[-1].shape[2]))
             deep = outermost(x, emb, context, skips=skips, part=range(inner))
         else:
-            skips += down(0)(x, emb, context, first=outermost.layers - inner - 1)[1]
+            skips += self.down(0)(x, emb, context, first=outermost.layers - inner - 1)[1]
         if only_deep:
             return deep
         x = outermost(deep, emb, context, skips=skips, part=range(inner, outermost.layers))
 
         x = GroupNorm(self.groups, self.eps, self.dtype, self.activation, name="conv_norm_out")(x)
         return Conv3x3(self.out_channels, dtype=self.dtype, name="conv_out")(x)
+
+    # The parts, which other networks are made of, too ----------------------------------------------------------------
+
+    def time_features(
+        self,
+        t: Float[Array, " b"],
+        pooled: Float[Array, "b p"] | None = None,
+        numbers: Float[Array, "b k"] | None = None,
+        guidance: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b d"]:
+        """What residual blocks are told: the step, and what the network reads beside it."""
+        waves = partial(timestep_embedding, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
+        width, scales = 4 * self.channels[0], None
+        if self.guidance_features is not None:
+            assert guidance is not None, "this network reads the guidance scale"
+            scales = timestep_embedding(
+                1000 * (guidance - 1), self.guidance_features, flip_sin_to_cos=False, freq_shift=1
+            ).astype(self.dtype)
+        emb = waves(t, self.channels[0]).astype(self.dtype)
+        emb = TimestepMLP(width, self.dtype, self.activation, name="time_embedding")(emb, scales)
+        if self.number_features is not None:
+            assert pooled is not None, "this network reads a vector for the whole prompt"
+            assert numbers is not None, "this network reads numbers"
+            features = waves(numbers.reshape(-1), self.number_features).reshape(len(t), -1)
+            told = jnp.concatenate([pooled.astype(jnp.float32), features], axis=-1).astype(self.dtype)
+            emb += TimestepMLP(width, self.dtype, name="add_embedding")(told)
+        return emb
+
+    def first(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
+        """The input's features."""
+        x = 2 * x - 1 if self.center_input else x
+        return Conv3x3(self.channels[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
+
+    def down(self, i: int) -> DownStage:
+        """Stage `i` on the way down."""
+        sizes = self._stage(i, self.down_depths[i])
+        halves = i < len(self.channels) - 1
+        return DownStage(layers=self.layers[i], downsample=halves, name=f"down_blocks_{i}", **sizes)
+
+    def middle(self) -> CrossAttentionMiddle:
+        """The stage at the bottom."""
+        sizes = self._stage(len(self.channels) - 1, self.mid_depth)
+        return CrossAttentionMiddle(layers=1, divisor=self.mid_divisor, name="mid_block", **sizes)
+
+    def up(self, i: int) -> UpStage:
+        """Stage `i` on the way up."""
+        level = len(self.channels) - 1 - i
+        sizes = self._stage(level, self.up_depths[level])
+        return UpStage(layers=self.layers[level] + 1, name=f"up_blocks_{i}", **sizes)
+
+    def _stage(self, level: int, depth: int) -> dict:
+        return {
+            "channels": self.channels[level],
+            "groups": self.groups,
+            "eps": self.eps,
+            "depth": depth,
+            "heads": self.heads[level],
+            "linear_projection": self.linear_projection,
+            "dtype": self.dtype,
+            "remat": self.remat,
+            "activation": self.activation,
+            "scale_shift": self.scale_shift,
+        }
 
 
 def prompt_keys(params: Params, context: Context, dtype: DTypeLike) -> Params:

@@ -152,14 +152,21 @@ def timestep_embedding(
 
 
 class TimestepMLP(nn.Module):
-    """Two dense layers that turn sinusoids into the embedding which every residual block reads."""
+    """Two dense layers that turn sinusoids into the embedding which every residual block reads.
+
+    A projection of `condition` is added to the sinusoids.
+    """
 
     dim: int
     dtype: DTypeLike = jnp.float32
     activation: str = "silu"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.dim}"]:
+    def __call__(
+        self, x: Float[Array, "b d"], condition: Float[Array, "b d2"] | None = None
+    ) -> Float[Array, "b {self.dim}"]:
+        if condition is not None:
+            x += Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")(condition)
         x = Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
         return Dense(self.dim, dtype=self.dtype, name="linear_2")(ACTIVATIONS[self.activation](x))
 

@@ -1,7 +1,8 @@
 """From a batch's prompts to the arrays that a text encoder, a sampler and guidance take."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,23 @@ class Prompts(NamedTuple):
     """The step at which each phase begins, 0 for the first; padding begins at `steps`, which is never."""
 
 
+def alike(prompts: Sequence[Prompts]) -> list[Prompts]:
+    """One batch's prompts by several tokenizers, with as many chunks by each.
+
+    Raises:
+        ValueError: where that would be more than `MAX_CHUNKS`.
+    """
+    counts = [one.ids.shape[-2] for one in prompts]
+    if (n := math.lcm(*counts)) > max(MAX_CHUNKS, *counts):
+        raise ValueError(f"The model's tokenizers make {' and '.join(map(str, counts))} chunks of the prompts, which "
+                         "do not go together; use shorter prompts.")  # fmt: skip
+    repeats = [(1, 1, 1, n // count, 1) for count in counts]
+    return [
+        one._replace(ids=np.tile(one.ids, repeat), token_weights=np.tile(one.token_weights, repeat))
+        for one, repeat in zip(prompts, repeats, strict=True)
+    ]
+
+
 def fill(words: Words, wildcards: Wildcards, seed: int) -> tuple[Words, list[str]]:
     """The words with a line in place of each wildcard, chosen by the image's seed; and sentences of warning."""
     texts = {"prompt": words.prompt, "negative": words.negative_prompt}
@@ -56,6 +74,8 @@ def encode(
     batch: Sequence[Words], tokenizer: Tokenizer, steps: int, *, literal: bool = False
 ) -> tuple[Prompts, list[str]]:
     """The tokens of a batch's prompts and how they are weighed; and sentences of warning, each once.
+
+    Textual inversions are words of the tokenizer; `embedding:WORD`, as ComfyUI writes it, is the word.
 
     A text without syntax that fits gives the one phase, part and chunk that `tokenizer` makes of it. Longer ones go on
     in further chunks, which end after a comma, or else a word, where one is near, and at BREAK. Where texts of one
@@ -80,7 +100,7 @@ def encode(
     def parts_of(text: str, compose: bool = True) -> list[Part]:
         if literal:
             return [plain(text, steps)]
-        parts, told = parse(text, steps, compose=compose)
+        parts, told = parse(_with_words(text, tokenizer.words), steps, compose=compose)
         warnings.extend(told)
         return parts
 
@@ -114,6 +134,15 @@ def encode(
                 out.ids[b, phase, p] = np.tile(ids, (n // len(ids), 1))
                 out.token_weights[b, phase, p] = np.tile(weights, (n // len(ids), 1))
     return out, _unique(warnings)
+
+
+def _with_words(text: str, words: Iterable[str]) -> str:
+    """The text with further words in place of their spelling in ComfyUI, `embedding:WORD` or `embedding:WORD.pt`."""
+    known = sorted(map(re.escape, words), key=len, reverse=True)
+    if not known or "embedding:" not in text.lower():
+        return text
+    spelling = rf"\bembedding:({'|'.join(known)})(?:\.(?:pt|bin|safetensors))?(?!\w)"
+    return re.sub(spelling, r"\1", text, flags=re.IGNORECASE)
 
 
 def _starts(parts: Sequence[Part], steps: int) -> list[int]:

@@ -12,6 +12,7 @@ import tyro
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.families import family_of
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.folder import (
     UNMAPPED,
@@ -20,12 +21,11 @@ from jaxdiff.io.folder import (
     find_part,
     read_network,
     read_unmapped,
-    write_folder,
     write_network,
 )
 from jaxdiff.io.single_file import SUFFIXES, check_file, is_single, open_single, write_single
 from jaxdiff.io.weights import listed
-from jaxdiff.model import FileOptions, check_network, exported, file_tokenizer, read_model
+from jaxdiff.model import FileOptions, Model, Network, check_network, exported, file_tokenizers, read_model
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.types import Params
 
@@ -55,11 +55,13 @@ class Source:
 
     kind: str
     networks: Mapping[str, tuple[Any, Params]]
-    """By folder: "unet", "vae" and "text_encoder", or "vae" alone."""
+    """By folder: "unet", "vae", "text_encoder" and perhaps others, or "vae" alone."""
     scheduler: SchedulerConfig | None = None
-    tokenizer: Tokenizer | None = None
-    pad_id: int | None = None
-    """The token that fills up prompts; None is the end token."""
+    tokenizers: tuple[Tokenizer, ...] = ()
+    pads: Mapping[str, int | None] = field(default_factory=dict)
+    """The token that fills up prompts, for each text encoder; None is the end token."""
+    zero_empty: bool = False
+    """Whether an empty negative prompt is zeros."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unmapped: Unmapped = field(default_factory=lambda: Unmapped({}, {}))
     unknown: tuple[str, ...] = ()
@@ -98,13 +100,14 @@ def read_file(args: Args) -> Source:
         networks[name] = config, check_network(name, config, params, f"{args.src} ({name})")
     whole = "unet" in networks
     # Of a file that is written the tokenizer is no part.
-    wanted = whole and "text_encoder" in networks and args.dst.suffix != ".safetensors"
+    wanted = whole and file.pads and args.dst.suffix != ".safetensors"
     return Source(
         f"a single file in the layout of {file.layout.name},",
         networks,
         file.scheduler if whole else None,
-        file_tokenizer(file, args.file.tokenizer) if wanted else None,
-        file.pad_id,
+        file_tokenizers(file, args.file.tokenizer) if wanted else (),
+        file.pads,
+        file.zero_empty,
         file.defaults,
         Unmapped(file.spare, file.metadata),
         tuple(file.unknown),
@@ -122,10 +125,13 @@ def read_folder(args: Args) -> Source:
         params = check_network("vae", config, params, vae)
         return Source("the folder of a VAE,", {"vae": (config, params)}, unmapped=read_unmapped(vae))
     folder, model = exported(args.src), read_model(args.src)
-    pad, end = model.tokenizer.pad_id, model.tokenizer.eos_id
     networks = {model.family.FOLDERS[role]: network for role, network in model.networks.items()}
+    pads = {
+        role: None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
+        for role, tokenizer in zip(model.family.TEXT_ENCODERS, model.tokenizers, strict=True)
+    }
     return Source(
-        "the folder", networks, model.scheduler, model.tokenizer, None if pad == end else pad, model.defaults,
+        "the folder", networks, model.scheduler, model.tokenizers, pads, model.zero_empty, model.defaults,
         read_unmapped(folder),
     )  # fmt: skip
 
@@ -133,8 +139,8 @@ def read_folder(args: Args) -> Source:
 def write_file(args: Args, source: Source, kept: Unmapped) -> dict[str, Any]:
     """Writes a single file; returns what its metadata say that the layout does not."""
     return write_single(
-        args.dst, source.networks, source.scheduler, source.pad_id, kept.tensors, kept.metadata, source.defaults,
-        args.dtype,
+        args.dst, source.networks, source.scheduler, source.pads, kept.tensors, kept.metadata, source.defaults,
+        args.dtype, source.zero_empty if "unet" in source.networks else None,
     )  # fmt: skip
 
 
@@ -144,13 +150,18 @@ def write_in_folder(args: Args, source: Source, kept: Unmapped) -> dict[str, Any
         check_target(args.dst, "vae")
         write_network(args.dst, "vae", *source.networks["vae"], args.dtype, kept)
         return {}
-    if missing := {"unet", "vae", "text_encoder"} - set(source.networks):
+    if (family := family_of(set(source.networks))) is None:
+        missing = {"unet", "vae", "text_encoder"} - set(source.networks)
         raise ValueError(f"{args.src} has no {' and no '.join(sorted(missing))}; a folder is made of a whole model or "
                          "a VAE.")  # fmt: skip
     check_target(args.dst)
-    assert source.tokenizer is not None
     assert source.scheduler is not None
-    write_folder(args.dst, source.networks, source.scheduler, source.tokenizer, source.defaults, args.dtype, kept)
+    networks = {role: Network(*source.networks[name]) for role, name in family.FOLDERS.items()}
+    model = Model(
+        networks, source.scheduler, source.tokenizers[0], family, source.defaults,
+        tokenizer_2=source.tokenizers[1] if source.tokenizers[1:] else None, zero_empty=source.zero_empty,
+    )  # fmt: skip
+    model.write(args.dst, args.dtype, kept)
     return {}
 
 

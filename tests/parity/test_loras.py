@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import xl
 from diffusers import StableDiffusionPipeline
 from pairs import TEXTS, nchw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import jaxdiff
 
@@ -226,3 +227,39 @@ def test_kinds_of_lycoris(sd1, latents, tmp_path, algorithm, figures):
     save_file(tensors, path := tmp_path / "a.safetensors")
     expected = draw(reference, latents)
     compare(ours(sd1, latents, [path]), expected, plain, figures, f"LyCORIS, {algorithm}: largest difference of 255")
+
+
+def kohya_xl(pipe, generator):
+    """kohya's names for Stable Diffusion XL: the denoiser's in the original layout, and both text encoders."""
+    from jaxdiff.io import ldm
+
+    table = ldm.unet_table((1, 1, 1), (True, True, False))
+    prefixes = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    tensors = {}
+    for network in ("unet", *prefixes):
+        for name, module in getattr(pipe, network).named_modules():
+            ends = UNET_MODULES if network == "unet" else TEXT_MODULES
+            if not hasattr(module, "weight") or not name.endswith(tuple(f".{end}" for end in ends)):
+                continue
+            if network == "unet":
+                key = f"lora_unet_{ldm.translate(name, table)}"
+            else:
+                key = f"{prefixes[network]}_{name if name.startswith('text_model.') else f'text_model.{name}'}"
+            down, up = low_rank(module.weight, generator, 3)
+            key = key.replace(".", "_")
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0)}
+    return tensors
+
+
+def test_stable_diffusion_xl(latents, tmp_path, figures):
+    reference, own = xl.base(tmp_path), jaxdiff.load(tmp_path / "model")
+    plain = draw(reference, latents)
+    save_file(kohya_xl(reference, torch.Generator().manual_seed(1)), path := tmp_path / "a.safetensors")
+    assert any("lora_unet_input_blocks_5_1_transformer_blocks_1_attn2_to_k" in name for name in load_file(path))
+    reference.load_lora_weights(tmp_path, weight_name=path.name, adapter_name="a")
+    for strength in (1.0, 0.5, -1.0):
+        reference.set_adapters(["a"], [strength])
+        expected = draw(reference, latents)
+        pipe = jaxdiff.Pipeline(own.model.with_loras([(path, strength)]))
+        got = pipe(TEXTS[:2], steps=4, guidance=3.0, latents=latents).astype(float)
+        compare(got, expected, plain, figures, f"SDXL, kohya, strength {strength:g}: largest difference of 255")

@@ -49,8 +49,8 @@ def batches(pipe: Pipeline, wanted: Iterable[Job]) -> Iterator[Batch]:
             size = image_size(request, pipe.networks, pipe.size)
         except ValueError:  # which the drawing tells
             return None
-        prompts, _ = encoded([request], pipe.model.tokenizer, request.steps or 1)
-        return size, request.tile, prompts.ids.shape[1:4]
+        prompts, _ = encoded([request], pipe.model.tokenizers, request.steps or 1)
+        return size, request.tile, prompts[0].ids.shape[1:4]
 
     def most(shape: Any) -> int:
         pixels = BATCH_PIXELS if shape is None else shape[0][0] * shape[0][1]
@@ -176,7 +176,8 @@ class _Writer:
 
 
 def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
-    """How an image was made, as JSON values: all that is needed to make it again, but the model, LoRAs and images.
+    """How an image was made, as JSON values: all that is needed to make it again, but the model, images, and the files
+    of LoRAs, textual inversions and control networks.
 
     The images that it was made from are there by their path, and with their SHA-256, which tells whether they changed.
 
@@ -187,16 +188,19 @@ def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
     """
     values = settled(request, pipe.info).values()
     del values["n"]
-    for name in ("image", "mask"):
-        if (given := getattr(request, name)) is not None:
-            digest = (
-                hashlib.sha256(given.tobytes()).hexdigest() if isinstance(given, np.ndarray) else sha256(str(given))
-            )
-            values[f"{name}_sha256"] = digest
+    for name, given in request.pictures():
+        digest = hashlib.sha256(given.tobytes()).hexdigest() if isinstance(given, np.ndarray) else sha256(str(given))
+        values[f"{name}_sha256"] = digest
     if pipe.params.memory != "normal":
         values["memory"] = pipe.params.memory
+    if pipe.refiner is not None:
+        values["refiner"] = pipe.refiner.name
     if pipe.model.loras:
         values["loras"] = [{"file": lora.path.as_posix(), "strength": lora.strength} for lora in pipe.model.loras]
+    if pipe.model.embeddings:
+        values["embeddings"] = [{"file": one.path.as_posix(), "word": one.word} for one in pipe.model.embeddings]
+    if request.control_image:
+        values["controls"] = [control.path.as_posix() for control in pipe.model.controls]
     return values | {
         "width": image.shape[1],
         "height": image.shape[0],

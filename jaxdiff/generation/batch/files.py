@@ -3,12 +3,13 @@
 import csv
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxdiff.config import nearest
-from jaxdiff.generation.request import Request, current_name
+from jaxdiff.generation.request import PICTURES, Request, current_name
 
 MAX_LINE = 1_000_000
 """A line of more bytes than this is refused."""
@@ -180,13 +181,21 @@ def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: where there is no such file.
     """
-    found = {}
-    for name in ("image", "mask"):
-        if (given := values.get(name)) and isinstance(given, str):
-            found[name] = str(folder / given)
-            if "\0" in given or not (folder / given).is_file():
-                raise ValueError(f"{name} is {given!r}, and there is no such file.")
-    return values | found
+
+    def resolved(name: str, given: Any) -> Any:
+        if isinstance(given, list):
+            return [resolved(name, one) for one in given]
+        if not isinstance(given, str) or not given:
+            return given
+        if "\0" in given or not (folder / given).is_file():
+            raise ValueError(f"{name} is {given!r}, and there is no such file.")
+        return str(folder / given)
+
+    found = {name: values[name] for name in PICTURES if name in values}
+    if isinstance(several := found.get("control_image"), str) and several.startswith("["):  # as CSV has a list
+        with suppress(ValueError, RecursionError):
+            found["control_image"] = json.loads(several)
+    return values | {name: resolved(name, given) for name, given in found.items()}
 
 
 def _short(sentence: str) -> str:

@@ -112,7 +112,16 @@ def program_key(request: Request, shape: Hashable) -> Hashable:
     """What a request's program is compiled for: two requests of one key share it."""
     given = tuple(getattr(request, name) is not None for name in OPTIONAL)
     masked = request.mask is not None or request.outpaint is not None
-    features = bool(request.regions), request.keep_layout > 0, request.cache_interval > 1, masked, *given
+    windows = tuple(map(bool, request.windows(len(request.control_image))))
+    features = (
+        windows,
+        request.control_guess,
+        bool(request.regions),
+        request.keep_layout > 0,
+        request.cache_interval > 1,
+        masked,
+        *given,
+    )
     return shape, request.sampler, request.tile, request.rng, request.invert, *features
 
 

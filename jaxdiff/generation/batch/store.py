@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from jaxdiff.config import load_json
 from jaxdiff.generation.batch.groups import Job
 from jaxdiff.generation.batch.page import page
-from jaxdiff.generation.request import Pixels, Request
+from jaxdiff.generation.request import PICTURES, Pixels, Request
 from jaxdiff.io.images import FORMATS, contact_sheet, encode_image, read_image, slug
 
 _RUN, _PAGE, _SHEET = "batch.json", "index.html", "contact-sheet.png"
@@ -28,9 +28,9 @@ def fingerprint(wanted: Iterable[Job]) -> str:
     """A batch's images in a short text: it changes with any argument of any row, and with the images' contents."""
     contents: dict[str, str] = {}
 
-    def content(image: Pixels | None) -> str | None:
-        if image is None or isinstance(image, np.ndarray):
-            return None if image is None else hashlib.sha256(image.tobytes()).hexdigest()
+    def content(image: Pixels) -> str:
+        if isinstance(image, np.ndarray):
+            return hashlib.sha256(image.tobytes()).hexdigest()
         if str(image) not in contents:
             with open(image, "rb") as file:
                 contents[str(image)] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -38,7 +38,8 @@ def fingerprint(wanted: Iterable[Job]) -> str:
 
     @lru_cache(1)  # the images of a request come one after another
     def asked(request: Request) -> dict[str, Any]:
-        return request.values() | {name: content(getattr(request, name)) for name in ("image", "mask")}
+        none = dict.fromkeys(PICTURES)
+        return request.values() | none | {name: content(given) for name, given in request.pictures()}
 
     digest = hashlib.sha256()
     for job in wanted:

@@ -28,7 +28,7 @@ from jaxdiff.tools.bench.models import ModelSizes, random_inputs, ready, weights
 from jaxdiff.tools.plan import abstract_task
 from jaxdiff.training.optim import learning_rate, optimiser
 from jaxdiff.training.state import TrainState, create_state, make_step
-from jaxdiff.types import Params
+from jaxdiff.types import Params, Tokens
 
 PROMPT = "a red apple"
 
@@ -163,8 +163,8 @@ def sample(setting: Setting) -> Work:
     everywhere, always = np.ones((batch, 1, 1, 1, 1, 1), np.float32), np.zeros((batch, 1), np.float32)
 
     def draw(params: dict[str, Params], ids: Any, state: Any, keys: Any, *numbers: Any) -> Any:
-        tokens = ids, jnp.ones(ids.shape), ids[0, 0, 0, 0]
-        conditioning = unwrap(encode_prompts)(params["text_encoder"], *tokens, program=program)
+        tokens = Tokens(ids, jnp.ones(ids.shape), ids[0, 0, 0, 0])
+        conditioning = unwrap(encode_prompts)((params["text_encoder"],), (tokens,), program=program)
         inputs = Inputs(conditioning, everywhere, always)
         state = unwrap(denoise)(params["unet"], inputs, state, keys, *numbers, program=program)
         return unwrap(decode)(params["vae"], state.x, program=program)

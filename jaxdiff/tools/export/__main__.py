@@ -16,6 +16,7 @@ import tyro
 from safetensors.numpy import save_file
 
 import jaxdiff
+from jaxdiff.families import StableDiffusion
 from jaxdiff.generation.canvas import image_size
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import Request
@@ -106,6 +107,8 @@ def write(args: Args, pipe: Pipeline) -> None:
     program = pipe.program(request_of(args))
     if program.family.inpaints:
         raise ValueError("This model is for inpainting; the export draws from prompts alone.")
+    if not isinstance(program.family, StableDiffusion) or program.family.embeds_guidance:
+        raise ValueError("Only models of Stable Diffusion 1 and 2 are exported, and none that reads its guidance.")
     levels = all_levels(program, args.schedule)
 
     tokenizer, empty = pipe.model.tokenizer, pipe.model.tokenizer([""])[0]
@@ -198,7 +201,7 @@ def check_tokenizer(folder: Path, text: dict[str, Any], pipe: Pipeline) -> None:
         ValueError: where it does not.
     """
     theirs = load.Tokenizer(load.read_json(folder / load.VOCAB), load.read_merges(folder / load.MERGES), **text)
-    for trial in (*TRIALS, *text["special"]):
+    for trial in (*TRIALS, *text["special"], *(f"{word}s" for word in text["special"])):
         if (theirs([trial]) != pipe.model.tokenizer([trial])).any():
             raise ValueError(f"The model's tokenizer is not CLIP's: of {trial!r} it makes other tokens, so the loader "
                              "cannot do without the package tokenizers, and the model is not exported.")  # fmt: skip

@@ -19,7 +19,7 @@ from jaxdiff.runtime.programs import KERNELS
 from jaxdiff.sampling.loop import begin
 from jaxdiff.sampling.samplers import SAMPLERS, count_steps, first_state, make_sigmas
 from jaxdiff.sampling.sigmas import Sigmas
-from jaxdiff.types import Params
+from jaxdiff.types import Params, Tokens
 
 Arrays = dict[str, Any]
 
@@ -77,8 +77,8 @@ def draw(
     params = nested(weights)
     ids, token_weights = (jnp.asarray(inputs[name])[:, None, :, None] for name in ("ids", "token_weights"))
     b = len(ids)
-    tokens = ids, token_weights, jnp.asarray(empty)
-    conditioning = unwrap(encode_prompts)(params["text_encoder"], *tokens, program=program)
+    tokens = Tokens(ids, token_weights, jnp.asarray(empty))
+    conditioning = unwrap(encode_prompts)((params["text_encoder"],), (tokens,), program=program)
     keys, noise = keys_and_noise(inputs["seeds"], shape)
     guidance = Guidance(*(inputs[name] for name in ("guidance", "guidance_rescale", "apg_eta", "apg_norm_threshold")))
     sigmas = Sigmas(inputs["sigmas"], inputs["sigmas_next"])

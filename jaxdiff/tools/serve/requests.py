@@ -86,6 +86,8 @@ def read_request(body: bytes, pipe: Pipeline, limits: Limits) -> DrawRequest:
             values["mask"] = read_mask(files["mask"], (image.shape[1], image.shape[0]))
     elif files["mask"] is not None:
         raise ValueError("mask requires an image.")
+    if values.get("control_image"):  # a path would name a file of this machine
+        raise ValueError("control_image is for Python and the shell; leave it out.")
     request = Request.of({"prompt": "", "seed": 0} | values)
     request.check_portable()
     if request.n > limits.images:
@@ -100,8 +102,8 @@ def read_request(body: bytes, pipe: Pipeline, limits: Limits) -> DrawRequest:
         )
     _check_pixels("The image", image_size(request, pipe.networks, pipe.size), limits)
     drawing = make_drawing([replace(request, n=1)], pipe.info)  # refuses here what does not fit the model
-    prompts, warnings = encoded([request], pipe.model.tokenizer, drawing.steps)
-    layout = drawing.shape, prompts.ids.shape[1:4]
+    prompts, warnings = encoded([request], pipe.model.tokenizers, drawing.steps)
+    layout = drawing.shape, prompts[0].ids.shape[1:4]
     return DrawRequest(request, (program_key(request, layout), shared(request), preview), preview, tuple(warnings))
 
 

@@ -1,0 +1,318 @@
+"""What the families have in common whose denoiser is a UNet on an autoencoder's latents (Rombach et al. 2022).
+
+A family is all that sampling needs to know of its networks: their roles, how prompts become a `Conditioning`, and how
+the denoiser is called. Another family is another module with the same methods.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from jaxdiff import build
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
+from jaxdiff.models.controlnet import ControlNetModel, embed, times
+from jaxdiff.models.unet import Added, UNet2DConditionModel, perturbed, prompt_keys, structured
+from jaxdiff.models.vae import AutoencoderKL
+from jaxdiff.types import Conditioning, Params, Tokens
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LatentDiffusion:
+    """The networks' modules, and functions of their params. Hashable, so that it can be static in `jax.jit`.
+
+    Functions take the params of the networks that they call.
+    """
+
+    denoiser: UNet2DConditionModel
+    vae: AutoencoderKL
+    latent_scale: float
+    """A latent times this has unit variance."""
+    in_channels: int
+    """Channels that the denoiser takes; an inpainting model's are a latent, a mask and a masked image's latent."""
+
+    FOLDERS: ClassVar[Mapping[str, str]]
+    """Each role's folder in a diffusers model folder."""
+    TEXT_ENCODERS: ClassVar[tuple[str, ...]]
+    """The roles of the networks that read prompts."""
+    READS: ClassVar[frozenset[str]] = frozenset()
+    """What requests say of images that the denoiser reads as numbers: see `sizes`."""
+    PIPELINE: ClassVar[str]
+    """The class in diffusers that draws with such a model."""
+
+    @classmethod
+    def of(cls, configs: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Any:
+        """The modules of these configs, by role, which compute in `dtype`.
+
+        Raises:
+            ValueError: where the networks do not fit together.
+        """
+        unet, vae = configs["denoiser"], configs["vae"]
+        assert isinstance(unet, UNetConfig)
+        assert isinstance(vae, VAEConfig)
+        texts: list[CLIPTextConfig] = [configs[role] for role in cls.TEXT_ENCODERS]
+        latent = vae.latent_channels
+        if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1):
+            raise ValueError(
+                f"The denoiser takes {unet.in_channels} channels and gives {unet.out_channels}, and the autoencoder's "
+                f"latents have {latent}; it must give {latent}, and take {latent}, or {2 * latent + 1} for inpainting."
+            )
+        widths = [text.hidden_size for text in texts]
+        if unet.cross_attention_dim != sum(widths):
+            told = f"encoder's hidden_size {widths[0]}" if len(texts) == 1 else f"encoders' hidden_sizes {widths}"
+            raise ValueError(
+                f"The denoiser's cross_attention_dim is {unet.cross_attention_dim} and the text {told}; "
+                f"{'they must be equal' if len(texts) == 1 else 'it must be their sum'}."
+            )
+        cls.check_added(unet, texts)
+        return cls(
+            denoiser=build.unet(unet, dtype),
+            vae=build.vae(vae, dtype),
+            latent_scale=vae.scaling_factor,
+            in_channels=unet.in_channels,
+            **{role: getattr(build, role)(configs[role], dtype) for role in cls.TEXT_ENCODERS},
+        )
+
+    @classmethod
+    def check_added(cls, unet: UNetConfig, texts: Sequence[CLIPTextConfig]) -> None:
+        """Whether the denoiser reads, beside time and context, what the family gives it.
+
+        Raises:
+            ValueError: where it does not.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def trained_size(configs: Mapping[str, Any]) -> Size | None:
+        """Width and height in pixels that the model was trained at; None where its config does not say."""
+        sides, factor = configs["denoiser"].sides, configs["vae"].factor
+        return None if sides is None else (sides[1] * factor, sides[0] * factor)
+
+    # Sizes ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent pixel, along each side."""
+        return 2 ** (len(self.vae.channels) - 1)
+
+    @property
+    def grain(self) -> int:
+        """Pixels of which each side should be a multiple, so that the denoiser halves it to whole numbers."""
+        return self.factor * 2 ** (len(self.denoiser.channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.vae.latent_channels
+
+    @property
+    def decoder_channels(self) -> int:
+        """Values to a pixel of the image in the decoder's largest features, which memory has to hold."""
+        return sum(self.vae.channels[:2])
+
+    @property
+    def text_layers(self) -> int:
+        """Layers of the text encoder, of which clip_skip leaves out some."""
+        raise NotImplementedError
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser takes a mask and the masked image's latent beside the noisy latent."""
+        return self.in_channels > self.latent_channels
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser reads the guidance scale, in place of being called twice."""
+        return self.denoiser.guidance_features is not None
+
+    # Prompts ----------------------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, params: Sequence[Params], tokens: Sequence[Tokens], clip_skip: int = 0) -> Conditioning:
+        """Tokens to features, chunk after chunk: context [*n, chunks * length, d].
+
+        A token with another weight than 1 moves on the line from the empty prompt's features at its place to its own.
+
+        Args:
+            params: the text encoders', in the order of `TEXT_ENCODERS`.
+            tokens: as each of these reads them.
+            clip_skip: layers that are left out, from the last, below `text_layers`.
+        """
+        raise NotImplementedError
+
+    def numbers(
+        self, size: Size, original_size: Size, crop: tuple[int, int], aesthetic_score: float, guidance: float
+    ) -> Float32[np.ndarray, "2 k"] | None:
+        """`Conditioning.extra` of a negative prompt and of a prompt; None where the denoiser reads no numbers.
+
+        Args:
+            size: width and height in pixels of the image that is drawn.
+            original_size: those of the image that it is to look like, before it was cut and resized.
+            crop: the left and top edge at which it is to look cut, in pixels.
+            aesthetic_score: how well people are to like it, about 0 to 10.
+            guidance: the guidance scale.
+        """
+        numbers = self.sizes(size, original_size, crop, aesthetic_score)
+        if not self.embeds_guidance:
+            return numbers
+        scale = np.full((2, 1), guidance, np.float32)
+        return scale if numbers is None else np.concatenate([numbers, scale], axis=1)
+
+    def sizes(
+        self, size: Size, original_size: Size, crop: tuple[int, int], aesthetic_score: float
+    ) -> Float32[np.ndarray, "2 k"] | None:
+        """Of `numbers`, those that say what images are to look like."""
+        return None
+
+    # Denoiser ---------------------------------------------------------------------------------------------------------
+
+    def prepare(self, params: Params, conditioning: Conditioning) -> Params:
+        """What the denoiser computes from the prompts alone, once for all steps: cross-attention's keys and values."""
+        return prompt_keys(params, conditioning.context, self.denoiser.dtype)
+
+    def predict(
+        self,
+        params: Params,
+        x: Float[Array, "n h w c"],
+        t: Float[Array, " n"],
+        conditioning: Conditioning,
+        prepared: Params,
+        edits: Params | None = None,
+        deep: Float[Array, "n h2 w2 d"] | None = None,
+        only_deep: bool = False,
+        added: Added | None = None,
+    ) -> Array:
+        """The denoiser's output [n, h, w, c] for n rows, each with its own prompt.
+
+        Args:
+            params: the denoiser's.
+            x: noisy latents at unit variance, and after them an inpainting model's further channels.
+            t: the training steps.
+            conditioning: n rows of it.
+            prepared: n rows of what `prepare` gave.
+            edits: merged results of `perturbed_attention` and `shared_layout`; None leaves attention as it is.
+            deep: features of an earlier step, which stand in for most of the network (Ma et al. 2023, DeepCache).
+            only_deep: returns those features.
+            added: what control networks add (`control`), of n rows.
+        """
+        variables = {"params": params, "prompt": prepared} | ({} if edits is None else {"rows": edits})
+        return self.denoiser.apply(  # pyright: ignore[reportReturnType]
+            variables, x, t, conditioning.context, deep, added, **self._told(conditioning), only_deep=only_deep
+        )
+
+    def _told(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What UNets are told beside the prompt's features."""
+        numbers, guidance = conditioning.extra, None
+        if self.embeds_guidance:
+            assert numbers is not None, "this denoiser reads the guidance scale"
+            numbers, guidance = numbers[:, :-1], numbers[:, -1]
+        return {"pooled": conditioning.pooled, "numbers": numbers, "guidance": guidance}
+
+    def perturbed_attention(self, params: Params, rows: Bool[Array, " n"]) -> Params:
+        """The edit in which these rows' self-attention in the middle is the identity (Ahn et al. 2024, PAG)."""
+        return perturbed(params, rows)
+
+    def shared_layout(self, params: Params, source: Int[Array, " n"]) -> Params:
+        """The edit in which row i takes its layout from row source[i] (Tumanyan et al. 2023, plug-and-play)."""
+        return structured(params, source)
+
+    # Control ----------------------------------------------------------------------------------------------------------
+
+    def control_net(self, config: ControlNetConfig, dtype: DTypeLike = jnp.float32) -> ControlNetModel:
+        """The module of a network that an image steers the denoiser by.
+
+        Raises:
+            ValueError: where its features do not fit the denoiser's.
+        """
+        net, own = build.controlnet(config, dtype), self.denoiser
+        width = sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
+        sizes = {
+            "block_out_channels": (net.channels, own.channels),
+            "layers_per_block": (net.layers, own.layers),
+            "in_channels": (config.in_channels, self.latent_channels),
+            "cross_attention_dim": (config.cross_attention_dim, width),
+            "pixels to a latent pixel": (config.factor, self.factor),
+        }
+        if other := {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}:
+            told = ", ".join(
+                f"its {name} is {theirs}, and this model's {ours}" for name, (theirs, ours) in other.items()
+            )
+            raise ValueError(f"It is for another model: {told}.")
+        return net
+
+    def steers_prompt_alone(self, net: ControlNetModel) -> bool:
+        """Whether a network is for the rows of the prompt alone, and not for those of the negative prompt."""
+        return net.pools
+
+    def embed_control(self, net: ControlNetModel, params: Params, image: Float[Array, "b h2 w2 3"]) -> Array:
+        """What a network makes of images in [0, 1], once for all steps: features [b, h, w, d] of the latent's size."""
+        return embed(net, params, image)
+
+    def control(
+        self,
+        net: ControlNetModel,
+        params: Params,
+        x: Float[Array, "n h w c"],
+        t: Float[Array, " n"],
+        conditioning: Conditioning,
+        prepared: Params,
+        features: Float[Array, "n h w d"],
+        scale: Float[Array, ""],
+        guess: bool = False,
+    ) -> Added:
+        """What a network adds to the denoiser's features.
+
+        Args:
+            net: its module.
+            params: its params.
+            x: noisy latents at unit variance.
+            t: the training steps.
+            conditioning: n rows of it.
+            prepared: n rows of what `prepare` gave for these params.
+            features: n rows of what `embed_control` gave.
+            scale: how much of it.
+            guess: less of the features that come first, so that the image says what the prompt does not.
+        """
+        variables = {"params": params, "prompt": prepared}
+        told = self._told(conditioning)
+        added: Any = net.apply(variables, x, t, conditioning.context, features=features, **told)
+        return times(added, scale, guess and not net.pools)
+
+    # Autoencoder ------------------------------------------------------------------------------------------------------
+
+    def encode(self, params: Params, image: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
+        """Images in [-1, 1] to their most likely latents, at unit variance."""
+        moments = self.vae.apply({"params": params}, image, method="encode")
+        return self.latent_scale * moments[..., : self.latent_channels]  # pyright: ignore
+
+    def decode(self, params: Params, latent: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+        """Latents at unit variance to images, which may overshoot [-1, 1]."""
+        return self.vae.apply({"params": params}, latent / self.latent_scale, method="decode")  # pyright: ignore
+
+
+def weighed(
+    read: Callable[[Int[Array, "m t"]], tuple[Array, ...]], tokens: Tokens
+) -> tuple[Float[Array, "*n chunks length d"], tuple[Array, ...]]:
+    """The features of tokens by a text encoder, weighed, and what else it makes of each text's first chunk.
+
+    Args:
+        read: from rows of tokens to features [m, t, d] and further results [m, ...].
+        tokens: texts [*n].
+    """
+    ids, weights, empty = tokens
+    rows = jnp.concatenate([empty[None], ids.reshape(-1, ids.shape[-1])])
+    features, *others = read(rows)
+    nothing, features = jnp.split(features, [1])
+    features += (weights.reshape(-1, weights.shape[-1], 1) - 1) * (features - nothing)  # weight 1 is exact
+    first = tuple(other[1:].reshape(*ids.shape[:-1], *other.shape[1:])[..., 0, :] for other in others)
+    return features.reshape(*ids.shape, -1), first
+
+
+def in_a_row(features: Float[Array, "*n chunks length d"]) -> Float[Array, "*n chunks*length d"]:
+    """Chunk after chunk."""
+    return features.reshape(*features.shape[:-3], -1, features.shape[-1])
