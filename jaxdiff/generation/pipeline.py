@@ -40,7 +40,7 @@ from jaxdiff.model import Adapter, FileOptions, Model, check_dtype, merge_adapte
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.memory import free_bytes, memory_bytes, resident_bytes, temporaries
 from jaxdiff.runtime.mesh import make_mesh, on, spread
-from jaxdiff.runtime.programs import enable_compilation_cache, give_back_memory, kept
+from jaxdiff.runtime.programs import begin, enable_compilation_cache, give_back_memory, kept
 from jaxdiff.sampling.loop import State
 from jaxdiff.sampling.samplers import BUILT_IN, SAMPLERS, count_steps, make_sigmas
 from jaxdiff.types import DenoiseFn, Params
@@ -267,6 +267,8 @@ class Pipeline:
         drawing = make_drawing(singles(requests), self.info)
         self._check_refiner(requests[0])
         program = self.program(drawing.settings)
+        if self._mesh is None:
+            self._decoder(jax.ShapeDtypeStruct((len(drawing.requests), *drawing.shape), jnp.float32), begin)
         inputs, state, keys = make_inputs(drawing, self.model.tokenizers, self.params, program)
         stop = drawing.steps if self.refiner is None else refiner_step(drawing, self.model.scheduler)
         first, callbacks = drawing.start, (progress, on_step)
@@ -513,10 +515,10 @@ class Pipeline:
             run = self._decoder(placed)
             return np.asarray(run(self.params["vae"], placed))
 
-    def _decoder(self, latents: Any) -> Callable[[Params, Array], Array]:
-        """The decoder's program for latents, or for their shape."""
+    def _decoder(self, latents: Any, get: Callable[..., Any] = kept) -> Callable[[Params, Array], Array]:
+        """The decoder's program for latents, or for their shape; or it is begun (`get` is `begin`)."""
         program = Program(self.networks, self.model.scheduler)
-        return kept(decode, self._like("vae"), latents, program=program)
+        return get(decode, self._like("vae"), latents, program=program)
 
     def _like(self, role: str) -> Params:
         """What a network's programs are compiled for: shapes, which take no memory; on a mesh, its params."""

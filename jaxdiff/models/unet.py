@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdiff.nn.attention import CONTEXT_KEYS
 from jaxdiff.nn.blocks import CrossAttentionMiddle, DownStage, UpStage
 from jaxdiff.nn.conv import Conv3x3
-from jaxdiff.nn.layers import ACTIVATIONS, GroupNorm, Remat, TimestepMLP, timestep_embedding
+from jaxdiff.nn.layers import GroupNorm, Remat, TimestepMLP, timestep_embedding
 from jaxdiff.nn.linear import Dense
 from jaxdiff.types import Context, Params
 
@@ -121,7 +121,7 @@ class UNet2DConditionModel(nn.Module):
             return deep
         x = outermost(deep, emb, context, skips=skips, part=range(inner, outermost.layers))
 
-        x = ACTIVATIONS[self.activation](GroupNorm(self.groups, self.eps, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(self.groups, self.eps, self.dtype, self.activation, name="conv_norm_out")(x)
         return Conv3x3(self.out_channels, dtype=self.dtype, name="conv_out")(x)
 
     # The parts, which other networks are made of, too ----------------------------------------------------------------

@@ -36,9 +36,10 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Features, emb: Embedding | None = None) -> Float[Array, "b h w c2"]:
         act = ACTIVATIONS[self.activation]
-        h = act(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        h = GroupNorm(self.groups, self.eps, self.dtype, self.activation, name="norm1")(x)
         h = Conv3x3(self.channels, dtype=self.dtype, name="conv1")(h)
-        norm2 = GroupNorm(self.groups, self.eps, self.dtype, name="norm2")
+        shifts = self.scale_shift and emb is not None
+        norm2 = GroupNorm(self.groups, self.eps, self.dtype, None if shifts else self.activation, name="norm2")
         if emb is None:
             h = norm2(h)
         else:
@@ -46,10 +47,10 @@ class ResnetBlock(nn.Module):
             emb = Dense(width, dtype=self.dtype, name="time_emb_proj")(act(emb))[:, None, None, :]
             if self.scale_shift:
                 scale, shift = jnp.split(emb, 2, axis=-1)
-                h = norm2(h) * (1 + scale) + shift
+                h = act(norm2(h) * (1 + scale) + shift)
             else:
                 h = norm2(add(h, emb))
-        h = Conv3x3(self.channels, dtype=self.dtype, name="conv2")(act(h))
+        h = Conv3x3(self.channels, dtype=self.dtype, name="conv2")(h)
         if self.has_variable("rows", "source"):
             h = h[self.get_variable("rows", "source")]
         if x.shape[-1] != self.channels:
