@@ -26,12 +26,13 @@ from jaxdiff.data.sources import summary
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.evaluation.denoising import Heldout, as_metrics, denoising_errors, heldout
 from jaxdiff.evaluation.plots import can_plot, plot_metrics
+from jaxdiff.families import family_of
 from jaxdiff.generation.conditioning import encoded
 from jaxdiff.generation.drawing import make_drawing
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import Request
 from jaxdiff.io.checkpoint import Checkpoints
-from jaxdiff.io.folder import check_target, write_network
+from jaxdiff.io.folder import TOKENIZERS, check_target, write_network
 from jaxdiff.io.images import contact_sheet, write_png
 from jaxdiff.io.storage import is_remote, staged, write_bytes
 from jaxdiff.model import Model, Network
@@ -40,6 +41,7 @@ from jaxdiff.runtime.cli import exit_code
 from jaxdiff.runtime.distributed import leads, wait_for_all, whole
 from jaxdiff.runtime.mesh import make_mesh, place, tree_shardings
 from jaxdiff.runtime.programs import enable_compilation_cache, give_back_memory
+from jaxdiff.training.captions import TOKENS
 from jaxdiff.training.course import Clock, lengths, longest
 from jaxdiff.training.encode import encode_once, records_of
 from jaxdiff.training.feed import Feed, calls, local_rows
@@ -55,7 +57,7 @@ from jaxdiff.training.options import (
     resolve,
     write_config,
 )
-from jaxdiff.training.parts import check_size, digest, read_part, read_tokenizer, read_vae
+from jaxdiff.training.parts import check_size, digest, read_part, read_tokenizers, read_vae
 from jaxdiff.training.resident import RESIDENT, place_resident
 from jaxdiff.training.state import Task, create_state, freeze, make_step, merge
 from jaxdiff.training.stop import Stop, leave_threads
@@ -308,35 +310,39 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
 
 
 def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
-    """Trains the UNet and the text encoder on a frozen VAE's latents; evaluation draws images with fixed seeds."""
+    """Trains the UNet and text encoders on a frozen VAE's latents; evaluation draws images with fixed seeds."""
     assert isinstance(config.task, DiffusionTask)
     task, dtype = config.task, jnp.dtype(config.dtype)
     vae, vae_params = read_vae(task, config.data)
-    tokenizer = read_tokenizer(task)
-    weights: Params = {"vae": vae_params, "empty_tokens": tokenizer([""])[0]}
-    for name in ("unet", "text_encoder"):
+    tokenizers, networks = read_tokenizers(task), ("unet", *task.text_encoders)
+    weights: Params = {"vae": vae_params}
+    for name, tokenizer in zip(task.text_encoders, tokenizers, strict=True):
+        weights[f"empty_{TOKENS[name]}"] = tokenizer([""])[0]
+    for name in networks:
         if task.init and name not in task.scratch:
             weights[name] = read_part(task.init, name, getattr(task, name), "DiffusionTask.init")[1]
     data = config.data
     captions = source = open_source(data)
-    contents = {"task.vae": digest(vae_params, to_name(vae)), "task.tokenizer": digest({}, tokenizer.identity)}
+    contents = {"task.vae": digest(vae_params, to_name(vae))}
+    for name, tokenizer in zip(task.text_encoders, tokenizers, strict=True):
+        contents[f"task.{TOKENIZERS[name]}"] = digest({}, tokenizer.identity)
     if task.init:
-        contents["task.init"] = digest({name: weights[name] for name in ("unet", "text_encoder") if name in weights})
+        contents["task.init"] = digest({name: weights[name] for name in networks if name in weights})
     contents[DATA] = records_of(captions, every=task.latent_variants > 0)
     check_contents(contents, workdir)  # before anything is encoded
-    requests = sample_requests(config, vae, tokenizer, captions)
+    requests = sample_requests(config, vae, tokenizers, captions)
     measured = measured_on(config, captions)
     if not is_remote(workdir):
         check_target(str(workdir / "export"))
     if task.latent_variants:
-        data, empty = encode_once(config, vae, weights, tokenizer, captions, contents[DATA], workdir)
+        data, empty = encode_once(config, vae, weights, tokenizers, captions, contents[DATA], workdir)
         weights, source = weights | empty, open_source(data)
-    source, rows = resident_rows(source, data)
+    source, rows = resident_rows(source, data, numbers=task.reads_sizes)
     start, frozen, kept = diffusion_inputs(task, config.data, vae).split(weights)
     trained = freeze(diffusion_task(task, vae, frozen, start, dtype, config.remat), config.optim.factors)
 
     def evaluate(step: int, params: Params) -> dict[str, float]:
-        model = model_of(task, vae, tokenizer, kept | params)
+        model = model_of(task, vae, tokenizers, kept | params)
         with staged(workdir / "export") as folder:
             model.save(folder)
         pipe = Pipeline(model, config.dtype)
@@ -345,9 +351,13 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
             write_png(folder, f"{step:07}", contact_sheet(list(images), [request.prompt for request in requests]))
         return as_metrics(denoising_errors(pipe, measured, batch=min(32, data.batch_size))) if measured else {}
 
+    def read(step: int, rows: Sequence[int]) -> Batches:
+        told = {"seed": config.seed, "start_step": step, "rows": rows, "numbers": task.reads_sizes}
+        return batches(data, source, *tokenizers, **told)
+
     return Run(
         trained,
-        lambda step, rows: batches(data, source, tokenizer, seed=config.seed, start_step=step, rows=rows),
+        read,
         evaluate,
         summary(captions),
         contents,
@@ -389,26 +399,36 @@ def open_heldout(data: DataConfig, captions: bool = True) -> Source:
         ) from error
 
 
-def resident_rows(source: Source, data: DataConfig) -> tuple[Source, dict[str, np.ndarray]]:
-    """What batches are drawn from, and the arrays that they are rows of where `data.resident`; else none."""
+def resident_rows(source: Source, data: DataConfig, numbers: bool = False) -> tuple[Source, dict[str, np.ndarray]]:
+    """What batches are drawn from, and the arrays that they are rows of where `data.resident`; else none.
+
+    With `numbers` there are those that tell images' sizes, too.
+    """
     if not data.resident:
         return source, {}
-    resident = Resident(source, data)
+    resident = Resident(source, data, numbers)
     return resident, resident.take_arrays()
 
 
-def model_of(task: DiffusionTask, vae: VAEConfig, tokenizer: Tokenizer, params: Params) -> Model:
+def model_of(task: DiffusionTask, vae: VAEConfig, tokenizers: Sequence[Tokenizer], params: Params) -> Model:
     """The model that a run exports, with params by the names of the networks' folders."""
-    networks = {
-        "denoiser": Network(task.unet, params["unet"]),
-        "vae": Network(vae, params["vae"]),
-        "text_encoder": Network(task.text_encoder, params["text_encoder"]),
-    }
-    defaults = {} if task.guidance is None else {"guidance": task.guidance}
-    return Model(networks, task.scheduler, tokenizer, defaults=defaults)
+    configs = {"unet": task.unet, "vae": vae, **task.text_encoders}
+    family = family_of(set(configs))
+    assert family is not None
+    return Model(
+        networks={role: Network(configs[name], params[name]) for role, name in family.FOLDERS.items()},
+        scheduler=task.scheduler,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1] if tokenizers[1:] else None,
+        family=family,
+        defaults={} if task.guidance is None else {"guidance": task.guidance},
+        zero_empty=task.zeroes_empty,
+    )
 
 
-def sample_requests(config: TrainConfig, vae: VAEConfig, tokenizer: Tokenizer, captions: Source) -> list[Request]:
+def sample_requests(
+    config: TrainConfig, vae: VAEConfig, tokenizers: Sequence[Tokenizer], captions: Source
+) -> list[Request]:
     """What every evaluation draws: the task's prompts, or captions, which are taken as they are written.
 
     Raises:
@@ -421,11 +441,12 @@ def sample_requests(config: TrainConfig, vae: VAEConfig, tokenizer: Tokenizer, c
     steps = min(EVAL_STEPS, max(1, task.scheduler.num_train_timesteps // (task.scheduler.steps_offset + 1)))
     fields = {"steps": steps, "size": (width, height), "literal": not task.prompts}
     prompts = list(task.prompts) or sample_captions(captions, 16)
-    pipe = Pipeline(model_of(task, vae, tokenizer, {"unet": {}, "vae": {}, "text_encoder": {}}), config.dtype)
+    nothing: Params = {name: {} for name in ("unet", "vae", *task.text_encoders)}
+    pipe = Pipeline(model_of(task, vae, tokenizers, nothing), config.dtype)
     requests = pipe.requests(prompts, seed=0, **fields)
     try:
         drawing = make_drawing(requests, pipe.info)
-        encoded(requests, [tokenizer], drawing.steps)
+        encoded(requests, tokenizers, drawing.steps)
     except ValueError as error:
         raise ValueError(f"The samples of an evaluation could not be drawn: {error}") from error
     return requests

@@ -22,8 +22,10 @@ from jaxdiff.io.convert import leaves
 from jaxdiff.io.embeddings import HOW, Embedding, Vectors, read_embedding, with_rows
 from jaxdiff.io.folder import (
     DEFAULTS,
+    FORCE_ZEROS,
     TOKENIZERS,
     Unmapped,
+    check_latents,
     clip_tokenizer,
     find_part,
     networks_of,
@@ -295,7 +297,7 @@ def read_model(
         name = family.FOLDERS[role]
         networks[role] = Network(config, check_network(name, config, params, folder / name))
     if family is not StableDiffusion:
-        check_latents(folder / "vae" / "config.json")
+        check_latents(folder / "vae")
     texts: list[Any] = [networks[role].config for role in family.TEXT_ENCODERS]
     folders = [tokenizer_folder(folder, TOKENIZERS[family.FOLDERS[role]]) for role in family.TEXT_ENCODERS]
     tokenizers = [
@@ -312,22 +314,6 @@ def read_model(
         defaults=read_sampler(folder) | index.get(DEFAULTS, {}),
         name=path.resolve().name,
     )
-
-
-FORCE_ZEROS = "force_zeros_for_empty_prompt"
-"""In the index of Stable Diffusion XL's models, what `Model.zero_empty` is."""
-
-
-def check_latents(file: Path) -> None:
-    """Refuses an autoencoder whose latents have a mean and a scale for each channel.
-
-    Raises:
-        ValueError: for such a config.
-    """
-    values = load_json(file)
-    for name in ("latents_mean", "latents_std", "shift_factor"):
-        if values.get(name):
-            raise ValueError(f"{file}: {name} is {values[name]}; supported: null.")
 
 
 def _read_file(path: Path, options: FileOptions) -> Model:

@@ -9,6 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
 ROOT = Path(__file__).parents[1]
 Process = subprocess.Popen[str]
 
@@ -74,3 +78,10 @@ def lines(workdir: Path) -> list[dict[str, float]]:
     file = workdir / "metrics.jsonl"
     text = file.read_text() if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint by their paths."""
+    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
+    tree = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore())
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

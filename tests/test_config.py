@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 from etils import epath
 
 from jaxdiff.config import (
@@ -420,6 +421,39 @@ def test_a_model_gives_the_autoencoder_that_is_trained_on(model: Path) -> None:
 def test_a_model_that_is_no_folder_is_told() -> None:
     with pytest.raises(ValueError, match="nowhere is not a folder; --model names a diffusers folder"):
         diffusion_config("--model", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text_encoder_2": None}, "there is no text_encoder_2, whose vector such a UNet reads"),
+        ({"unet": {"addition_embed_type": None}}, "there is a text_encoder_2: Stable Diffusion XL's UNets have"),
+        ({"unet": {"cross_attention_dim": 8}}, r"hidden_sizes are \[8, 12\]; it must be their sum"),
+        ({"unet": {"projection_class_embeddings_input_dim": 30}}, "it must be 34"),
+        ({"unet": {"time_cond_proj_dim": 4}}, r"\(LCM\); such networks are sampled, and not trained"),
+        ({"text_encoder": {"max_position_embeddings": 7}}, "are 7 and 6; they must be equal"),
+    ],
+)
+def test_what_stable_diffusion_xl_is_not_trained_with_is_told(change: dict, said: str) -> None:
+    fields = {name: value if value is None else replace(getattr(tiny.XL_TASK, name), **value)
+              for name, value in change.items()}  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+        replace(tiny.XL_TASK, **fields)
+    assert from_dict(DiffusionTask, to_dict(tiny.XL_TASK)) == tiny.XL_TASK
+
+
+def test_zeros_for_empty_prompts_are_for_stable_diffusion_xl() -> None:
+    with pytest.raises(ValueError, match="zero_empty is True; it is for Stable Diffusion XL, here None"):
+        replace(tiny.TASK, zero_empty=True)
+    assert tiny.XL_TASK.zeroes_empty
+    assert not tiny.TASK.zeroes_empty
+    assert not replace(tiny.XL_TASK, zero_empty=False).zeroes_empty
+
+
+def test_a_refiner_is_not_trained(tmp_path: Path) -> None:
+    (tmp_path / "text_encoder_2").mkdir()
+    with pytest.raises(ValueError, match="refiners are sampled, and not trained"):
+        resolve(TrainConfig("runs/x", DiffusionTask(), model=str(tmp_path)))
 
 
 def test_a_frozen_text_encoder_needs_weights_and_networks_need_sizes() -> None:

@@ -1,5 +1,6 @@
 """Buckets: each step has one shape, every picture comes once an epoch, and any step can be read directly."""
 
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
@@ -134,3 +135,14 @@ def test_a_bad_picture_is_replaced_by_one_of_its_shape(tmp_path):
     for batch in take(10, bad):
         wide = batch["image"].shape[2] > 16
         assert all(n % 2 == wide and n != 3 for n in numbers(batch))
+
+
+def test_batches_tell_of_which_picture_each_row_is_which_part(config):
+    """30x16 pixels lose no column in 24x12, and 16x40 lose 3 of 30 rows at each end in 12x24."""
+    sizes = {0: (20, 20, 0, 0, 16, 16), 21: (16, 30, 0, 0, 12, 24), 33: (40, 16, 3, 0, 24, 12)}
+    with closing(batches(config, open_source(config), seed=7, numbers=True)) as read:
+        for batch in islice(read, 12):
+            pictures = ((batch["image"][:, 0, 0, 0] + 1) * 127.5).round().astype(int)
+            wanted = [sizes[max(first for first in sizes if first <= picture)] for picture in pictures]
+            np.testing.assert_array_equal(batch["numbers"], wanted)
+            assert batch["image"].shape[1:3] == wanted[0][4:]

@@ -105,12 +105,12 @@ def test_the_caption_names_the_background_that_was_composed():
     art = Record(Caption("x", drawing=True), encoded(Image.new("RGBA", (16, 16))))
     seen = set()
     for i in range(60):
-        image, caption = prepare(art, np.random.default_rng(i), DataConfig(), (8, 8))
+        image, caption, _ = prepare(art, np.random.default_rng(i), DataConfig(), (8, 8))
         assert image.shape == (8, 8, 3)
         assert tuple(image[0, 0]) == COLOURS[caption.colour]
         seen.add(caption.colour)
     assert len(seen) > 8
-    _, caption = prepare(
+    _, caption, _ = prepare(
         Record(Caption("x", drawing=True), encoded(noise(16, 16))), np.random.default_rng(0), DataConfig(), (8, 8)
     )
     assert caption.colour == ""
@@ -119,21 +119,59 @@ def test_the_caption_names_the_background_that_was_composed():
 @pytest.mark.parametrize("size", [(64, 64), (37, 91), (91, 37), (1, 5), (1000, 3)])
 def test_any_picture_becomes_a_square_of_the_size_asked_for(size):
     for i in range(20):
-        image = augment(noise(*size), drawn(i), shape=(24, 24), crop=0.5, flip=True)
+        image, _ = augment(noise(*size), drawn(i), shape=(24, 24), crop=0.5, flip=True)
         assert (image.size, image.mode) == ((24, 24), "RGB")
 
 
 def test_without_a_crop_the_middle_is_taken_and_nothing_is_resampled_needlessly():
     image = noise(64, 64)
-    assert augment(image, drawn(0), shape=(64, 64), crop=1.0, flip=False) is image
+    assert augment(image, drawn(0), shape=(64, 64), crop=1.0, flip=False)[0] is image
     wide = noise(128, 64)
     middle = np.asarray(wide)[:, 32:96]
-    assert (np.asarray(augment(wide, drawn(0), shape=(64, 64), crop=1.0, flip=False)) == middle).all()
+    assert (np.asarray(augment(wide, drawn(0), shape=(64, 64), crop=1.0, flip=False)[0]) == middle).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "crop", "draws", "cut"),
+    [
+        # Whole images: resized until they cover the shape, and cut on both sides.
+        ((40, 20), (16, 16), 1.0, (0, 0, 0, 0.9), (20, 40, 0, 8, 16, 16)),
+        ((40, 20), (16, 16), 1.0, (0, 0, 0, 0.1), (20, 40, 0, 8, 16, 16)),  # mirrored
+        ((30, 40), (16, 16), 1.0, (0, 0, 0, 0.9), (40, 30, 3, 0, 16, 16)),
+        ((1000, 500), (64, 192), 1.0, (0, 0, 0, 0.9), (500, 1000, 16, 0, 64, 192)),  # a bucket: 192x96, 16 off each end
+        ((64, 64), (64, 64), 1.0, (0, 0, 0, 0.9), (64, 64, 0, 0, 64, 64)),
+        # Half of 40 pixels as 10, so that the whole image has 20: 4 from the left become 2, and 16 from the right 8.
+        ((40, 40), (10, 10), 0.5, (0, 0.2, 0.6, 0.9), (40, 40, 6, 2, 10, 10)),
+        ((40, 40), (10, 10), 0.5, (0, 0.2, 0.6, 0.1), (40, 40, 6, 8, 10, 10)),
+        ((20, 20), (40, 40), 0.5, (0, 0.5, 0.1, 0.9), (20, 20, 4, 20, 40, 40)),  # enlarged to 80
+    ],
+)
+def test_numbers_of_a_crop_are_what_one_counts(size, shape, crop, draws, cut):
+    drawn = Augmentation(0, *draws)
+    assert augment(noise(*size), drawn, shape=shape, crop=crop, flip=True)[1] == cut
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_corner_of_a_crop_is_where_its_pixels_say(seed):
+    """In a picture whose red is the column and whose green is the row."""
+    rows, columns = np.mgrid[:200, :250]
+    picture = Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8))
+    image, cut = augment(picture, drawn(seed), shape=(60, 80), crop=0.4, flip=True)
+    red, green = np.asarray(image, float)[..., 0].mean(0), np.asarray(image, float)[..., 1].mean(1)
+    mirrored = red[-1] < red[0]
+    if mirrored:
+        red = 249 - red  # in the picture as it is seen
+    middle = slice(10, -10)  # edges are blurred with what lies beside
+    for values, n, corner in ((red, 80, cut.left), (green, 60, cut.top)):
+        slope, start = np.polyfit(np.arange(n)[middle] + 0.5, values[middle] + 0.5, 1)
+        assert corner == pytest.approx(start / slope, abs=0.8)
+    assert cut[:2] == (200, 250)
+    assert cut[4:] == (60, 80)
 
 
 def test_half_of_the_pictures_are_flipped():
     image = noise(8, 8)
-    draws = [np.asarray(augment(image, drawn(i), shape=(8, 8), crop=1.0, flip=True)) for i in range(400)]
+    draws = [np.asarray(augment(image, drawn(i), shape=(8, 8), crop=1.0, flip=True)[0]) for i in range(400)]
     flipped = [bool((draw == np.asarray(image)[:, ::-1]).all()) for draw in draws]
     assert all(f or (draw == np.asarray(image)).all() for f, draw in zip(flipped, draws, strict=True))
     assert 150 < sum(flipped) < 250

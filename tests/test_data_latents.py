@@ -5,6 +5,7 @@ import hashlib
 import re
 import runpy
 import shutil
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jaxdiff import build
 from jaxdiff.config import DataConfig, VAEConfig
 from jaxdiff.data import latents
 from jaxdiff.data.captions import COLOURS
+from jaxdiff.data.images import prepare
 from jaxdiff.data.latents import LatentSource, cache_latents, identity
 from jaxdiff.data.loader import batches, open_source
 from jaxdiff.data.record import BadRecord
@@ -36,10 +38,16 @@ def encode(images: np.ndarray) -> np.ndarray:
     return np.concatenate([means, np.zeros_like(means)], -1)
 
 
-def encode_texts(texts: list[str]) -> np.ndarray:
+def encode_texts(texts: list[str]) -> tuple[np.ndarray]:
     """Stands in for a text encoder: [b, 3, 2], its first value the text's length, its second a checksum."""
     rows = [[len(text), sum(text.encode()) % 2000] for text in texts]
-    return np.repeat(np.array(rows, np.float32)[:, None], 3, 1)
+    return (np.repeat(np.array(rows, np.float32)[:, None], 3, 1),)
+
+
+def encode_texts_twice(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Stands in for two text encoders: there is a vector [b, 4] for each text, too."""
+    (context,) = encode_texts(texts)
+    return context, np.repeat(context[:, 0, ::-1], 2, axis=1)
 
 
 def cache(folder: Path, config: DataConfig = CONFIG, variants: int = 3, **options) -> int:
@@ -204,11 +212,11 @@ def test_encoded_captions_are_read_in_place_of_tokens(tmp_path):
         record = source.record(i)
         assert {(c.shape, c.dtype.name) for c in record.contexts} == {((3, 2), "float16")}
         drawn = [record.caption.draw(np.random.default_rng([0, 0, i, k])) for k in range(5)]
-        np.testing.assert_array_equal(np.stack(record.contexts), encode_texts(drawn))
+        np.testing.assert_array_equal(np.stack(record.contexts), *encode_texts(drawn))
         captions |= set(drawn)
     assert len(captions) > 400
     config = DataConfig(source="latents", root=str(tmp_path), batch_size=16)
-    whole, again = (batches(config, source, None, seed=0, start_step=s) for s in (0, 3))
+    whole, again = (batches(config, source, seed=0, start_step=s) for s in (0, 3))
     read = list(islice(whole, 5))
     for batch, same in zip(read[3:], islice(again, 2), strict=True):
         assert {name: (a.shape, a.dtype.name) for name, a in batch.items()} == {
@@ -217,13 +225,63 @@ def test_encoded_captions_are_read_in_place_of_tokens(tmp_path):
             "index": ((16,), "int64"),
         }
         assert all((batch[name] == same[name]).all() for name in batch)
-    parts = [batches(config, source, None, seed=0, process_index=i, process_count=4) for i in range(4)]
+    parts = [batches(config, source, seed=0, process_index=i, process_count=4) for i in range(4)]
     for batch in read:
         joined = [next(part) for part in parts]
         for name in batch:
             np.testing.assert_array_equal(np.concatenate([part[name] for part in joined]), batch[name])
     for reader in (whole, again, *parts):
         reader.close()
+
+
+def test_vectors_of_captions_stay_with_their_contexts(tmp_path):
+    cache(tmp_path, variants=1, text_fn=encode_texts_twice, text_variants=3)
+    source = LatentSource(tmp_path)
+    for i in range(0, len(source), 10):
+        record = source.record(i)
+        drawn = [record.caption.draw(np.random.default_rng([0, 0, i, k])) for k in range(3)]
+        for found, wanted in zip((record.contexts, record.pooled), encode_texts_twice(drawn), strict=True):
+            np.testing.assert_array_equal(np.stack(found), wanted)
+    with closing(batches(DataConfig(source="latents", root=str(tmp_path), batch_size=16), source, seed=0)) as read:
+        batch = next(read)
+    assert (batch["pooled"].shape, batch["pooled"].dtype.name) == ((16, 4), "float16")
+    np.testing.assert_array_equal(batch["pooled"], np.repeat(batch["context"][:, 0, ::-1], 2, axis=1))
+
+
+def test_latents_keep_the_size_of_their_image_and_where_it_was_cut(tmp_path):
+    config = dataclasses.replace(CONFIG, crop=0.5, flip=True)
+    cache(tmp_path, config, variants=2)
+    pictures, source = open_source(config), LatentSource(tmp_path)
+    for i in range(0, len(source), 7):
+        variant, index = divmod(i, len(pictures))
+        _, _, cut = prepare(pictures.record(index), np.random.default_rng([0, variant, index]), config, (16, 16))
+        assert source.record(i).numbers == cut
+    read_config = dataclasses.replace(config, source="latents", root=str(tmp_path))
+    with closing(batches(read_config, source, seed=0, numbers=True)) as read:
+        batch = next(read)
+    assert (batch["numbers"].shape, batch["numbers"].dtype.name) == ((10, 6), "float32")
+    assert len(np.unique(batch["numbers"], axis=0)) > 5
+
+
+def test_latents_that_do_not_tell_their_images_sizes_are_refused_where_they_are_read(cached):
+    class Old:
+        """As versions wrote them that kept no sizes."""
+
+        def __init__(self):
+            self.source = LatentSource(cached)
+
+        def __getattr__(self, name):
+            return getattr(self.source, name)
+
+        def __len__(self):
+            return len(self.source)
+
+        def record(self, index):
+            return dataclasses.replace(self.source.record(index), numbers=())
+
+    config = DataConfig(source="latents", root=str(cached), batch_size=4)
+    with closing(batches(config, Old(), seed=0, numbers=True)) as read, pytest.raises(ValueError, match="cache the"):
+        next(read)
 
 
 def test_latents_of_several_shapes_are_read_one_shape_a_batch(tmp_path):
@@ -235,7 +293,7 @@ def test_latents_of_several_shapes_are_read_one_shape_a_batch(tmp_path):
     assert cache(tmp_path / "latents", config, 2) == 0
     read_config = dataclasses.replace(config, source="latents", root=str(tmp_path / "latents"))
     source = LatentSource(tmp_path / "latents")
-    read = batches(read_config, source, None, seed=0)
+    read = batches(read_config, source, seed=0)
     seen: dict[tuple[int, ...], list[int]] = {}
     for batch in islice(read, 15):
         numbers = ((batch["moments"][:, 0, 0, 0] + 1) * 127.5).round().astype(int).tolist()
@@ -246,7 +304,7 @@ def test_latents_of_several_shapes_are_read_one_shape_a_batch(tmp_path):
         (4, 2, 6, 6): sorted([i for i in range(30) if i % 3] * 2),
     }
     with pytest.raises(ValueError, match=r"set DataConfig\.aspects, size and side_multiple as they were"):
-        batches(dataclasses.replace(read_config, aspects=()), source, None, seed=0)
+        batches(dataclasses.replace(read_config, aspects=()), source, seed=0)
 
 
 def test_captions_are_dropped_alike_as_tokens_and_encoded():
@@ -344,7 +402,7 @@ def cache_name(monkeypatch, tokenizer=None, settings=None, vae=None, **fields) -
                (("vae", tiny.VAE), ("text_encoder", tiny.TEXT_ENCODER))}  # fmt: skip
     tokenizer = tokenizer or tiny.tokenizer()
     data, _ = encode_module.encode_once(
-        config, vae or tiny.VAE, weights, tokenizer, open_source(CONFIG), "131 records", epath.Path("run")
+        config, vae or tiny.VAE, weights, (tokenizer,), open_source(CONFIG), "131 records", epath.Path("run")
     )
     return Path(data.root).name
 

@@ -407,7 +407,7 @@ def test_alpha_becomes_white_and_leaves_captions_alone(tmp_path, alpha):
     expected[3, 3] += (white[3, 3] - expected[3, 3]) * (1 - alpha / 255)
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        image, caption = prepare(record, rng, DataConfig(), (8, 8))
+        image, caption, _ = prepare(record, rng, DataConfig(), (8, 8))
         assert np.abs(image - expected).max() <= 0.6
         assert caption.draw(rng) == "my dog Rex"
 
@@ -421,7 +421,7 @@ def test_drawings_keep_their_grounds_when_they_were_collected():
         caption = type(one).unpack(one.pack()).caption
         assert caption == one.caption
         assert caption.drawing
-        _, drawn = prepare(Record(caption, one.data), np.random.default_rng(0), DataConfig(), (8, 8))
+        _, drawn, _ = prepare(Record(caption, one.data), np.random.default_rng(0), DataConfig(), (8, 8))
         assert drawn.colour
 
 

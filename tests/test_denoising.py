@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from jaxdiff.config import DataConfig
@@ -105,13 +106,28 @@ def test_a_network_that_gives_0_has_the_error_of_its_prediction(model, pictures)
 
 
 def test_errors_are_those_of_the_pipelines_own_denoiser_whatever_the_batch(pipe, pictures):
-    short = Heldout(pictures.images, {"full": ["a dog", "a red star", "a cat"] * 2})
+    short = replace(pictures, captions={"full": ["a dog", "a red star", "a cat"] * 2})
     x_0, eps = parts(pipe, short.images)
     guess = pipe.denoiser(short.captions["full"], guidance=1, size=(16, 16))
     expected = float(jnp.square(guess(x_0 + 2.5 * eps, 2.5) - x_0).mean())
     for batch in (6, 4):
         found = denoising_errors(pipe, short, levels=(2.5,), batch=batch)
         assert found["full"][2.5] == pytest.approx(expected, rel=1e-4)
+
+
+def test_of_a_model_that_reads_sizes_they_are_those_of_each_image(pictures):
+    xl = Pipeline(tiny.xl_model())
+    short = replace(pictures, captions={"full": ["a dog", "a red star", "a cat"] * 2, "empty": [""] * 6})
+    x_0, eps = parts(xl, short.images)
+    width, height = short.cuts[0].original_width, short.cuts[0].original_height
+    guess = xl.denoiser(short.captions["full"], guidance=1, size=(16, 16), original_size=(width, height))
+    expected = float(jnp.square(guess(x_0 + 2.5 * eps, 2.5) - x_0).mean())
+    found = denoising_errors(xl, short, levels=(2.5,), batch=4)
+    assert found["full"][2.5] == pytest.approx(expected, rel=1e-4)
+    encoded = Pipeline(replace(xl.model, zero_empty=False))
+    other = denoising_errors(encoded, short, levels=(2.5,), batch=4)
+    assert other["full"] == found["full"]
+    assert other["empty"][2.5] != pytest.approx(found["empty"][2.5], rel=1e-3)
 
 
 def test_errors_become_metrics_a_table_and_a_plot():

@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from shell import ROOT
-from tiny import TASK
+from tiny import TASK, XL_TASK
 
 from jaxdiff.config import DataConfig, EMAConfig, OptimConfig, SchedulerConfig, VAEConfig
 from jaxdiff.data.captions import Caption
@@ -43,6 +44,12 @@ def batch(step: int = 0) -> dict[str, np.ndarray]:
     }
 
 
+def xl_batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(4, 100, (B, 6)).astype(np.float32)
+    return batch() | {"tokens_2": rng.integers(0, 32, (B, 6)).astype(np.int32), "numbers": sizes}
+
+
 ON_DEVICE = {name: jnp.asarray(rows, jnp.float32 if name == "moments" else jnp.int32) for name, rows in batch().items()}
 
 
@@ -50,16 +57,16 @@ def task_of(settings=None, dtype=jnp.float32):
     return diffusion_task(replace(TASK, **settings or {}), VAEConfig(), FROZEN, dtype=dtype)
 
 
-def run(steps, settings=None, mesh=None, dtype=jnp.float32, accumulate=1):
+def run(steps, settings=None, mesh=None, dtype=jnp.float32, accumulate=1, task=None, pictures=None):
     """The last state and the losses of some steps on ever the same pictures, with noise of their own."""
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    task, tx = task_of(settings, dtype), optimiser(OPTIM, learning_rate(OPTIM, 100))
+    task, tx = task or task_of(settings, dtype), optimiser(OPTIM, learning_rate(OPTIM, 100))
     state = create_state(task, tx, jax.random.key(0), mesh, EMAConfig())
     step_fn = make_step(task, tx, state, EMAConfig(), accumulate)
     frozen = jax.device_put(task.frozen, tree_shardings(mesh, task.frozen))
     metrics = []
     for _ in range(steps):
-        state, found = step_fn(state, frozen, to_devices(batch(), mesh), jax.random.key(1))
+        state, found = step_fn(state, frozen, to_devices(pictures or batch(), mesh), jax.random.key(1))
         metrics.append(float(found["loss"]))
     return state, np.array(metrics)
 
@@ -140,6 +147,59 @@ def test_flow_matching_takes_the_same_steps_on_eight_devices_in_micro_batches():
 
 
 @pytest.mark.slow
+def test_stable_diffusion_xl_takes_the_same_steps_on_eight_devices_in_micro_batches():
+    """Losses and every parameter, after three steps."""
+    task = diffusion_task(replace(XL_TASK, caption_dropout=0.4), VAEConfig(), {})
+    state, losses = run(3, task=task, pictures=xl_batch())
+    other, found = run(3, mesh=make_mesh(data=2, fsdp=2, tensor=2), accumulate=2, task=task, pictures=xl_batch())
+    np.testing.assert_allclose(found, losses, rtol=2e-4)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(other.params),
+                            strict=True):  # fmt: skip
+        np.testing.assert_allclose(b, a, atol=2e-4, err_msg=path_name(path))
+
+
+@cache
+def compiled_loss(config):
+    loss = diffusion_task(config, VAEConfig(), {}).loss
+    return jax.jit(lambda params, frozen, pictures: loss(params, frozen, pictures, jax.random.key(2), {})[0])
+
+
+def xl_loss(config, frozen, pictures, params):
+    pictures = {name: jnp.asarray(rows) for name, rows in pictures.items()} | {"index": jnp.arange(B, dtype=jnp.int32)}
+    return float(compiled_loss(config)(params, frozen, pictures))
+
+
+def test_a_dropped_caption_of_stable_diffusion_xl_is_zeros_and_the_sizes_stay():
+    """Without captions all prompts are alike, and as good as features and a vector of zeros."""
+    everything = replace(XL_TASK, caption_dropout=1.0)
+    task = diffusion_task(everything, VAEConfig(), {})
+    params = random_params_of(task)
+    pictures = xl_batch()
+    losses = {xl_loss(everything, {}, pictures, params)}
+    pictures["tokens"], pictures["tokens_2"] = pictures["tokens"][::-1].copy(), pictures["tokens_2"][::-1].copy()
+    losses.add(xl_loss(everything, {}, pictures, params))
+    nothing = {"context": np.zeros((B, 6, 20), np.float16), "pooled": np.zeros((B, 10), np.float16)}
+    cached = replace(XL_TASK, caption_dropout=0.0, train_text_encoder=False, latent_variants=1, text_variants=1)
+    told = {name: rows for name, rows in pictures.items() if not name.startswith("tokens")}
+    losses.add(xl_loss(cached, {}, nothing | told, {"unet": params["unet"]}))
+    assert max(losses) == pytest.approx(min(losses), rel=1e-6)
+    losses = {max(losses)}
+    pictures["numbers"] = pictures["numbers"][::-1].copy()
+    losses.add(xl_loss(everything, {}, pictures, params))
+    assert len(losses) == 2
+    losses.add(xl_loss(replace(everything, zero_empty=False), FROZEN | {"empty_tokens_2": jnp.ones(6, jnp.int32)},
+                       pictures, params))  # fmt: skip
+    assert len(losses) == 3
+
+
+def random_params_of(task):
+    """Weights that are nowhere 0, so that everything that is read counts."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    return jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), jnp.float32), shapes)
+
+
+@pytest.mark.slow
 def test_importance_sampling_draws_the_same_levels_on_eight_devices_and_in_micro_batches():
     """With a network of 8 numbers, one for each level, which all want to be 0."""
     schedule, steps = make_schedule(replace(TASK.scheduler, num_train_timesteps=8)), 24
@@ -192,15 +252,16 @@ VAE = VAEConfig(
 class Encoded:
     """Records as a run caches them: moments, and contexts where captions are encoded, too."""
 
-    def __init__(self, contexts):
-        self.contexts = contexts
+    def __init__(self, contexts, xl):
+        self.contexts, self.xl = contexts, xl
 
     def __len__(self):
         return 4
 
     def record(self, index):
-        moments, contexts = np.ones((2, 2, 8), np.float16), (np.ones((6, 8), np.float16),)
-        return Record(Caption("apple"), moments=moments, contexts=contexts if self.contexts else ())
+        made = {"contexts": (np.ones((6, 20 if self.xl else 8), np.float16),)} if self.contexts else {}
+        made |= {"pooled": (np.ones(10, np.float16),)} if self.contexts and self.xl else {}
+        return Record(Caption("apple"), moments=np.ones((2, 2, 8), np.float16), numbers=(9, 9, 0, 0, 8, 8), **made)
 
     def name(self, index):
         return str(index)
@@ -233,17 +294,20 @@ class Noted(dict):
     ],
     ids=["images", "images, text frozen", "latents", "latents, text frozen", "latents of another run", "all cached"],
 )
-def test_data_give_and_the_loss_reads_what_the_inputs_say(settings, source, names):
-    config = replace(TASK, **settings)
+@pytest.mark.parametrize("base", [TASK, XL_TASK], ids=["one text encoder", "two"])
+def test_data_give_and_the_loss_reads_what_the_inputs_say(base, settings, source, names):
+    config = replace(base, **settings)
+    if config.reads_sizes:
+        names = names | {"numbers", "pooled" if "context" in names else "tokens_2"}
     inputs = diffusion_inputs(config, replace(DATA, source=source), VAE)
     assert set(inputs.batch) == names | {"index"}
 
     # What is read from a cache, or from pictures, has these shapes and types on the devices.
     cached = "moments" in names
     data = replace(DATA, source="latents", root="") if cached else DATA
-    records = Encoded(contexts="context" in names) if cached else open_source(data)
-    tokenizer = Tokenizer.load(ROOT / "jaxdiff" / "assets" / "emoji" / "tokenizer", 6)
-    with closing(batches(data, records, tokenizer, seed=0)) as reader:
+    records = Encoded("context" in names, config.reads_sizes) if cached else open_source(data)
+    tokenizers = [Tokenizer.load(ROOT / "jaxdiff" / "assets" / "emoji" / "tokenizer", 6)] * len(config.text_encoders)
+    with closing(batches(data, records, *tokenizers, seed=0, numbers=config.reads_sizes)) as reader:
         found = to_devices(next(reader), make_mesh(devices=jax.devices()[:1]))
     assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
         name: (x.shape, x.dtype) for name, x in inputs.batch.items()
@@ -254,7 +318,7 @@ def test_data_give_and_the_loss_reads_what_the_inputs_say(settings, source, name
     params = jax.eval_shape(task.init, jax.random.key(0))
     assert set(params) == set(inputs.trained)
     frozen = {name for name, tree in inputs.frozen.items() if isinstance(tree, dict)}
-    assert sorted([*inputs.trained, *frozen, *inputs.kept]) == ["text_encoder", "unet", "vae"]
+    assert sorted([*inputs.trained, *frozen, *inputs.kept]) == [*config.text_encoders, "unet", "vae"]
     seen = set()
 
     def loss(params, frozen, batch, key):

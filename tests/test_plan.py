@@ -11,14 +11,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from jaxdiff import build
-from jaxdiff.config import DataConfig
+from jaxdiff.config import DataConfig, TrainConfig
 from jaxdiff.runtime.mesh import AXES, make_mesh
 from jaxdiff.tools import hlo
 from jaxdiff.tools import plan as plan_module
-from jaxdiff.tools.plan import Plan, abstract_task, chip_of, largest, main, of_largest_shape, plan, report, wanted
+from jaxdiff.tools.plan import (
+    Plan,
+    abstract_task,
+    chip_of,
+    forward_program,
+    largest,
+    main,
+    of_largest_shape,
+    plan,
+    report,
+    sample_program,
+    wanted,
+)
 from jaxdiff.training.options import read_config
 
 # One level: half the time to compile.
@@ -112,7 +125,7 @@ def test_batches_that_are_tried_are_those_that_micro_batches_divide(
         return Plan(**values | {"batch": sized.data.batch_size // 8, "fits": sized.data.batch_size <= limit})
 
     monkeypatch.setattr(plan_module, "plan", planned)
-    options = Namespace(batch=None, fit=True, forward=False, dump=None, run=0, topology="v5e:2x4", json=True)
+    options = Namespace(batch=None, fit=True, forward=False, sample=0, dump=None, run=0, topology="v5e:2x4", json=True)
     plan_module._plan_on(options, config, jax.devices(), None)
     found = 8 * json.loads(capsys.readouterr().out)["batch"]
     assert found <= limit < max(1.5 * found, found + int(data) * int(fsdp) * accumulate)
@@ -150,8 +163,41 @@ def test_a_call_of_the_unet_holds_parameters_and_latents_alone(capsys: pytest.Ca
     assert found["collectives"] == {}
     assert found["bytes_accessed"] > found["parameters"]
     assert found["run_seconds"] > 0
-    assert main(["tests/configs/tiny_vae.py", "--devices", "1", "--forward"]) == 2
-    assert "trains an autoencoder" in capsys.readouterr().err
+    for asked in (["--forward"], ["--sample", "4"]):
+        assert main(["tests/configs/tiny_vae.py", "--devices", "1", *asked]) == 2
+        assert "trains an autoencoder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [tiny.TASK, tiny.XL_TASK], ids=["one text encoder", "two"])
+def test_sampling_takes_a_call_of_the_unet_with_and_without_the_prompt_for_each_step(task) -> None:
+    """But for the prompts' keys and values, which are computed once."""
+    config, mesh = (
+        TrainConfig("x", task, data=DataConfig(size=32, batch_size=2)),
+        make_mesh(data=2, devices=jax.devices()[:2]),
+    )
+
+    def work(program, turns: int = 1) -> int:
+        f, arguments, _ = program
+        return hlo.flops(f.trace(*arguments).jaxpr, turns)
+
+    drawing = sample_program(config, mesh, 5)
+    step = work(drawing, 6) - work(drawing, 5)
+    once = work(drawing) - step
+    call = work(forward_program(config, mesh))
+    assert 0.8 * 2 * call < step < 2 * call
+    assert work(drawing, 20) == once + 20 * step
+    parameters = drawing[2]["parameters"]
+    assert set(parameters) == {"denoiser", "vae", *task.text_encoders}
+
+
+@pytest.mark.slow
+def test_the_recipe_of_stable_diffusion_xl_has_the_published_sizes() -> None:
+    task = read_config("configs/sdxl_finetune.py", []).task
+    configs = {"unet": task.unet, **task.text_encoders}
+    sizes = {name: sum(p.size for p in jax.tree.leaves(build.param_shapes(getattr(build, name)(config), config)))
+             for name, config in configs.items()}  # fmt: skip
+    assert sizes == {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}
 
 
 @pytest.mark.slow
@@ -172,6 +218,8 @@ def test_the_command_refuses_in_a_sentence(capsys: pytest.CaptureFixture[str]) -
     for batch in ("0", "-1"):
         assert main([TINY, "--devices", "1", "--batch", batch]) == 2
         assert f"--batch {batch}: it must be above 0" in capsys.readouterr().err
+    assert main([TINY, "--devices", "1", "--forward", "--sample", "3"]) == 2
+    assert "without --forward" in capsys.readouterr().err
     assert main([TINY, "--devices", "1", "--fit"]) == 2
     assert "--fit needs --topology" in capsys.readouterr().err
     assert main([TINY, "--topology", "v5e:4x4", "--run", "1"]) == 2

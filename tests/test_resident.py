@@ -32,8 +32,9 @@ def moments_of(images: np.ndarray) -> np.ndarray:
     return np.repeat(images.reshape(len(images), 4, 4, 4, 4, 3).mean((2, 4)), 2, axis=-1)
 
 
-def contexts_of(texts: list[str]) -> np.ndarray:
-    return tokenize(texts).astype(np.float32)[:, :, None] / 100
+def contexts_of(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    tokens = tokenize(texts).astype(np.float32) / 100
+    return tokens[:, :, None], tokens
 
 
 @pytest.fixture(scope="module", params=["drawings", "resized", "latents", "contexts"])
@@ -49,17 +50,20 @@ def data(request, tmp_path_factory):
     return config, open_source(config)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_rows_that_are_looked_up_are_the_batch_that_is_read(data, devices):
+@pytest.mark.parametrize(("devices", "numbers"), [(1, False), (8, True)])
+def test_rows_that_are_looked_up_are_the_batch_that_is_read(data, devices, numbers):
     config, source = data
     mesh = make_mesh(devices=jax.devices()[:devices])
-    resident = Resident(source, config)
+    resident = Resident(source, config, numbers)
     arrays = place_resident(resident.take_arrays(), mesh)
     look_up = jax.jit(lambda batch: looked_up(batch, mesh))
-    read, rows = (batches(config, some, tokenize, seed=3, start_step=5) for some in (source, resident))
+    read, rows = (
+        batches(config, some, tokenize, tokenize, seed=3, start_step=5, numbers=numbers) for some in (source, resident)
+    )
     for wanted, found in itertools.islice(zip(read, rows, strict=True), 12):
         found = look_up(to_devices(found, mesh) | {RESIDENT: arrays})
         assert found.keys() == wanted.keys()
+        assert ("numbers" in found) == numbers
         for name in wanted:
             np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
             assert devices == 1 or len(found[name].sharding.device_set) == devices

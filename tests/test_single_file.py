@@ -23,7 +23,7 @@ from jaxdiff.model import FileOptions, Model, read_model
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.tools import convert
 from jaxdiff.training.options import resolve
-from jaxdiff.training.parts import read_part, read_tokenizer
+from jaxdiff.training.parts import read_part, read_tokenizers
 
 BETAS = SchedulerConfig(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False,
@@ -264,7 +264,7 @@ def test_training_starts_from_a_file(models, files, tokenizer):
     assert (task.unet, task.text_encoder) == tuple(models["sd2"].configs[r] for r in ("denoiser", "text_encoder"))
     assert (task.vae, task.init) == (str(files["sd2"]),) * 2
     assert task.scheduler == BETAS
-    assert read_tokenizer(task).pad_id == 0
+    assert read_tokenizers(task)[0].pad_id == 0
     with pytest.raises(ValueError, match=r"--task\.tokenizer for train\.py"):
         resolve(TrainConfig("runs/x", DiffusionTask(), model=str(files["sd2"])))
 
@@ -283,7 +283,7 @@ def test_a_file_of_clips_vocabulary_needs_no_tokenizer(like, pad, tmp_path):
     task = DiffusionTask(scheduler=SchedulerConfig(prediction_type="epsilon"))
     task = resolve(TrainConfig("runs/x", task, model=str(tmp_path / "a.safetensors"))).task
     assert isinstance(task, DiffusionTask)
-    np.testing.assert_array_equal(read_tokenizer(task)(prompts), tokenizer(prompts))
+    np.testing.assert_array_equal(read_tokenizers(task)[0](prompts), tokenizer(prompts))
 
 
 def test_a_model_whose_sizes_no_layout_has_comes_back_by_its_metadata(model, tmp_path):

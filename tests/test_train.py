@@ -10,12 +10,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 from etils import epath
 from PIL import Image
-from shell import ROOT, Shell, ended, lines, wait_for
+from shell import ROOT, Shell, checkpoint, ended, lines, wait_for
 
 from jaxdiff.config import DataConfig, DiffusionTask, SchedulerConfig, TrainConfig, VAETask
 from jaxdiff.data.captions import COLOURS, Caption, background
@@ -55,13 +54,6 @@ def diffusion_run(shell: Shell, vae_run: Path) -> Path:
     code, out = shell.run("tiny", vae_run.parent / "tiny", "--task.vae", vae_run, "--task.tokenizer", tokenizer)
     assert code == 0, out
     return vae_run.parent / "tiny"
-
-
-def checkpoint(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint by their paths."""
-    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
-    tree = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore())
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @pytest.mark.slow
@@ -294,7 +286,7 @@ def requests_of(data: dict | None = None, scheduler: SchedulerConfig = tiny.SCHE
     module = runpy.run_path(str(ROOT / "train.py"))
     task = DiffusionTask(unet=tiny.UNET, text_encoder=tiny.TEXT_ENCODER, scheduler=scheduler, **settings)
     config = TrainConfig("x", task, data=DataConfig(**{"size": 16} | (data or {})))
-    return module["sample_requests"](config, tiny.VAE, tiny.tokenizer(), Captions())
+    return module["sample_requests"](config, tiny.VAE, (tiny.tokenizer(),), Captions())
 
 
 def test_captions_are_drawn_as_they_are_written_and_prompts_as_they_are_meant() -> None:

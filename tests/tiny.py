@@ -139,3 +139,15 @@ TASK = DiffusionTask(
     scheduler=SchedulerConfig(prediction_type="v_prediction"),
 )
 """What is trained on latents of 4x4 and six tokens."""
+
+_XL_TEXT = replace(TASK.text_encoder, num_hidden_layers=2)
+XL_TASK = replace(
+    TASK,
+    unet=replace(
+        TASK.unet, cross_attention_dim=8 + 12, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=10 + 6 * 4,
+    ),
+    text_encoder=_XL_TEXT,
+    text_encoder_2=replace(_XL_TEXT, hidden_size=12, projection_dim=10, hidden_act="gelu"),
+)  # fmt: skip
+"""The same of Stable Diffusion XL's kind."""

@@ -133,7 +133,7 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     """`value` as `hint` wants it (lists become tuples, dicts dataclasses), or a ValueError that begins with `where`."""
     if classes := _classes(hint):
         kinds = {c.__name__: c for c in classes}
-        if isinstance(value, tuple(classes)):
+        if isinstance(value, tuple(classes)) or (value is None and type(None) in typing.get_args(hint)):
             return value
         if not isinstance(value, dict):
             raise ValueError(f"{where} is {value!r}; it must hold the fields of {' or '.join(kinds)}.")

@@ -32,22 +32,32 @@ class VAETask(Checked):
 
 @dataclass(frozen=True)
 class DiffusionTask(Checked):
-    """Trains the UNet, and the text encoder if wanted, on the latents of a frozen VAE."""
+    """Trains the UNet, and the text encoder or encoders if wanted, on the latents of a frozen VAE."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     text_encoder: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    text_encoder_2: CLIPTextConfig | None = None
+    """Stable Diffusion XL's second one, of a UNet that reads a vector for the whole prompt, and sizes."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     vae: str = ""
     """The trained VAE: a model's folder, a run directory, the VAE's own folder, or a single file."""
     tokenizer: str = ""
     """A folder with `vocab.json` and `merges.txt` or `tokenizer.json`, or a model's that has one."""
+    tokenizer_2: str = ""
+    """The same for `text_encoder_2`; empty: as `tokenizer` says."""
     init: str = ""
-    """Folder, run directory or single file whose UNet and text encoder are the start; empty: random weights."""
+    """Folder, run directory or single file whose UNet and text encoders are the start; empty: random weights."""
     scratch: tuple[str, ...] = ()
-    """Of `unet` and `text_encoder`, those that start from random weights although `init` holds them."""
+    """Of `unet`, `text_encoder` and `text_encoder_2`, those that start from random weights although `init` holds
+    them."""
     train_text_encoder: bool = True
+    """Whether all text encoders are trained, or none."""
     caption_dropout: float = 0.1
     """Share of captions emptied, so that the model learns the unconditional half of guidance (Ho & Salimans 2022)."""
+    zero_empty: bool | None = None
+    """Stable Diffusion XL only: whether what the UNet reads of an emptied caption is zeros, and not what the text
+    encoders make of the empty text; and so of an empty negative prompt, when the model is sampled. None is as `model`
+    says, and without one zeros, as the published model is sampled."""
     weighting: Literal["none", "min_snr", "debiased", "edm"] = "none"
     """How much each noise level counts; see `jaxdiff.diffusion.weights`."""
     min_snr_gamma: float = 5.0
@@ -76,27 +86,78 @@ class DiffusionTask(Checked):
     @property
     def sized(self) -> bool:
         """Whether any network's size is named; where none is, `TrainConfig.model` gives them."""
-        return self.unet != UNetConfig() or self.text_encoder != CLIPTextConfig()
+        alone = self.unet == UNetConfig() and self.text_encoder == CLIPTextConfig()
+        return not alone or self.text_encoder_2 is not None
+
+    @property
+    def text_encoders(self) -> dict[str, CLIPTextConfig]:
+        """The text encoders by the names of their folders, in the order in which the UNet reads their features."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"text_encoder": self.text_encoder} | second
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the UNet is Stable Diffusion XL's, which reads a vector for the whole prompt and six numbers, too."""
+        return self.text_encoder_2 is not None
+
+    @property
+    def zeroes_empty(self) -> bool:
+        """`zero_empty`, where that is None by default."""
+        return self.reads_sizes and self.zero_empty is not False
 
     def check_sizes(self) -> None:
-        """That the UNet takes what the text encoder gives, and nothing else."""
-        added = self.unet.addition_embed_type or self.unet.time_cond_proj_dim
+        """That the UNet takes what the text encoders give, and nothing else."""
+        unet, second = self.unet, self.text_encoder_2
         require(
-            added is None,
-            f"The UNet reads more than a prompt ({added!r} of addition_embed_type and time_cond_proj_dim), as that of "
-            "Stable Diffusion XL; such networks are sampled, and not trained.",
+            unet.time_cond_proj_dim is None,
+            f"UNetConfig.time_cond_proj_dim is {unet.time_cond_proj_dim}: the UNet was distilled to read the guidance "
+            "scale (LCM); such networks are sampled, and not trained.",
+        )
+        told = f"UNetConfig.addition_embed_type is {unet.addition_embed_type!r}"
+        widths = [text.hidden_size for text in self.text_encoders.values()]
+        if second is None:
+            require(
+                unet.addition_embed_type is None,
+                f"{told}, as of Stable Diffusion XL, and there is no text_encoder_2, whose vector such a UNet reads; "
+                "name a whole model, or the sizes in DiffusionTask.text_encoder_2.",
+            )
+            require(
+                unet.cross_attention_dim == widths[0],
+                f"UNetConfig.cross_attention_dim is {unet.cross_attention_dim} and CLIPTextConfig.hidden_size "
+                f"{widths[0]}; they must be equal.",
+            )
+            require(self.zero_empty is None, f"DiffusionTask.zero_empty is {self.zero_empty}; it is for Stable "
+                    "Diffusion XL, here None.")  # fmt: skip
+            return
+        require(
+            unet.addition_embed_type is not None,
+            f"{told}, and there is a text_encoder_2: Stable Diffusion XL's UNets have 'text_time'; set it, or leave "
+            "text_encoder_2 out.",
         )
         require(
-            self.unet.cross_attention_dim == self.text_encoder.hidden_size,
-            f"UNetConfig.cross_attention_dim is {self.unet.cross_attention_dim} and CLIPTextConfig.hidden_size "
-            f"{self.text_encoder.hidden_size}; they must be equal.",
+            unet.cross_attention_dim == sum(widths),
+            f"UNetConfig.cross_attention_dim is {unet.cross_attention_dim} and the text encoders' hidden_sizes are "
+            f"{widths}; it must be their sum.",
+        )
+        each = unet.addition_time_embed_dim or 0
+        require(
+            unet.added_features == second.projection_dim + 6 * each,
+            f"UNetConfig.projection_class_embeddings_input_dim is {unet.added_features}; with text_encoder_2's "
+            f"projection_dim {second.projection_dim} and 6 numbers of addition_time_embed_dim {each} features it must "
+            f"be {second.projection_dim + 6 * each}.",
+        )
+        lengths = self.text_encoder.max_position_embeddings, second.max_position_embeddings
+        require(
+            lengths[0] == lengths[1],
+            f"The text encoders' max_position_embeddings are {lengths[0]} and {lengths[1]}; they must be equal.",
         )
 
     def _check(self) -> None:
         if self.sized:
             self.check_sizes()
         for name in self.scratch:
-            one_of("DiffusionTask.scratch", name, ("unet", "text_encoder"))
+            texts = self.text_encoders if self.sized else ("text_encoder", "text_encoder_2")
+            one_of("DiffusionTask.scratch", name, ("unet", *texts))
         require(
             0 <= self.caption_dropout <= 1,
             f"DiffusionTask.caption_dropout is {self.caption_dropout}; it must lie in [0, 1].",

@@ -132,7 +132,7 @@ class TrainConfig(Checked):
             )
             start = self.task.init or self.model
             require(
-                self.task.train_text_encoder or bool(start and "text_encoder" not in self.task.scratch),
+                self.task.train_text_encoder or bool(start and not set(self.task.text_encoders) & {*self.task.scratch}),
                 "DiffusionTask.train_text_encoder is False, and no weights are named for it: a text encoder of random "
                 "weights would stay so. Name a folder in --model or DiffusionTask.init, or train it.",
             )

@@ -65,7 +65,27 @@ class Augmentation(NamedTuple):
         return self.mirror < 0.5
 
 
-def augment(image: Image.Image, drawn: Augmentation, *, shape: tuple[int, int], crop: float, flip: bool) -> Image.Image:
+class Cut(NamedTuple):
+    """Of which image a crop is which part, in whole pixels: the order in which Stable Diffusion XL reads it.
+
+    (Podell et al. 2023, section 2.2.) The corner is counted in the image as it would be seen whole: resized so that the
+    crop has its size, and mirrored where the crop is.
+    """
+
+    original_height: int
+    original_width: int
+    """Of the image before it was resized."""
+    top: int
+    left: int
+    """The crop's corner."""
+    height: int
+    width: int
+    """Of the crop."""
+
+
+def augment(
+    image: Image.Image, drawn: Augmentation, *, shape: tuple[int, int], crop: float, flip: bool
+) -> tuple[Image.Image, Cut]:
     """A random part of the aspect of `shape` (height, width), mirrored half of the time if `flip`, in that many pixels.
 
     Its sides are at least `crop` times those of the largest such part; a crop of 1 takes that, in the middle.
@@ -76,10 +96,13 @@ def augment(image: Image.Image, drawn: Augmentation, *, shape: tuple[int, int], 
     down = min(image.height, image.width * (height / width)) * scale
     x, y = (0.5, 0.5) if crop == 1 else (drawn.x, drawn.y)
     left, top = (image.width - across) * x, (image.height - down) * y
+    mirrored = flip and drawn.mirrored
+    before = image.width - left - across if mirrored else left
+    cut = Cut(image.height, image.width, round(top * height / down), round(before * width / across), height, width)
     if (across, down, image.size) != (width, height, (width, height)):
         box = (left, top, min(left + across, image.width), min(top + down, image.height))
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return ImageOps.mirror(image) if flip and drawn.mirrored else image
+    return ImageOps.mirror(image) if mirrored else image, cut
 
 
 def has_ground(image: Image.Image, caption: Caption) -> bool:
@@ -89,8 +112,8 @@ def has_ground(image: Image.Image, caption: Caption) -> bool:
 
 def prepare(
     record: Record, rng: np.random.Generator, config: DataConfig, shape: tuple[int, int]
-) -> tuple[UInt8[np.ndarray, "h w 3"], Caption]:
-    """The record's image in `shape` (height, width), augmented by `rng`, and its caption.
+) -> tuple[UInt8[np.ndarray, "h w 3"], Caption, Cut]:
+    """The record's image in `shape` (height, width), augmented by `rng`, its caption, and what part it is of which.
 
     What is transparent becomes white; in drawings one of `COLOURS`, which the caption has then.
 
@@ -104,13 +127,13 @@ def prepare(
 
 def prepared(
     image: Image.Image, caption: Caption, drawn: Augmentation, config: DataConfig, shape: tuple[int, int]
-) -> tuple[UInt8[np.ndarray, "h w 3"], Caption]:
+) -> tuple[UInt8[np.ndarray, "h w 3"], Caption, Cut]:
     """`prepare` of a decoded image, with what was drawn for it."""
     if has_ground(image, caption):
         image = on_background(image, drawn.background)
         caption = dataclasses.replace(caption, colour=drawn.background)
-    image = augment(on_white(image), drawn, shape=shape, crop=config.crop, flip=config.flip)
-    return np.asarray(image), caption
+    image, cut = augment(on_white(image), drawn, shape=shape, crop=config.crop, flip=config.flip)
+    return np.asarray(image), caption, cut
 
 
 def to_float(images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b h w 3"]:

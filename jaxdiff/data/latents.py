@@ -11,8 +11,9 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -23,7 +24,7 @@ from jaxdiff.data.bad import BadRecords
 from jaxdiff.data.buckets import nearest_shapes
 from jaxdiff.data.captions import Caption
 from jaxdiff.data.files import new_records, open_records
-from jaxdiff.data.images import prepare, to_float
+from jaxdiff.data.images import Cut, prepare, to_float
 from jaxdiff.data.record import BadRecord, Record, Source
 
 PART_RECORDS = 1024
@@ -31,6 +32,9 @@ PART_RECORDS = 1024
 MAX_PARTS = 512
 MAX_ENCODED = 64
 """Images, or captions, that are encoded at once; no more than a batch has."""
+
+TextFn = Callable[[list[str]], tuple[np.ndarray, ...]]
+"""Captions -> their features [b, t, d] and, of models that read such, vectors [b, p] for each as a whole."""
 
 _PART = re.compile(r"part-(\d{5})-of-(\d{5})\.array_record")
 
@@ -87,6 +91,16 @@ class LatentSource:
         return self._sizes
 
 
+class _Prepared(NamedTuple):
+    """What waits to be encoded."""
+
+    image: np.ndarray
+    caption: Caption
+    cut: Cut
+    texts: list[str]
+    """Captions that were drawn."""
+
+
 def cache_latents(
     encode_fn: Callable[[np.ndarray], np.ndarray],
     config: DataConfig,
@@ -96,7 +110,7 @@ def cache_latents(
     variants: int,
     seed: int,
     dtype: str = "float16",
-    text_fn: Callable[[list[str]], np.ndarray] | None = None,
+    text_fn: TextFn | None = None,
     text_variants: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -104,7 +118,7 @@ def cache_latents(
     """Encodes `variants` augmentations of every record of `source` into parts in `folder`, this process every n-th.
 
     The captions' parts are kept, so that captions are still composed anew at every reading, unless `text_variants`
-    drawn captions of each latent are encoded, too.
+    drawn captions of each latent are encoded, too. So is each image's `Cut`.
 
     Args:
         encode_fn: float32 images [b, h, w, 3] in [-1, 1], of one of `config.shapes`, -> moments [b, h/f, w/f, 2c];
@@ -115,7 +129,7 @@ def cache_latents(
         variants: Augmentations (background, crop, flip) of each image.
         seed: Fixes the augmentations.
         dtype: `float16` or `float32`, of the moments and the contexts in the files.
-        text_fn: Captions -> [b, t, d], what the text encoder makes of them; b is that of `encode_fn`.
+        text_fn: Captions -> what the text encoders make of them; b is that of `encode_fn`.
         text_variants: Captions that are drawn for each latent and encoded.
         process_index: Makes parts i, i + n, i + 2 n, ...
         process_count: n. All processes must be done before a `LatentSource` is opened.
@@ -139,16 +153,16 @@ def cache_latents(
     def make(path: Path, items: range) -> None:
         skipped: dict[str, str] = {}
         shapes: list[tuple[int, ...]] = []
-        waiting: list[list[tuple[np.ndarray, Caption, list[str]]]] = [[] for _ in config.shapes]
+        waiting: list[list[_Prepared]] = [[] for _ in config.shapes]
         with new_records(path) as writer:
 
-            def flush(batch: list[tuple[np.ndarray, Caption, list[str]]]) -> None:
-                images = np.stack([image for image, _, _ in batch] + [batch[-1][0]] * (size - len(batch)))
+            def flush(batch: list[_Prepared]) -> None:
+                images = np.stack([one.image for one in batch] + [batch[-1].image] * (size - len(batch)))
                 moments = np.asarray(encode_fn(to_float(images))).astype(dtype)
-                texts = list(dict.fromkeys(text for _, _, texts in batch for text in texts))
-                contexts = dict(zip(texts, _encode_texts(text_fn, texts, size, dtype), strict=True))
-                for row, (_, caption, texts) in zip(moments, batch, strict=False):
-                    writer.write(_pack(row, caption, texts, contexts))
+                texts = list(dict.fromkeys(text for one in batch for text in one.texts))
+                encoded = dict(zip(texts, _encode_texts(text_fn, texts, size, dtype), strict=True))
+                for row, one in zip(moments, batch, strict=False):
+                    writer.write(_pack(row, one, encoded))
                     shapes.append(row.shape)
                 batch.clear()
 
@@ -157,9 +171,9 @@ def cache_latents(
                 batch = waiting[bucket[index]]
                 try:
                     rng = np.random.default_rng([seed, variant, index])
-                    image, caption = prepare(source.record(index), rng, config, config.shapes[bucket[index]])
+                    image, caption, cut = prepare(source.record(index), rng, config, config.shapes[bucket[index]])
                     draws = [np.random.default_rng([seed, variant, index, k]) for k in range(text_variants)]
-                    batch.append((image, caption, [caption.draw(rng) for rng in draws]))
+                    batch.append(_Prepared(image, caption, cut, [caption.draw(rng) for rng in draws]))
                 except BadRecord as error:
                     skipped[source.name(index)] = str(error)
                     bad.add((source.name(index), str(error)))
@@ -203,7 +217,7 @@ def identity(source: Source, at_most: int | None = None, process_index: int = 0,
         found = hashlib.sha256(f"{index} of {n}".encode())
         try:
             record = source.record(index)
-            arrays = [array for array in (record.moments, *record.contexts) if array is not None]
+            arrays = [array for array in (record.moments, *record.contexts, *record.pooled) if array is not None]
             caption = repr(record.caption).encode("utf-8", "backslashreplace")
             parts = [caption, record.image, *(array.tobytes() for array in arrays)]
         except BadRecord:
@@ -247,36 +261,39 @@ def _open(parts: list[Path]) -> tuple[Any, list[dict[str, Any]]]:
     return rows, indices
 
 
-def _encode_texts(
-    text_fn: Callable[[list[str]], np.ndarray] | None, texts: list[str], size: int, dtype: str
-) -> list[np.ndarray]:
-    """What the text encoder makes of each text, `size` at a time."""
-    out: list[np.ndarray] = []
+def _encode_texts(text_fn: TextFn | None, texts: list[str], size: int, dtype: str) -> list[tuple[np.ndarray, ...]]:
+    """What the text encoders make of each text, `size` at a time."""
+    out: list[tuple[np.ndarray, ...]] = []
     for start in range(0, len(texts), size):
         batch = texts[start : start + size]
         assert text_fn is not None
-        out += list(np.asarray(text_fn(batch + [""] * (size - len(batch)))).astype(dtype)[: len(batch)])
+        found = text_fn(batch + [""] * (size - len(batch)))
+        out += zip(*(np.asarray(rows).astype(dtype)[: len(batch)] for rows in found), strict=True)
     return out
 
 
-def _pack(moments: np.ndarray, caption: Caption, texts: list[str], contexts: dict[str, np.ndarray]) -> bytes:
-    """A line of JSON, the moments' bytes, and those of the texts' different contexts."""
-    head = {"shape": moments.shape, "dtype": str(moments.dtype)} | vars(caption)
-    different = list(dict.fromkeys(texts))
-    if texts:
-        head["contexts"] = {"shape": contexts[texts[0]].shape, "which": [different.index(text) for text in texts]}
-    arrays = [moments, *(contexts[text] for text in different)]
+def _pack(moments: np.ndarray, one: _Prepared, encoded: dict[str, tuple[np.ndarray, ...]]) -> bytes:
+    """A line of JSON, the moments' bytes, and those of what the texts that differ were encoded to."""
+    head = {"shape": moments.shape, "dtype": str(moments.dtype), "cut": one.cut} | vars(one.caption)
+    different = list(dict.fromkeys(one.texts))
+    if different:
+        shapes = [array.shape for array in encoded[different[0]]]
+        head["texts"] = {"shapes": shapes, "which": [different.index(text) for text in one.texts]}
+    arrays = [moments, *(array for text in different for array in encoded[text])]
     return json.dumps(head).encode() + b"\n" + b"".join(array.tobytes() for array in arrays)
 
 
 def _unpack(data: bytes) -> Record:
     head, _, arrays = data.partition(b"\n")
     values = json.loads(head)
-    shape, dtype, texts = values.pop("shape"), values.pop("dtype"), values.pop("contexts", None)
+    shape, dtype, cut, texts = (values.pop(name, ()) for name in ("shape", "dtype", "cut", "texts"))
     flat = np.frombuffer(arrays, dtype)
     moments, rest = flat[: math.prod(shape)].reshape(shape), flat[math.prod(shape) :]
-    caption = Caption.unpack(values)
+    record = Record(Caption.unpack(values), moments=moments, numbers=tuple(cut))
     if not texts:
-        return Record(caption, moments=moments)
-    contexts = rest.reshape(-1, *texts["shape"])
-    return Record(caption, moments=moments, contexts=tuple(contexts[i] for i in texts["which"]))
+        return record
+    lengths = [math.prod(shape) for shape in texts["shapes"]]
+    parts = np.split(rest.reshape(-1, sum(lengths)), np.cumsum(lengths)[:-1], axis=1)
+    contexts, *pooled = (part.reshape(-1, *shape) for part, shape in zip(parts, texts["shapes"], strict=True))
+    drawn = [tuple(rows[i] for i in texts["which"]) for rows in (contexts, *pooled)]
+    return replace(record, contexts=drawn[0], pooled=drawn[1] if pooled else ())

@@ -21,7 +21,7 @@ from jaxdiff.data.bad import BadRecords
 from jaxdiff.data.buckets import Schedule, nearest_shapes
 from jaxdiff.data.captions import Caption
 from jaxdiff.data.images import prepare, to_float
-from jaxdiff.data.record import BadRecord, Record, Source
+from jaxdiff.data.record import BadRecord, Record, Source, check_numbers
 from jaxdiff.data.resident import Resident
 from jaxdiff.data.sources import open_source
 from jaxdiff.data.tokens import Tokenizer
@@ -36,8 +36,12 @@ Sample = tuple[dict[str, Any], str | None]
 AS_READ: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "image": to_float,
     "moments": lambda moments: moments.astype(np.float32),
+    "numbers": lambda numbers: numbers.astype(np.float32),
 }
 """What becomes of the arrays of a batch."""
+
+TOKENS = ("tokens", "tokens_2")
+"""What a batch calls the tokens of each of its tokenizers, in order."""
 
 _MAX_TRIES = 100  # of other records in place of a bad one; the share of bad ones ends a run long before
 
@@ -45,22 +49,23 @@ _MAX_TRIES = 100  # of other records in place of a bad one; the share of bad one
 def batches(
     config: DataConfig,
     source: Source,
-    tokenize: TokenizeFn | None = None,
-    *,
+    *tokenize: TokenizeFn,
     seed: int,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     rows: Sequence[int] | None = None,
+    numbers: bool = False,
 ) -> "Batches":
     """Batches of this process from `start_step` on, for ever.
 
     Each is a dict of `image` float32 [b, h, w, 3] in [-1, 1], of one of `config.shapes`, or `moments` float32
-    [b, h, w, 2c] where the source holds latents; `context` float16 [b, t, d] where it holds encoded captions, or
-    `tokens` int32 [b, t] if `tokenize` is given; and `index` int64 [b], the samples' global indices. Of a `Resident`
-    source, the rows that `Resident.draw` gives stand for image, moments and context. b is this
-    process's share of `config.batch_size`: `rows` of the global batch, or where these are not given
-    [b * process_index, b * (process_index + 1)).
+    [b, h, w, 2c] where the source holds latents; `context` float16 [b, t, d], and perhaps `pooled` float16 [b, p],
+    where it holds encoded captions, or what each of `tokenize` makes of them, `tokens` and `tokens_2` int32 [b, t];
+    with `numbers` an array of that name, float32 [b, 6], which has the `Cut` of each image; and `index` int64 [b], the
+    samples' global indices. Of a `Resident` source, the rows that `Resident.draw` gives stand for image, moments,
+    numbers, context and pooled. b is this process's share of `config.batch_size`: `rows` of the global batch, or where
+    these are not given [b * process_index, b * (process_index + 1)).
 
     Raises:
         ValueError: where `process_count` does not divide the batch, or latents were made for other shapes; while
@@ -73,7 +78,7 @@ def batches(
         )
     share = config.batch_size // process_count
     mine = range(share * process_index, share * (process_index + 1)) if rows is None else rows
-    return Batches(config, source, tokenize, seed, start_step, mine)
+    return Batches(config, source, tokenize, seed, start_step, mine, numbers)
 
 
 def sample_captions(source: Source, n: int) -> list[str]:
@@ -103,17 +108,19 @@ class Batches(Iterator[Batch]):
         self,
         config: DataConfig,
         source: Source,
-        tokenize: TokenizeFn | None,
+        tokenize: tuple[TokenizeFn, ...],
         seed: int,
         start_step: int,
         rows: Sequence[int],
+        numbers: bool,
     ) -> None:
         self._bad = BadRecords(len(source), config.max_bad_share)
         self.n_cut = 0
         """How many samples' captions so far were longer than the tokenizer's tokens; their ends were cut."""
         self.first_cut = ""
         """The first of these captions."""
-        steps = grain.MapDataset.range(start_step, sys.maxsize).map(_MakeBatch(config, source, tokenize, seed, rows))
+        make = _MakeBatch(config, source, tokenize, seed, rows, numbers)
+        steps = grain.MapDataset.range(start_step, sys.maxsize).map(make)
         if config.workers:
             from absl import flags
 
@@ -159,9 +166,16 @@ class _MakeBatch:
     """
 
     def __init__(
-        self, config: DataConfig, source: Source, tokenize: TokenizeFn | None, seed: int, rows: Sequence[int]
+        self,
+        config: DataConfig,
+        source: Source,
+        tokenize: tuple[TokenizeFn, ...],
+        seed: int,
+        rows: Sequence[int],
+        numbers: bool,
     ) -> None:
         self._config, self._source, self._tokenize, self._seed, self._rows = config, source, tokenize, seed, rows
+        self._numbers = numbers
         self._members = _members(config, source)
         counts = [len(members) for members in self._members]
         self._schedule = Schedule(counts, config.batch_size, seed)
@@ -193,10 +207,11 @@ class _MakeBatch:
         for name in arrays[0]:
             batch[name] = AS_READ.get(name, np.asarray)(np.stack([array[name] for array in arrays]))
         cut: list[str] = []
-        if texts[0] is not None and self._tokenize is not None:
-            batch["tokens"] = self._tokenize(list(texts))
-            if isinstance(self._tokenize, Tokenizer):
-                cut = [text for text in texts if self._tokenize.cut(text)]
+        if texts[0] is not None:
+            for tokenize, name in zip(self._tokenize, TOKENS, strict=False):
+                batch[name] = tokenize(list(texts))
+            tokenizers = [tokenize for tokenize in self._tokenize if isinstance(tokenize, Tokenizer)]
+            cut = [text for text in texts if any(tokenizer.cut(text) for tokenizer in tokenizers)]
         return batch, bad, cut
 
     def _sample(self, index: int, bucket: int, place: int, bad: list[tuple[str, str]]) -> Sample:
@@ -229,19 +244,24 @@ class _MakeBatch:
                 arrays, caption = self._source.draw(position, rng)
             else:
                 arrays, caption = self._read(self._source.record(position), bucket, rng)
-            return arrays, None if self._tokenize is None or caption is None else caption.draw(rng)
+            if not self._numbers:
+                arrays.pop("numbers", None)
+            return arrays, None if not self._tokenize or caption is None else caption.draw(rng)
         except BadRecord as error:
             bad.append((self._source.name(position), str(error)))
             return None
 
     def _read(self, record: Record, bucket: int, rng: np.random.Generator) -> tuple[dict[str, Any], Caption | None]:
-        if record.contexts:
-            assert record.moments is not None
-            return {"moments": record.moments, "context": record.contexts[rng.integers(len(record.contexts))]}, None
-        if record.moments is not None:
-            return {"moments": record.moments}, record.caption
-        image, caption = prepare(record, rng, self._config, self._config.shapes[bucket])
-        return {"image": image}, caption
+        if record.moments is None:
+            image, caption, cut = prepare(record, rng, self._config, self._config.shapes[bucket])
+            return {"image": image, "numbers": np.array(cut)}, caption
+        check_numbers(record, self._numbers)
+        arrays: dict[str, Any] = {"moments": record.moments, "numbers": np.array(record.numbers)}
+        if not record.contexts:
+            return arrays, record.caption
+        which = rng.integers(len(record.contexts))
+        pooled = {"pooled": record.pooled[which]} if record.pooled else {}
+        return arrays | {"context": record.contexts[which]} | pooled, None
 
 
 class _AllBadError(BadRecord):

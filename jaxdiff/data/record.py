@@ -9,7 +9,7 @@ from jaxtyping import Int
 from jaxdiff.data.bad import BadRecord
 from jaxdiff.data.captions import Caption
 
-__all__ = ["BadRecord", "Record", "Source"]
+__all__ = ["BadRecord", "Record", "Source", "check_numbers"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,22 @@ class Record:
     caption: Caption
     image: bytes = b""
     moments: np.ndarray | None = None
+    numbers: tuple[int, ...] = ()
+    """Of moments, what `jaxdiff.data.images.Cut` says of the image that was encoded."""
     contexts: tuple[np.ndarray, ...] = ()
-    """What a text encoder made of drawn captions, each [t, d]; where there are any, one is taken for the caption."""
+    """What text encoders made of drawn captions, each [t, d]; where there are any, one is taken for the caption."""
+    pooled: tuple[np.ndarray, ...] = ()
+    """Beside contexts, the vectors [p] for these captions as a whole, of models that read such."""
+
+
+def check_numbers(record: Record, wanted: bool) -> None:
+    """Refuses cached latents that do not say of which image they are which part, where this is wanted.
+
+    Raises:
+        BadRecord: where they do not.
+    """
+    if wanted and not record.numbers:
+        raise BadRecord("it does not say its image's size: cache the latents anew, as earlier versions wrote none")
 
 
 @runtime_checkable

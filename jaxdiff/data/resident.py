@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from jaxdiff.config import DataConfig
 from jaxdiff.data.captions import COLOURS, Caption
-from jaxdiff.data.images import Augmentation, decode, has_ground, prepared
-from jaxdiff.data.record import BadRecord, Record, Source
+from jaxdiff.data.images import Augmentation, Cut, decode, has_ground, prepared
+from jaxdiff.data.record import BadRecord, Record, Source, check_numbers
 
 MIDDLE = Augmentation(colour=0, share=0.5, x=0.5, y=0.5, mirror=1.0)
 """The whole image, as it is."""
@@ -26,10 +26,11 @@ class Resident:
 
     arrays: dict[str, np.ndarray]
     """What records are rows of: `image` uint8 [n, h, w, 3], each on every background that it may be drawn on, or
-    `moments` [n, h, w, 2c]; and `context` [m, t, d] where captions were encoded. To be taken by `take_arrays`."""
+    `moments` [n, h, w, 2c]; `numbers` [n, 6], if they are wanted; and `context` [m, t, d], and perhaps `pooled` [m, p],
+    where captions were encoded. To be taken by `take_arrays`."""
 
-    def __init__(self, source: Source, config: DataConfig) -> None:
-        """Reads.
+    def __init__(self, source: Source, config: DataConfig, numbers: bool = False) -> None:
+        """Reads; with `numbers` the `Cut` of each image, too, which is the same mirrored, as the middle is taken.
 
         Raises:
             ValueError: where a record is not so many rows: images of several shapes, or cropped at random.
@@ -40,16 +41,20 @@ class Resident:
                              "1 and leave aspects out, or leave out resident.")  # fmt: skip
         self._source, self._flip = source, config.flip
         self._captions: list[Caption | BadRecord] = []
-        rows: dict[str, list[np.ndarray]] = {"image": [], "moments": [], "context": []}
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in ("image", "moments", "numbers", "context", "pooled")}
         firsts = []
 
         def read(index: int) -> tuple[Caption, dict[str, list[np.ndarray]]] | BadRecord:
             try:
                 record = source.record(index)
-                found = {"context": list(record.contexts)}
+                found = {"context": list(record.contexts), "pooled": list(record.pooled)}
                 if record.moments is not None:
-                    return record.caption, found | {"moments": [record.moments]}
-                return record.caption, found | {"image": _on_every_ground(record, config)}
+                    check_numbers(record, numbers)
+                    found |= {"moments": [record.moments], "numbers": [np.array(record.numbers, np.float32)]}
+                else:
+                    images, cut = _on_every_ground(record, config)
+                    found |= {"image": images, "numbers": [np.array(cut, np.float32)] * len(images)}
+                return record.caption, found if numbers else found | {"numbers": []}
             except BadRecord as error:
                 return error
 
@@ -111,7 +116,8 @@ class Resident:
         return {"row": np.int32(row), "mirrored": np.bool_(self._flip and drawn.mirrored)}, caption
 
 
-def _on_every_ground(record: Record, config: DataConfig) -> list[np.ndarray]:
+def _on_every_ground(record: Record, config: DataConfig) -> tuple[list[np.ndarray], Cut]:
     image = decode(record.image)
     grounds = range(len(COLOURS)) if has_ground(image, record.caption) else [0]
-    return [prepared(image, record.caption, MIDDLE._replace(colour=i), config, config.shapes[0])[0] for i in grounds]
+    made = [prepared(image, record.caption, MIDDLE._replace(colour=i), config, config.shapes[0]) for i in grounds]
+    return [image for image, _, _ in made], made[0][2]

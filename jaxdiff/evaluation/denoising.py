@@ -11,11 +11,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from jaxdiff.config import DataConfig, SchedulerConfig
 from jaxdiff.data.captions import Caption
-from jaxdiff.data.images import prepare
+from jaxdiff.data.images import Cut, prepare
 from jaxdiff.data.record import BadRecord, Source
 from jaxdiff.diffusion.denoiser import make_denoiser
 from jaxdiff.diffusion.prediction import PREDICTIONS
@@ -38,6 +38,8 @@ class Heldout:
     """Images, and captions of several kinds for each of them."""
 
     images: UInt8[np.ndarray, "n h w 3"]
+    cuts: tuple[Cut, ...]
+    """Of which picture each image is which part."""
     captions: dict[str, list[str]]
     """`full`; `unlabelled`, which tells style and background alone, where captions have such parts; `wrong`, with
     another image's label; `empty`."""
@@ -62,17 +64,19 @@ def heldout(source: Source, config: DataConfig, n: int, seed: int = 0) -> Heldou
     config = replace(config.of_one_shape(), crop=1.0, flip=False)
     shape = config.shapes[0]
     images: list[np.ndarray] = []
+    cuts: list[Cut] = []
     captions: list[Caption] = []
     for index in (i * len(source) // n for i in range(n)):
         try:
-            image, caption = prepare(source.record(index), np.random.default_rng([seed, index]), config, shape)
+            image, caption, cut = prepare(source.record(index), np.random.default_rng([seed, index]), config, shape)
         except BadRecord:
             continue
         images.append(image)
+        cuts.append(cut)
         captions.append(caption)
     if not images:
         raise ValueError("No image of the data can be read; name others to measure on.")
-    return Heldout(np.stack(images), _kinds(captions))
+    return Heldout(np.stack(images), tuple(cuts), _kinds(captions))
 
 
 def _kinds(captions: Sequence[Caption]) -> dict[str, list[str]]:
@@ -112,31 +116,46 @@ def denoising_errors(
         seed: fixes the noise.
 
     Raises:
-        ValueError: where the model's denoiser takes more than a noisy latent.
+        ValueError: where the model's denoiser takes more than a noisy latent, a prompt and an image's sizes.
     """
-    if pipe.networks.beside or pipe.networks.numbers((1, 1), (1, 1), (0, 0), 0.0, 1.0) is not None:
-        raise ValueError("The denoiser takes more than noisy latents and prompts, such as a mask or sizes; this "
-                         "measures those that take no more.")  # fmt: skip
+    networks = pipe.networks
+    if networks.beside or networks.embeds_guidance or "aesthetic_score" in networks.READS:
+        raise ValueError("The denoiser takes more than noisy latents, prompts and sizes, such as a mask or a score; "
+                         "this measures those that take no more.")  # fmt: skip
     check_count("batch", batch)
     n = len(data.images)
     batch = min(batch, n)
     rng = np.random.default_rng(seed)
-    program = partial(_squares, networks=pipe.networks, scheduler=pipe.model.scheduler)
-    params = pipe.params["denoiser"], tuple(pipe.params[role] for role in pipe.networks.TEXT_ENCODERS)
+    program = partial(_squares, networks=networks, scheduler=pipe.model.scheduler)
+    params = pipe.params["denoiser"], tuple(pipe.params[role] for role in networks.TEXT_ENCODERS)
     tokenizers = pipe.model.tokenizers
     sums: Errors = {kind: dict.fromkeys(levels, 0.0) for kind in (kinds or data.captions)}
     for first in range(0, n, batch):
         rows = np.arange(first, first + batch) % n  # the last batch is filled up, and its copies not counted
         count = min(batch, n - first)
+        numbers = _numbers(networks, [data.cuts[row] for row in rows])
         x_0 = pipe.encode(data.images[rows])
         eps = jnp.asarray(rng.standard_normal(x_0.shape), jnp.float32)
         for kind, errors in sums.items():
             captions = [data.captions[kind][row] for row in rows]
             tokens = tuple(one_chunk(captions, tokenizer) for tokenizer in tokenizers)
+            nothing = jnp.array([not caption for caption in captions]) if pipe.model.zero_empty else None
             for level in errors:
-                squares = program(*params, tokens, x_0, eps, jnp.float32(level))
+                squares = program(*params, tokens, numbers, nothing, x_0, eps, jnp.float32(level))
                 errors[level] += float(np.asarray(squares)[:count].sum()) / n
     return sums
+
+
+def _numbers(networks: Family, cuts: Sequence[Cut]) -> Float[Array, "b k"] | None:
+    """What the denoiser is told of these images beside their prompts."""
+    rows = [
+        networks.numbers(
+            (cut.width, cut.height), (cut.original_width, cut.original_height), (cut.left, cut.top), 0.0, 1.0
+        )
+        for cut in cuts
+    ]
+    told = [row[1] for row in rows if row is not None]  # the first is a negative prompt's
+    return jnp.asarray(np.stack(told)) if told else None
 
 
 @partial(jax.jit, static_argnames=("networks", "scheduler"))
@@ -144,6 +163,8 @@ def _squares(
     params: Params,
     text_params: tuple[Params, ...],
     tokens: tuple[Tokens, ...],
+    numbers: Float[Array, "b k"] | None,
+    nothing: Bool[Array, " b"] | None,
     x_0: Float[Array, "b h w c"],
     eps: Float[Array, "b h w c"],
     sigma: Float[Array, ""],
@@ -151,8 +172,17 @@ def _squares(
     networks: Family,
     scheduler: SchedulerConfig,
 ) -> Float[Array, " b"]:
-    """The squared error of each image's guess. (`Pipeline.denoiser` makes the negative prompt's guess, too.)"""
+    """The squared error of each image's guess. (`Pipeline.denoiser` makes the negative prompt's guess, too.)
+
+    Prompts are zeros where they are `nothing`.
+    """
     conditioning = networks.encode_prompts(text_params, tokens)
+    if nothing is not None:
+        conditioning = jax.tree.map(
+            lambda rows: jnp.where(nothing.reshape(-1, *[1] * (rows.ndim - 1)), jnp.zeros_like(rows), rows),
+            conditioning,
+        )
+    conditioning = conditioning._replace(extra=numbers)
     prepared = networks.prepare(params, conditioning)
 
     def network(x_in: Array, t: Array) -> Array:

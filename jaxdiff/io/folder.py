@@ -322,7 +322,7 @@ _OWN_FILES |= dict.fromkeys(TOKENIZERS.values(), ("tokenizer.json", "vocab.json"
 
 
 def find_part(path: Path | str, name: str) -> Path:
-    """The folder of one part: "unet", "vae", "text_encoder", "scheduler" or "tokenizer"; or the file that it is in.
+    """The folder of one part, such as "unet", "text_encoder_2", "scheduler" or "tokenizer"; or the file that it is in.
 
     Args:
         path: a model's folder, a run directory that has exported a model, the part's own folder, or a single file,
@@ -335,7 +335,7 @@ def find_part(path: Path | str, name: str) -> Path:
     """
     path = Path(path)
     if is_single(path):
-        return clip_tokenizer(open_single(path)) if name == "tokenizer" else path
+        return clip_tokenizer(open_single(path)) if name in TOKENIZERS.values() else path
     for folder in (path / name, path / "export" / name):
         if folder.is_dir():
             return folder
@@ -351,6 +351,45 @@ def find_part(path: Path | str, name: str) -> Path:
                 f"{path} is the folder of {cls!r}, and a {name} is a {NETWORKS[name].cls}; name its folder."
             )
     return path
+
+
+def has_part(path: Path | str, name: str) -> bool:
+    """Whether a model's folder, a run directory that has exported one, or a single file has a network of this name."""
+    path = Path(path)
+    if is_single(path):
+        return name in open_single(path).places
+    return (path / name).is_dir() or (path / "export" / name).is_dir()
+
+
+FORCE_ZEROS = "force_zeros_for_empty_prompt"
+"""In the index of Stable Diffusion XL's models, whether an empty negative prompt is zeros."""
+
+
+def zero_empty(path: Path | str) -> bool:
+    """Whether Stable Diffusion XL in a folder, run directory or single file takes zeros for an empty negative prompt.
+
+    Raises:
+        ValueError: where its index cannot be read.
+    """
+    if is_single(path):
+        return open_single(path).zero_empty
+    index = next(
+        (file for folder in ("", "export") if (file := Path(path) / folder / "model_index.json").exists()), None
+    )
+    return index is None or bool(load_json(index).get(FORCE_ZEROS, True))
+
+
+def check_latents(vae: Path) -> None:
+    """Refuses an autoencoder, in this folder, whose latents have a mean and a scale for each channel.
+
+    Raises:
+        ValueError: for such a config.
+    """
+    file = vae / "config.json"
+    values = load_json(file)
+    for name in ("latents_mean", "latents_std", "shift_factor"):
+        if values.get(name):
+            raise ValueError(f"{file}: {name} is {values[name]}; supported: null.")
 
 
 def clip_tokenizer(file: SingleFile) -> Path:

@@ -196,10 +196,10 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def flops(jaxpr: Any) -> int:
+def flops(jaxpr: Any, turns: int = 1) -> int:
     """Multiplications and additions of the matrix products and convolutions of a program, before it is split.
 
-    What the backward pass computes again counts. A `while` whose number of turns is not known counts once.
+    What the backward pass computes again counts. A `while` whose number of turns is not known takes `turns`.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0
@@ -219,9 +219,12 @@ def flops(jaxpr: Any) -> int:
             total += eqn.params["cost_estimate"].flops
         else:
             values = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
-            inner = [flops(value) for value in values if _is_jaxpr(value)]
-            turns = eqn.params["mesh"].size if name == "shard_map" else eqn.params.get("length", 1)
-            total += (max(inner, default=0) if name == "cond" else sum(inner)) * turns
+            inner = [flops(value, turns) for value in values if _is_jaxpr(value)]
+            if name == "shard_map":
+                times = eqn.params["mesh"].size
+            else:
+                times = turns if name == "while" else eqn.params.get("length", 1)
+            total += (max(inner, default=0) if name == "cond" else sum(inner)) * times
     return total
 
 

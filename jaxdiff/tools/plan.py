@@ -3,6 +3,7 @@
 `python -m jaxdiff.tools.plan configs/sd15_scratch.py --topology v5e:16x16 [--field value ...]` asks the TPU compiler,
 on a machine without a TPU; `--devices 8` asks the CPU's. Fields are overridden as `train.py` does it. `--forward` plans
 one call of the UNet in place of a step, as sampling makes it: parameters whole on every chip, in the config's dtype.
+`--sample 20` plans the whole of it: prompts to images, in so many steps with guidance.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdiff import build
 from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, VAETask
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.schedule import make_schedule
+from jaxdiff.families import family_of
+from jaxdiff.generation import programs
+from jaxdiff.generation.network import Inputs
 from jaxdiff.io.folder import read_config as read_network_config
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.runtime.mesh import batch_sharding, make_mesh, tree_shardings
 from jaxdiff.runtime.programs import give_back_memory
+from jaxdiff.sampling.loop import begin
+from jaxdiff.sampling.sigmas import MODEL
 from jaxdiff.tools import hlo
 from jaxdiff.tools.chips import TPUS, Chip
 from jaxdiff.training.optim import learning_rate, optimiser
@@ -40,11 +49,11 @@ from jaxdiff.training.options import read_config, resolve
 from jaxdiff.training.state import Task, create_state, freeze, make_step
 from jaxdiff.training.tasks.diffusion import diffusion_inputs, diffusion_task
 from jaxdiff.training.tasks.vae import vae_inputs, vae_task
-from jaxdiff.types import Params
+from jaxdiff.types import Params, Tokens
 
 USAGE = (
     "python -m jaxdiff.tools.plan CONFIG (--topology v5e:4x4 | --devices 8) "
-    "[--forward] [--fit] [--json] [--field value ...]"
+    "[--forward | --sample STEPS] [--fit] [--json] [--field value ...]"
 )
 
 
@@ -163,14 +172,77 @@ def forward_program(config: TrainConfig, mesh: Mesh) -> Program:
         shape((b,), jnp.float32),
         shape((b, task.text_encoder.max_position_embeddings, task.unet.cross_attention_dim), dtype),
     )
-    inputs = placed(inputs, jax.tree.map(lambda _: batch_sharding(mesh), inputs))
+    told = {}
+    if task.text_encoder_2 is not None:
+        told = {"pooled": shape((b, task.text_encoder_2.projection_dim), dtype), "numbers": shape((b, 6), jnp.float32)}
+    inputs, told = placed((inputs, told), jax.tree.map(lambda _: batch_sharding(mesh), (inputs, told)))
 
     @jax.jit
-    def forward(params: Params, *inputs: Any) -> Any:
+    def forward(params: Params, inputs: tuple[Any, ...], told: dict[str, Any]) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return module.apply({"params": params}, *inputs)
+            return module.apply({"params": params}, *inputs, **told)
 
-    return forward, (params, *inputs), {"parameters": params, "inputs": inputs}
+    return forward, (params, inputs, told), {"parameters": params, "inputs": (inputs, told)}
+
+
+def sample_program(config: TrainConfig, mesh: Mesh, steps: int) -> Program:
+    """Prompts to images, with guidance, as a pipeline on these devices draws them: images in parts, parameters whole.
+
+    Raises:
+        ValueError: where the config trains no UNet, or one that draws nothing from a prompt alone.
+    """
+    if not isinstance(task := config.task, DiffusionTask):
+        raise ValueError("--sample plans a text-to-image model, and this config trains an autoencoder.")
+    dtype, shape, vae = jnp.dtype(config.dtype), jax.ShapeDtypeStruct, _vae_config(task)
+    folders: dict[str, Any] = {"unet": task.unet, "vae": vae, **task.text_encoders}
+    family = family_of(set(folders))
+    assert family is not None, "a task has a family's networks"
+    configs = {role: folders[name] for role, name in family.FOLDERS.items()}
+    program = programs.Program(family.of(configs, dtype), task.scheduler)
+    if program.family.beside:
+        raise ValueError("--sample draws from a prompt alone, and this UNet is for inpainting; --forward plans it.")
+    whole = NamedSharding(mesh, P())
+    params = {
+        role: jax.tree.map(
+            lambda p: shape(p.shape, dtype, sharding=whole),
+            build.param_shapes(getattr(build, name)(folders[name]), folders[name]),
+        )
+        for role, name in family.FOLDERS.items()
+    }
+    b, (height, width) = config.data.batch_size, config.data.shapes[0]
+    length, latent = task.text_encoder.max_position_embeddings, (height // vae.factor, width // vae.factor)
+    inputs = {"ids": shape((b, 1, 2, 1, length), jnp.int32), "seeds": shape((b,), jnp.uint32)}
+    inputs = placed(inputs, jax.tree.map(lambda _: batch_sharding(mesh), inputs))
+    numbers = program.family.numbers((width, height), (width, height), (0, 0), 0.0, 1.0)
+    sigmas = MODEL(task.scheduler, make_schedule(task.scheduler), steps)
+
+    @jax.jit
+    def draw(params: Params, inputs: dict[str, Any], stop: Any) -> Any:
+        ids = inputs["ids"]
+        tokens = Tokens(ids, jnp.ones(ids.shape), jnp.zeros(length, jnp.int32))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            texts = tuple(params[role] for role in family.TEXT_ENCODERS)
+            conditioning = unwrap(programs.encode_prompts)(texts, (tokens,) * len(texts), program=program)
+            if numbers is not None:
+                extra = jnp.broadcast_to(jnp.asarray(numbers), (b, 1, *numbers.shape))
+                conditioning = conditioning._replace(extra=extra)
+            keys, noise = programs.keys_and_noise(inputs["seeds"], (*latent, vae.latent_channels))
+            state = unwrap(programs.denoise)(
+                params["denoiser"],
+                Inputs(conditioning, jnp.ones((b, 1, 1, 1, 1, 1)), jnp.zeros((b, 1))),
+                jax.vmap(begin)(noise),
+                keys,
+                sigmas,
+                jnp.int32(0),
+                stop,
+                Guidance(jnp.float32(7.5)),
+                jnp.float32(0),
+                program=program,
+            )
+            return unwrap(programs.decode)(params["vae"], state.x, program=program)
+
+    stop = shape((), jnp.int32, sharding=whole)
+    return draw, (params, inputs, stop), {"parameters": params, "inputs": inputs}
 
 
 def plan(
@@ -180,6 +252,7 @@ def plan(
     dump: Path | None = None,
     runs: int = 0,
     forward: bool = False,
+    sample: int = 0,
 ) -> Plan:
     """Compiles the step of `config` for `mesh`; its global batch is `config.data.batch_size`.
 
@@ -192,20 +265,24 @@ def plan(
         dump: a file for the compiled program's text.
         runs: steps to take, on weights and data that are 0; the devices must be there.
         forward: one call of the UNet, in place of the step.
+        sample: prompts to images in so many steps, in place of the step.
 
     Raises:
         ValueError: where the batch does not divide among the devices.
     """
-    spread = parts_of_batch(config, mesh, forward)
+    spread = parts_of_batch(config, mesh, forward or sample > 0)
     if config.data.batch_size % spread:
         raise ValueError(f"DataConfig.batch_size {config.data.batch_size} is not a multiple of the {spread} parts that "
                          "the mesh's data and fsdp axes and OptimConfig.accumulate split it into.")  # fmt: skip
     config = replace(config, data=of_largest_shape(config.data))
-    program, arguments, parts = (forward_program if forward else step_program)(config, mesh)
+    if sample:
+        program, arguments, parts = sample_program(config, mesh, sample)
+    else:
+        program, arguments, parts = (forward_program if forward else step_program)(config, mesh)
 
     began = time.perf_counter()
     traced = program.trace(*arguments)
-    work = hlo.flops(traced.jaxpr) / mesh.size
+    work = hlo.flops(traced.jaxpr, max(1, sample)) / mesh.size
     held = {name: bytes_a_chip(parts.get(name, ())) for name in PARTS}
     sizes = {
         "devices": mesh.size,
@@ -228,7 +305,7 @@ def plan(
     text = compiled.as_text()
     if dump:
         dump.write_text(text)
-    parsed, memory = hlo.parse(text), compiled.memory_analysis()
+    parsed, memory = hlo.parse(text, max(1, sample)), compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
     collectives = parsed.collectives()
@@ -244,7 +321,7 @@ def plan(
     compile_seconds = time.perf_counter() - began
     accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
     del text, parsed, traced
-    times = run(compiled, arguments, runs, forward) if runs else []
+    times = run(compiled, arguments, runs, forward or sample > 0) if runs else []
     return Plan(
         **sizes,
         temporaries=memory.temp_size_in_bytes,
@@ -274,7 +351,7 @@ def wanted(error: str, held: int) -> int:
 
 
 def parts_of_batch(config: TrainConfig, mesh: Mesh, forward: bool = False) -> int:
-    """How many equal parts a global batch is split into, over devices and micro-batches."""
+    """How many equal parts a global batch is split into, over devices and, but for sampling, micro-batches."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * (1 if forward else config.optim.accumulate)
 
 
@@ -408,6 +485,9 @@ def main(argv: list[str]) -> int:
     where.add_argument("--devices", type=int, help="so many devices of the CPU")
     parser.add_argument("--batch", type=int, help="images a chip, in place of the config's batch")
     parser.add_argument("--forward", action="store_true", help="plan one call of the UNet in place of a step")
+    parser.add_argument(
+        "--sample", type=int, default=0, metavar="STEPS", help="plan prompts to images in so many steps"
+    )
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits")
     parser.add_argument("--run", type=int, default=0, help="steps to take on the CPU's devices, to be timed")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -419,6 +499,8 @@ def main(argv: list[str]) -> int:
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.batch is not None and options.batch < 1:
         raise ValueError(f"--batch {options.batch}: it must be above 0.")
+    if options.sample < 0 or (options.sample and options.forward):
+        raise ValueError(f"--sample {options.sample}: it must be above 0, and without --forward.")
     config = read_config(options.config, overrides)
     if not config.model or Path(config.model).exists():
         config = resolve(config)
@@ -462,13 +544,13 @@ def _plan_on(options: argparse.Namespace, config: TrainConfig, devices: Sequence
     def planned(batch: int) -> Plan:
         sized = replace(config, data=replace(config.data, batch_size=batch * mesh.size))
         if batch not in found:
-            found[batch] = plan(sized, mesh, chip, options.dump, options.run, options.forward)
+            found[batch] = plan(sized, mesh, chip, options.dump, options.run, options.forward, options.sample)
             if options.fit:
                 fits = "fits" if found[batch].fits else "does not fit"
                 print(f"{batch} images a chip: {found[batch].total / 2**30:.2f} GiB, {fits}", file=sys.stderr)
         return found[batch]
 
-    parts = parts_of_batch(config, mesh, options.forward)
+    parts = parts_of_batch(config, mesh, options.forward or options.sample > 0)
     unit = parts // math.gcd(parts, mesh.size)  # images a chip that a batch can be a multiple of
     batch = config.data.batch_size // mesh.size if options.batch is None else options.batch
     if options.fit:
@@ -476,7 +558,7 @@ def _plan_on(options: argparse.Namespace, config: TrainConfig, devices: Sequence
     if options.batch is not None or options.fit:
         result = planned(batch)
     else:
-        result = plan(config, mesh, chip, options.dump, options.run, options.forward)
+        result = plan(config, mesh, chip, options.dump, options.run, options.forward, options.sample)
     name = options.topology or "CPU"
     print(json.dumps({"device": name} | asdict(result), indent=2) if options.json else report(result, name))
 

@@ -1,6 +1,6 @@
 """What is encoded once, before training: images to latents, and captions to contexts, if the task caches them."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import numpy as np
 from etils import epath
 
 from jaxdiff.config import DataConfig, DiffusionTask, TrainConfig, VAEConfig, to_dict, to_name
-from jaxdiff.data.latents import cache_latents, identity
+from jaxdiff.data.latents import TextFn, cache_latents, identity
 from jaxdiff.data.record import Source
 from jaxdiff.data.tokens import Tokenizer
+from jaxdiff.io.folder import TOKENIZERS
 from jaxdiff.io.storage import is_remote, place_of
 from jaxdiff.runtime.distributed import gather, wait_for_all
 from jaxdiff.training.options import FREE
@@ -20,7 +21,7 @@ from jaxdiff.training.parts import digest, encoder, text_encoder
 from jaxdiff.training.tasks.vae import ENCODER
 from jaxdiff.types import Params
 
-FORMAT = 2
+FORMAT = 3
 """Of the cache: another one where the same settings would make other content."""
 SAMPLED = 4096
 """Records, at most, by which a run that caches nothing notices that its data changed."""
@@ -42,7 +43,7 @@ def encode_once(
     config: TrainConfig,
     vae: VAEConfig,
     weights: Params,
-    tokenizer: Tokenizer,
+    tokenizers: Sequence[Tokenizer],
     source: Source,
     records: str,
     workdir: epath.Path,
@@ -55,14 +56,15 @@ def encode_once(
     Args:
         config: the run, of a `DiffusionTask` with `latent_variants`.
         vae: the autoencoder that encodes the images.
-        weights: those of "vae" and, where captions are encoded, too, of "text_encoder".
-        tokenizer: of the captions.
+        weights: those of "vae" and, where captions are encoded, too, of the text encoders.
+        tokenizers: the text encoders'.
         source: the records with the images.
         records: what `records_of` gives.
         workdir: the run directory, which holds the cache unless `config.cache` names another place.
 
     Returns:
-        What reads the cache in place of the images, and "empty_context" [t, d] if captions are encoded.
+        What reads the cache in place of the images, and, if captions are encoded, the empty one: "empty_context"
+        [t, d], and of Stable Diffusion XL "empty_pooled" [p].
 
     Raises:
         ValueError: where the cache would lie in a bucket, or as `cache_latents` does.
@@ -73,17 +75,19 @@ def encode_once(
     made |= {"format": FORMAT, "variants": task.latent_variants, "seed": config.seed, "dtype": config.dtype}
     made |= {"records": records, "vae": to_name(replace(vae, scaling_factor=1.0))}  # moments are not scaled
     makers = {name: weights["vae"][name] for name in ENCODER if name in weights["vae"]}
-    text_fn: Callable[[list[str]], np.ndarray] | None = None
+    text_fn: TextFn | None = None
     empty, cut = {}, set[str]()
     if task.text_variants:
-        makers["text_encoder"] = weights["text_encoder"]
-        made |= {"text_variants": task.text_variants, "text_encoder": to_dict(task.text_encoder)}
-        made |= {"tokenizer": tokenizer.identity}
-        encode_texts = text_encoder(task.text_encoder, weights["text_encoder"], tokenizer, dtype)
-        empty = {"empty_context": encode_texts([""])[0]}
+        texts = {name: weights[name] for name in task.text_encoders}
+        makers |= texts
+        made |= {"text_variants": task.text_variants} | {n: to_dict(text) for n, text in task.text_encoders.items()}
+        made |= {TOKENIZERS[name]: own.identity for name, own in zip(texts, tokenizers, strict=True)}
+        encode_texts = text_encoder(task, texts, tokenizers, dtype)
+        found = encode_texts([""])
+        empty = {f"empty_{name}": rows[0] for name, rows in zip(("context", "pooled"), found, strict=False)}
 
-        def counting(texts: list[str]) -> np.ndarray:
-            cut.update(text for text in texts if tokenizer.cut(text))
+        def counting(texts: list[str]) -> tuple[np.ndarray, ...]:
+            cut.update(text for text in texts if any(tokenizer.cut(text) for tokenizer in tokenizers))
             return encode_texts(texts)
 
         text_fn = counting
@@ -103,7 +107,7 @@ def encode_once(
         process_count=jax.process_count(),
     )
     if cut:
-        print(f"{len(cut)} captions are longer than the text encoder's {tokenizer.max_length} tokens; their ends were "
-              f"cut, as of {min(cut)!r}.")  # fmt: skip
+        print(f"{len(cut)} captions are longer than the text encoder's {tokenizers[0].max_length} tokens; their ends "
+              f"were cut, as of {min(cut)!r}.")  # fmt: skip
     wait_for_all("latents")
     return replace(data, source="latents", root=str(path)), empty

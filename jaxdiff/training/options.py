@@ -26,7 +26,7 @@ from jaxdiff.config import (
     nearest,
     to_dict,
 )
-from jaxdiff.io.folder import find_part, model_schedule
+from jaxdiff.io.folder import TOKENIZERS, find_part, has_part, model_schedule, zero_empty
 from jaxdiff.io.folder import read_config as read_network_config
 from jaxdiff.io.single_file import is_single
 from jaxdiff.io.storage import is_remote, place_of, write_text
@@ -42,7 +42,7 @@ FREE = re.compile(
 )
 """Fields that may change when a run goes on: how long, where and how it is optimised, and what it shows; not the
 networks, the data and the draws."""
-PLACES = re.compile(r"model|task\.(init|vae|tokenizer)")
+PLACES = re.compile(r"model|task\.(init|vae|tokenizer|tokenizer_2)")
 """Fields that name folders. Those may move: `check_contents` compares what is in them."""
 
 
@@ -144,26 +144,46 @@ def resolve(config: TrainConfig, overrides: Sequence[str] = ()) -> TrainConfig:
             f"{config.model} is not a folder; --model names a diffusers folder, a run that has one, or a single file."
         )
     for name in _names(overrides):
-        if re.match(r"task\.(unet|text_encoder|vae)\.", name):
+        if re.match(r"task\.(unet|text_encoder|text_encoder_2|vae)\.", name):
             raise ValueError(f"--{name} cannot be given beside --model, which says how large the networks are.")
     if isinstance(task, VAETask):
         sizes = {"vae": read_network_config(folder, "vae")}
         resolved = replace(task, **sizes, init=task.init or config.model)
     else:
-        sizes = {name: read_network_config(folder, name) for name in ("unet", "text_encoder")}
+        sizes = {name: read_network_config(folder, name) for name in ("unet", *_text_encoders(folder))}
+        second = "text_encoder_2" in sizes
+        whole = {"text_encoder_2": None, "zero_empty": None} | sizes
+        if second:
+            whole["zero_empty"] = zero_empty(folder) if task.zero_empty is None else task.zero_empty
+            whole["tokenizer_2"] = task.tokenizer_2 or task.tokenizer or str(find_part(folder, "tokenizer_2"))
         resolved = replace(
             task,
-            **sizes,
+            **whole,
             scheduler=_schedule_beside(folder, task),
             vae=task.vae or config.model,
             tokenizer=task.tokenizer or str(find_part(folder, "tokenizer")),
             init=task.init or config.model,
         )
         resolved.check_sizes()
+        if task.reads_sizes and not second:
+            logger.warning("Sizes are those of %s, which has no text_encoder_2 as the config has.", folder)
     for name, theirs in sizes.items():
-        if (ours := getattr(task, name)) not in (type(theirs)(), theirs):
+        if (ours := getattr(task, name)) not in (None, type(theirs)(), theirs):
             logger.warning("Sizes are those of %s, not of the config: %s", folder, _differences(theirs, ours))
     return replace(config, task=resolved)
+
+
+def _text_encoders(folder: Path) -> tuple[str, ...]:
+    """The text encoders that a model has.
+
+    Raises:
+        ValueError: for the second one alone, as Stable Diffusion XL's refiner has it.
+    """
+    found = tuple(name for name in TOKENIZERS if has_part(folder, name))
+    if found == ("text_encoder_2",):
+        raise ValueError(f"{folder} has a text_encoder_2 and no text_encoder, as the refiner of Stable Diffusion XL: "
+                         "refiners are sampled, and not trained. Name a base model.")  # fmt: skip
+    return found or ("text_encoder",)
 
 
 def _schedule_beside(folder: Path, task: DiffusionTask) -> SchedulerConfig:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,12 @@ from jaxdiff import build
 from jaxdiff.build import NetworkConfig
 from jaxdiff.config import CLIPTextConfig, DataConfig, DiffusionTask, VAEConfig
 from jaxdiff.data.tokens import Tokenizer
-from jaxdiff.io.folder import find_part, read_network
+from jaxdiff.io.folder import TOKENIZERS, check_latents, find_part, read_network
 from jaxdiff.io.single_file import is_single, open_single
 from jaxdiff.io.weights import check_params
 from jaxdiff.runtime.compile import Compiled
 from jaxdiff.runtime.mesh import path_name
+from jaxdiff.training.captions import TOKENS, read, readers
 from jaxdiff.types import Params
 
 
@@ -33,8 +34,8 @@ def read_part(path: str, name: str, wanted: NetworkConfig | None, field: str) ->
         )
     folder = find_part(path, name)
     config, params = read_network(folder, name)
-    make = {"unet": build.unet, "vae": build.vae, "text_encoder": build.text_encoder}[name]
-    params = check_params(params, build.param_shapes(make(wanted or config), wanted or config), folder)
+    module = getattr(build, name)(wanted or config)
+    params = check_params(params, build.param_shapes(module, wanted or config), folder)
     return config, jax.tree.map(lambda p: np.asarray(p, np.float32), params)
 
 
@@ -45,6 +46,8 @@ def read_vae(task: DiffusionTask, data: DataConfig) -> tuple[VAEConfig, Params]:
         ValueError: where the UNet does not take its latents, or it does not take the images; or as `read_part` does.
     """
     vae, params = read_part(task.vae, "vae", None, "DiffusionTask.vae")
+    if task.reads_sizes and not is_single(task.vae):
+        check_latents(find_part(task.vae, "vae"))
     if vae.latent_channels != task.unet.in_channels:
         raise ValueError(
             f"The VAE in {task.vae} has {vae.latent_channels} latent channels and UNetConfig.in_channels is "
@@ -65,21 +68,26 @@ def check_size(data: DataConfig, vae: VAEConfig) -> None:
             )
 
 
-def read_tokenizer(task: DiffusionTask) -> Tokenizer:
-    """The tokenizer, for captions as long as the text encoder reads.
+def read_tokenizers(task: DiffusionTask) -> tuple[Tokenizer, ...]:
+    """The tokenizer of each text encoder, for captions as long as these read.
 
     Raises:
-        ValueError: where there is none, or it has more tokens than the text encoder knows.
+        ValueError: where there is none, or it has more tokens than its text encoder knows.
     """
     if not task.tokenizer:
         raise ValueError("DiffusionTask.tokenizer is empty: name a folder with tokenizer.json, or a model's folder.")
-    tokenizer = Tokenizer.load(find_part(task.tokenizer, "tokenizer"), task.text_encoder.max_position_embeddings)
-    if task.init and is_single(task.init) and "text_encoder" not in task.scratch:
-        tokenizer = tokenizer.padded_with(open_single(task.init).pad_id)
-    if len(tokenizer) > task.text_encoder.vocab_size:
+    places = {"text_encoder": task.tokenizer, "text_encoder_2": task.tokenizer_2 or task.tokenizer}
+    return tuple(_read_tokenizer(task, name, text, places[name]) for name, text in task.text_encoders.items())
+
+
+def _read_tokenizer(task: DiffusionTask, name: str, text: CLIPTextConfig, place: str) -> Tokenizer:
+    tokenizer = Tokenizer.load(find_part(place, TOKENIZERS[name]), text.max_position_embeddings)
+    if task.init and is_single(task.init) and name not in task.scratch:
+        tokenizer = tokenizer.padded_with(open_single(task.init).pads[name])
+    if len(tokenizer) > text.vocab_size:
         raise ValueError(
-            f"The tokenizer in {task.tokenizer} has {len(tokenizer)} tokens, more than CLIPTextConfig.vocab_size "
-            f"{task.text_encoder.vocab_size}."
+            f"The tokenizer in {place} has {len(tokenizer)} tokens, more than CLIPTextConfig.vocab_size "
+            f"{text.vocab_size} of the {name}."
         )
     return tokenizer
 
@@ -92,12 +100,24 @@ def encoder(config: VAEConfig, params: Params, dtype: DTypeLike) -> Callable[[np
 
 
 def text_encoder(
-    config: CLIPTextConfig, params: Params, tokenize: Callable[[list[str]], np.ndarray], dtype: DTypeLike
-) -> Callable[[list[str]], np.ndarray]:
-    """Captions to their context [b, t, d], on the default device."""
-    module, params = build.text_encoder(config, dtype), jax.device_put(params)
-    encode = Compiled(lambda params, tokens: module.apply({"params": params}, tokens))
-    return lambda texts: np.asarray(encode(params, tokenize(texts)))
+    task: DiffusionTask, params: Params, tokenizers: Sequence[Callable[[list[str]], np.ndarray]], dtype: DTypeLike
+) -> Callable[[list[str]], tuple[np.ndarray, ...]]:
+    """Captions to their context [b, t, d] and, for Stable Diffusion XL, their vectors [b, p], on the default device.
+
+    Args:
+        task: has the text encoders' sizes.
+        params: the text encoders', by the names of their folders.
+        tokenizers: theirs, in the same order.
+        dtype: what they compute in.
+    """
+    modules, params = readers(task, dtype), jax.device_put(params)
+    encode = Compiled(lambda params, tokens: tuple(jax.tree.leaves(read(modules, params, tokens))))
+
+    def encode_texts(texts: list[str]) -> tuple[np.ndarray, ...]:
+        tokens = {TOKENS[name]: tokenize(texts) for name, tokenize in zip(modules, tokenizers, strict=True)}
+        return tuple(np.asarray(array) for array in encode(params, tokens))
+
+    return encode_texts
 
 
 def digest(params: Params, settings: Any = None) -> str:

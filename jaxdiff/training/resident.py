@@ -45,8 +45,11 @@ def looked_up(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
         mirrored = batch.pop("mirrored")[:, None, None, None]
         # As a table of 256 numbers: another division than NumPy's could round otherwise.
         batch["image"] = jnp.asarray(BRIGHTNESS)[jnp.where(mirrored, images[:, :, ::-1], images)]
+    if "numbers" in data:
+        batch["numbers"] = rows("numbers", row)
     if "context" in data:
-        batch["context"] = rows("context", batch.pop("context_row"))
+        row = batch.pop("context_row")
+        batch |= {name: rows(name, row) for name in ("context", "pooled") if name in data}
     return jax.lax.optimization_barrier(batch)  # so that what follows is compiled, and rounds, as without it
 
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.families import StableDiffusion
+from jaxdiff.io.convert import from_torch
 from jaxdiff.model import Model, Network, read_model
+from jaxdiff.types import Params
 
 TEXTS = ["a red apple", "a dog on a blue background", "two green apples, flat style", "a cat and a dog"]
 MAX_TOKENS = 12
@@ -142,6 +144,16 @@ def nchw(x: Any) -> Any:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(np.asarray(x).transpose(0, 3, 1, 2)))
+
+
+def torch_gradients(module: Any) -> Params:
+    """The gradients of a network's parameters, as our params are; they are forgotten there."""
+    import torch
+
+    tensors = [(name, np.asarray(p.grad if p.grad is not None else torch.zeros_like(p))) for name, p in
+               module.named_parameters()]  # fmt: skip
+    module.zero_grad()
+    return from_torch(tensors)
 
 
 def relative_error(ours: Any, theirs: Any) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.activations import get_activation
-from pairs import MAX_TOKENS, SD1_UNET, TEXTS, nhwc, randomise, relative_error
+from pairs import MAX_TOKENS, SD1_UNET, TEXTS, nhwc, randomise, relative_error, torch_gradients
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from jaxdiff import build
@@ -22,13 +22,6 @@ from jaxdiff.io.weights import check_params
 from jaxdiff.nn.layers import ACTIVATIONS
 
 TOLERANCE = 1e-4
-
-
-def torch_gradients(module):
-    tensors = [(name, np.asarray(p.grad if p.grad is not None else torch.zeros_like(p))) for name, p in
-               module.named_parameters()]  # fmt: skip
-    module.zero_grad()
-    return from_torch(tensors)
 
 
 def compare(figures, what, ours_fn, params, theirs, module, cotangent):
