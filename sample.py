@@ -1,6 +1,7 @@
 """Prompts to images: `python sample.py "a red apple"`; or a file of them: `--from-file prompts.jsonl --out DIR`."""
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,17 +57,25 @@ def region(text: str) -> Region:
 
 
 def lora(text: str) -> LoRA:
-    """`flat.safetensors:0.8` -> a LoRA; without a number at its end, its strength is 1.
+    """`flat.safetensors:0.8` -> a LoRA; without a number at its end, its strength is 1; a second is the text encoders'.
 
     Raises:
-        ValueError: where the strength is not finite.
+        ValueError: where a strength is not finite.
     """
-    path, colon, strength = text.rpartition(":")
-    try:
-        number = float(strength) if colon else None
-    except ValueError:
-        number = None
-    return LoRA.of(text if number is None else (path, number))
+    numbers: list[float] = []
+    while len(numbers) < 2:
+        path, colon, last = text.rpartition(":")
+        try:
+            numbers.insert(0, float(last if colon else ""))
+        except ValueError:
+            break
+        text = path
+    return LoRA.of((text, *numbers) if numbers else text)
+
+
+def spelled_lora(one: LoRA) -> str:
+    """A LoRA as `lora` reads it."""
+    return ":".join(map(str, [one.path, one.strength, *([] if one.text_strength is None else [one.text_strength])]))
 
 
 def embedding(text: str) -> Embedding:
@@ -90,7 +99,7 @@ def _spelled(kind: type, metavar: str, read: Callable[[str], Any], write: Callab
     )
 
 
-LoRAFlag = Annotated[LoRA, _spelled(LoRA, "FILE[:STRENGTH]", lora, lambda one: f"{one.path}:{one.strength}")]
+LoRAFlag = Annotated[LoRA, _spelled(LoRA, "FILE[:STRENGTH[:TEXT]]", lora, spelled_lora)]
 EmbeddingFlag = Annotated[
     Embedding,
     _spelled(Embedding, "FILE[:TOKEN]", embedding, lambda one: f"{one.path}:{one.word}" if one.word else str(one.path)),
@@ -113,6 +122,8 @@ class Flags(Request):
     """An image to start from; it is made to fit the model, or the size."""
     mask: str | None = None
     """An image of the image's size, whose white is drawn anew; what is black is kept exactly."""
+    depth: str | None = None
+    """For models that draw by a depth map, its file: bright where it is near."""
     control_image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """An image that the result follows, by the network of --control; give it again for each further network."""
     control_scale: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
@@ -151,13 +162,15 @@ class Args:
     refiner: Path | None = None
     """A model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner."""
     loras: Annotated[tuple[LoRAFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora")] = ()
-    """A LoRA or one of its kin (LoCon, LoHa, LoKr, DoRA, IA3), and how strongly: 0 is not at all, 1 as trained. Give it
-    again for more of them."""
+    """A LoRA or one of its kin (LoCon, LoHa, LoKr, DoRA, IA3), and how strongly: 0 is not at all, 1 as trained; a
+    second number is for the text encoders. Give it again for more of them."""
+    lora_dir: Path | None = None
+    """A folder of LoRAs: <lora:NAME:0.8> in a prompt is NAME.safetensors in it. All prompts must name the same."""
     embeddings: Annotated[tuple[EmbeddingFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="embedding")] = ()
     """A textual inversion, and what its word is called in prompts; without TOKEN, it is the file's own. Give it again
     for more of them."""
     controls: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="control")] = ()
-    """A ControlNet, a folder or a file, for --control-image. Give it again for more of them."""
+    """A ControlNet or T2I-Adapter, a folder or a file, for --control-image. Give it again for more of them."""
     out: Path = Path("samples")
     """The folder for the images."""
     request: Annotated[Flags, tyro.conf.arg(name="")] = field(default_factory=Flags)
@@ -183,6 +196,9 @@ class Args:
 def main(args: Args) -> int:
     """Reads what to draw, loads the model, draws, writes; returns the exit code."""
     lines = list(read_lines(args))
+    if args.lora_dir is not None:
+        lines, named_loras = take_loras(lines, args.lora_dir)
+        args = replace(args, loras=(*args.loras, *named_loras))
     for line in lines:
         if line.problem:
             print(f"error: {line.problem}", file=sys.stderr)
@@ -250,6 +266,48 @@ def read_lines(args: Args) -> Iterator[Line]:
         yield from read_requests(args.from_file, flags.given())
 
 
+LORA_TAG = re.compile(r"\s*<lora:([^<>:]+)(?::([^<>]*))?>")
+
+
+def take_loras(lines: Sequence[Line], folder: Path) -> tuple[list[Line], tuple[LoRA, ...]]:
+    """The lines without <lora:NAME:STRENGTH> in their prompts, and the LoRAs that these name.
+
+    Raises:
+        ValueError: where a file is not there, a strength is no number, or prompts name different LoRAs.
+    """
+    found: dict[int, tuple[LoRA, ...]] = {}
+    out = []
+    for line in lines:
+        if line.request is not None and not line.request.literal:
+            tags = LORA_TAG.findall(line.request.prompt)
+            found[line.number] = tuple(LoRA.of((named_file(folder, name), _number(name, text))) for name, text in tags)
+            line = line._replace(request=replace(line.request, prompt=LORA_TAG.sub("", line.request.prompt)))
+        out.append(line)
+    if len({frozenset(loras) for loras in found.values()}) > 1:
+        raise ValueError("The prompts name different LoRAs, and a model has the same in all images; draw them by "
+                         "commands of their own.")  # fmt: skip
+    return out, next(iter(found.values()), ())
+
+
+def named_file(folder: Path, name: str) -> Path:
+    """The file of a LoRA in a folder, which may be named without its ending.
+
+    Raises:
+        ValueError: where there is none, or the name leads out of the folder.
+    """
+    for file in (folder / name, *(folder / f"{name}{end}" for end in (".safetensors", ".pt", ".ckpt"))):
+        if file.is_file() and file.resolve().is_relative_to(folder.resolve()):
+            return file
+    raise ValueError(f"<lora:{name}> names no file in {folder}: there is no {name}.safetensors.")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text or 1)
+    except ValueError:
+        raise ValueError(f"The strength of <lora:{name}:{text}> is no number; write it as <lora:{name}:0.8>.") from None
+
+
 def draw_prompts(args: Args, pipe: Pipeline, wanted: list[Job]) -> None:
     """Images in files that are new, with a contact sheet, film strips and GIFs beside them."""
     frames = args.frames or 1
@@ -294,7 +352,7 @@ def draw_file(args: Args, pipe: Pipeline, wanted: list[Job], part: int, parts: i
     if pipe.refiner is not None:
         batch["refiner"] = pipe.refiner.name
     if args.loras:
-        batch["loras"] = [[str(one.path), one.strength] for one in args.loras]
+        batch["loras"] = [list(one.values.values()) for one in args.loras]
     if args.controls:
         batch["controls"] = list(map(str, args.controls))
     if args.embeddings:
@@ -367,7 +425,8 @@ def carried_loras(carried: Mapping[str, Any]) -> tuple[LoRA, ...]:
     """
     match carried.get("loras", []):
         case list(loras) if all(isinstance(one, dict) for one in loras):
-            return tuple(LoRA.of((one.get("file"), one.get("strength"))) for one in loras)
+            names = ("file", "strength", "text_strength")
+            return tuple(LoRA.of(tuple(one[name] for name in names if name in one)) for one in loras)
     raise ValueError("its loras are no list of files and strengths.")
 
 

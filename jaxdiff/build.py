@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxdiff.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, T2IAdapterConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel
+from jaxdiff.models.t2i_adapter import T2IAdapter
+from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.nn.layers import Remat
 from jaxdiff.types import Key, Params
 
-NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
+NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig | T2IAdapterConfig | TinyVAEConfig
 
 
 def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> UNet2DConditionModel:
@@ -30,6 +32,27 @@ def controlnet(config: ControlNetConfig, dtype: DTypeLike = jnp.float32, remat: 
         hidden=config.conditioning_embedding_out_channels,
         pools=config.global_pool_conditions,
         bgr=config.controlnet_conditioning_channel_order == "bgr",
+    )
+
+
+def t2i_adapter(config: T2IAdapterConfig, dtype: DTypeLike = jnp.float32) -> T2IAdapter:
+    """What adds to a denoising network's features, once for all steps."""
+    return T2IAdapter(
+        config.adapter_type, config.channels, config.num_res_blocks, config.downscale_factor, dtype
+    )  # fmt: skip
+
+
+def tiny_vae(config: TinyVAEConfig, dtype: DTypeLike = jnp.float32) -> AutoencoderTiny:
+    """A tiny autoencoder of the same latents, for previews."""
+    return AutoencoderTiny(
+        latent_channels=config.latent_channels,
+        encoder_channels=config.encoder_block_out_channels,
+        decoder_channels=config.decoder_block_out_channels,
+        encoder_blocks=config.num_encoder_blocks,
+        decoder_blocks=config.num_decoder_blocks,
+        activation=config.act_fn,
+        scale=config.scaling_factor,
+        dtype=dtype,
     )
 
 
@@ -91,7 +114,10 @@ def text_encoder_2(
     config: CLIPTextConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
 ) -> CLIPTextModelWithProjection:
     """The second reader of Stable Diffusion XL's prompts, which also makes one vector of the whole prompt."""
-    return CLIPTextModelWithProjection(**_clip(config), projection_dim=config.projection_dim, dtype=dtype, remat=remat)
+    end = None if config.eos_token_id == 2 else config.eos_token_id  # published folders say 2, which it is not
+    return CLIPTextModelWithProjection(
+        **_clip(config), projection_dim=config.projection_dim, end_id=end, dtype=dtype, remat=remat
+    )
 
 
 def _clip(config: CLIPTextConfig) -> dict[str, Any]:
@@ -121,6 +147,11 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
             image = jnp.zeros((1, side * config.factor, side * config.factor, config.conditioning_channels))
             more["image"] = image
         return (x, jnp.zeros((1,)), jnp.zeros((1, 1, config.cross_attention_dim))), more
+    if isinstance(config, T2IAdapterConfig):
+        side = config.downscale_factor * 2 ** len(config.channels)
+        return (jnp.zeros((1, side, side, config.in_channels)),), {}
+    if isinstance(config, TinyVAEConfig):
+        return (jnp.zeros((1, config.factor, config.factor, 3)),), {}
     if isinstance(config, VAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),), {}
     return (jnp.zeros((1, config.max_position_embeddings), jnp.int32),), {}

@@ -17,7 +17,7 @@ from jaxdiff.build import NetworkConfig
 from jaxdiff.config import SchedulerConfig, load_json
 from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family, StableDiffusion, StableDiffusionXL, StableDiffusionXLRefiner, family_of
-from jaxdiff.io.control import NAME, ControlNet, read_control
+from jaxdiff.io.control import ControlNet, read_control
 from jaxdiff.io.convert import leaves
 from jaxdiff.io.embeddings import HOW, Embedding, Vectors, read_embedding, with_rows
 from jaxdiff.io.folder import (
@@ -36,6 +36,8 @@ from jaxdiff.io.folder import (
 )
 from jaxdiff.io.lora import LoRA, merge_loras
 from jaxdiff.io.mapped import check_unchanged
+from jaxdiff.io.preview import NAME as TINY
+from jaxdiff.io.preview import TinyVAE, read_tiny_vae
 from jaxdiff.io.scheduler import read_sampler, read_scheduler
 from jaxdiff.io.single_file import SingleFile, is_single, open_single
 from jaxdiff.io.weights import check_params
@@ -90,6 +92,8 @@ class Model:
 
     controls: tuple[ControlNet, ...] = ()
     """Networks that images steer the denoiser by."""
+    preview: TinyVAE | None = None
+    """A tiny autoencoder for previews."""
     tokenizer_2: Tokenizer | None = None
     """The second text encoder's."""
     zero_empty: bool = False
@@ -184,7 +188,9 @@ class Model:
             if words:
                 numbers = np.array([i for word in words for i in tokenizer.words[word]])
                 params = with_rows(params, numbers, np.concatenate([vectors[folder] for vectors in words.values()]))
-            networks[role] = Network(replace(config, vocab_size=max(config.vocab_size, len(tokenizer))), params)
+            # Where the config says which the end token is, it is no more the one with the largest number.
+            config = replace(config, vocab_size=max(config.vocab_size, len(tokenizer)), eos_token_id=tokenizer.eos_id)
+            networks[role] = Network(config, params)
             tokenizers.append(tokenizer)
         changed = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
         return replace(self, networks=networks, **changed, embeddings=(*self.embeddings, *wanted))
@@ -193,7 +199,7 @@ class Model:
         """The same model with control networks beside it, which are not saved with it.
 
         Args:
-            controls: folders or files of ControlNets.
+            controls: folders or files of ControlNets and T2I-Adapters.
 
         Raises:
             ValueError: where one is damaged or for another model.
@@ -207,8 +213,23 @@ class Model:
                 family.control_net(control.config)
             except ValueError as error:
                 raise ValueError(f"{control.path}: {error}") from error
-            found.append(control._replace(params=check_network(NAME, control.config, control.params, control.path)))
+            found.append(
+                control._replace(params=check_network(control.name, control.config, control.params, control.path))
+            )
         return replace(self, controls=(*self.controls, *found))
+
+    def with_preview(self, path: str | Path) -> "Model":
+        """The same model with a tiny autoencoder beside it, the folder of a TAESD, which is not saved with it.
+
+        Raises:
+            ValueError: where it is damaged or for another model.
+        """
+        tiny = read_tiny_vae(path)
+        try:
+            self.modules().preview_net(tiny.config)
+        except ValueError as error:
+            raise ValueError(f"{tiny.path}: {error}") from error
+        return replace(self, preview=tiny._replace(params=check_network(TINY, tiny.config, tiny.params, tiny.path)))
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
         """Writes a folder that `load` and diffusers read.
@@ -231,7 +252,8 @@ class Model:
         """As `save`; without a type weights keep their own, and what a single file had beside them goes along."""
         for leaf in jax.tree.leaves(self.params):
             check_unchanged(leaf)
-        networks = {self.family.FOLDERS[role]: (config, params) for role, (config, params) in self.networks.items()}
+        named = self.networks.items()
+        networks: Any = {self.family.FOLDERS[role]: (config, params) for role, (config, params) in named}
         write_folder(
             path, networks, self.scheduler, self.tokenizer, self.defaults, dtype, unmapped, self.tokenizer_2,
             self.about,

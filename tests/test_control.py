@@ -5,19 +5,21 @@ import json
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from tiny import off
 
 from jaxdiff import build
-from jaxdiff.config import ControlNetConfig, from_dict, to_dict
+from jaxdiff.config import ControlNetConfig, T2IAdapterConfig, from_dict, to_dict
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.programs import denoise
 from jaxdiff.generation.request import Request
 from jaxdiff.io.control import read_control
 from jaxdiff.io.convert import torch_views
 from jaxdiff.io.weights import stored, write_safetensors
+from jaxdiff.models.t2i_adapter import halved
 
 SIZES = to_dict(tiny.UNET) | {"conditioning_embedding_out_channels": [4, 6]}
 CONFIG = from_dict(ControlNetConfig, SIZES, "config")
@@ -197,6 +199,63 @@ def test_requests_with_and_without_are_told_apart(pipe):
         Pipeline(plain())("a dog", control_image=PHOTO)
     with pytest.raises(ValueError, match=r"leave out it or control_image"):
         pipe("a dog", control_image=PHOTO, cache_interval=2)
+
+
+# T2I-Adapters ---------------------------------------------------------------------------------------------------------
+
+T2I = T2IAdapterConfig(channels=(8, 16), num_res_blocks=1, downscale_factor=2)
+
+
+def write_adapter(folder, config=T2I, **others):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(config) | {"_class_name": "T2IAdapter"} | others))
+    found = tiny.random_params("t2i_adapter", config, np.random.default_rng(0))
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", stored(torch_views(found)))
+    return folder
+
+
+def test_a_t2i_adapters_image_is_followed_beside_a_control_network(folders, tmp_path):
+    pipe = Pipeline(plain().with_controls([write_adapter(tmp_path / "t2i"), folders[0]]))
+    asked = {"steps": 2, "control_image": (PHOTO, OTHER)}
+    scales = {scale: pipe("a dog", control_scale=scale, **asked) for scale in ((0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5))}
+    np.testing.assert_array_equal(scales[0, 0], Pipeline(plain())("a dog", steps=2))
+    assert len({image.tobytes() for image in scales.values()}) == 4
+    with pytest.raises(ValueError, match="cannot be cut into tiles"):
+        pipe("a dog", tile=16, **asked)
+
+
+ADAPTERS = {
+    "channels": ({"channels": [8, 8]}, "It is for another model: its features have channels"),
+    "levels": ({"channels": [8]}, "It is for another model"),
+    "pixels": ({"downscale_factor": 4}, "It is for another model"),
+    "a quarter of 6": ({"adapter_type": "light_adapter", "channels": [6, 8]}, "must be multiples of 4"),
+    "another kind": ({"adapter_type": "x"}, "adapter_type"),
+    "grey": ({"in_channels": 1}, "in_channels"),
+    "nothing": ({"channels": []}, "is empty"),
+    "other weights": ({"num_res_blocks": 2}, "missing: adapter.body.0.resnets.1"),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_t2i_adapter_that_does_not_fit_is_told(tmp_path, kind):
+    values, words = ADAPTERS[kind]
+    with pytest.raises(ValueError, match=words):
+        plain().with_controls([write_adapter(tmp_path / "t2i", **values)])
+
+
+def test_a_t2i_adapter_is_read_as_a_file_beside_its_config_alone(tmp_path):
+    folder = write_adapter(tmp_path / "t2i")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    assert read_control(file).config == read_control(folder).config == T2I
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="a T2I-Adapter; give its folder"):
+        read_control(file)
+
+
+def test_means_at_an_odd_edge_are_of_the_pixels_that_are_there():
+    x = np.arange(15, dtype=np.float32).reshape(1, 3, 5, 1)
+    expected = [[[[3.0], [5.0], [6.5]], [[10.5], [12.5], [14.0]]]]
+    np.testing.assert_array_equal(halved(jnp.asarray(x)), expected)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

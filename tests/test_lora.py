@@ -356,7 +356,7 @@ def test_files_of_torch_save_are_read(model, weights, tmp_path):
 
 
 def test_values_that_are_no_lora_are_refused(model, tmp_path):
-    for value in (1, ("a", "b"), ("a", True), ("a", float("nan")), ("a", 1, 2), None):
+    for value in (1, ("a", "b"), ("a", True), ("a", float("nan")), ("a", 1, 2, 3), ("a", 1, None), None):
         with pytest.raises(ValueError, match=r"A LoRA is|strength"):
             model.with_loras([value])
     with pytest.raises(ValueError, match="give a list"):

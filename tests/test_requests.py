@@ -19,7 +19,8 @@ def test_a_request_is_json_and_back():
     kinds = {
         **dict.fromkeys(("prompt", "negative_prompt", "source_prompt"), lambda: chance.choice(texts)),
         "to_prompt": lambda: chance.choice(texts),
-        **dict.fromkeys(("image", "mask"), lambda: chance.choice(["a.png", "sub folder/b.jpg"])),
+        "image_guidance": lambda: chance.uniform(1, 3),
+        **dict.fromkeys(("image", "mask", "depth"), lambda: chance.choice(["a.png", "sub folder/b.jpg"])),
         **dict.fromkeys(("seed", "to_seed"), lambda: chance.randrange(2**31)),
         **dict.fromkeys(("n", "steps", "tile", "cache_interval"), lambda: chance.randint(1, 99)),
         "guidance": lambda: chance.uniform(-9, 30),

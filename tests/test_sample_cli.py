@@ -134,6 +134,30 @@ def test_loras_are_drawn_with_and_told(sample, folder, loras):
     assert Path(again).read_bytes() == Path(path).read_bytes()
 
 
+def test_loras_are_named_in_prompts(sample, folder, loras):
+    code, (path,), _ = sample("a <lora:a:0.5> dog <lora:b.safetensors>", "--lora-dir", ".")
+    assert code == 0
+    given = [("a.safetensors", 0.5), "b.safetensors"]
+    np.testing.assert_array_equal(opened(path), jaxdiff.load(folder, loras=given)("a dog", steps=3)[0])
+    assert read_settings(path)["prompt"] == "a dog"
+    code, _, said = sample("a dog <lora:a>", "a dog", "--lora-dir", ".")
+    assert (code, "different LoRAs" in said) == (2, True)
+    for tag, words in (("c", "no c.safetensors"), ("a:x", "is no number"), ("../a", "names no file")):
+        code, _, said = sample(f"a dog <lora:{tag}>", "--lora-dir", ".")
+        assert (code, words in said, len(said.splitlines())) == (2, True, 1)
+
+
+def test_a_second_strength_is_the_text_encoders(sample, folder, loras):
+    code, (path,), _ = sample("a dog", "--lora", "a.safetensors:0.5:-0.25")
+    assert code == 0
+    drawn = jaxdiff.load(folder, loras=[("a.safetensors", 0.5, -0.25)])("a dog", steps=3)[0]
+    np.testing.assert_array_equal(opened(path), drawn)
+    assert read_settings(path)["loras"] == [{"file": "a.safetensors", "strength": 0.5, "text_strength": -0.25}]
+    code, (again,), _ = sample("--like", path)
+    assert code == 0
+    assert Path(again).read_bytes() == Path(path).read_bytes()
+
+
 def test_a_batch_is_gone_on_with_only_with_its_loras(sample, loras, tmp_path):
     (tmp_path / "p.txt").write_text("a dog\n")
     words = ("--from-file", "p.txt", "--lora")

@@ -154,6 +154,16 @@ def test_what_is_computed_again_is_not_kept_on_a_cpu_either():
     close(found["again"], found["kept"])
 
 
+def test_an_update_on_a_cpu_works_in_place():
+    """Beside the gradient there is nothing of the size of the params, of which the state holds four times as much."""
+    weights = {"w": jnp.ones((512, 1024)), "b": jnp.ones(1024)}
+    task = Task(lambda key: weights, lambda params, *rest: (sum(x.sum() ** 2 for x in params.values()), {}, {}))
+    tx = optimiser(OptimConfig(), learning_rate(OptimConfig(), 10))
+    state = create_state(task, tx, KEY, alone())
+    compiled = make_step(task, tx, state).lower(state, {}, to_devices(batch(), alone()), KEY).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * weights["w"].nbytes
+
+
 # Other gradients ------------------------------------------------------------------------------------------------------
 
 

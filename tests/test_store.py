@@ -200,7 +200,8 @@ def test_a_fingerprint_changes_with_any_argument_and_the_images_contents(tmp_pat
                {"guidance_rescale": 0.5}, {"apg_eta": 0}, {"apg_norm_threshold": 1}, {"latent_upscale": 2},
                {"pag_scale": 3}, {"literal": True}, {"apg_momentum": -0.5}, {"clip_skip": 1},
                {"original_size": (2, 4)}, {"crop": (1, 2)}, {"aesthetic_score": 5.0},
-               {"refiner_start": 0.5}, {"control_image": (str(image),)}, {"control_image": (str(image),) * 2},
+               {"refiner_start": 0.5}, {"depth": str(image)}, {"image_guidance": 2.0},
+               {"control_image": (str(image),)}, {"control_image": (str(image),) * 2},
                {"control_image": str(image), "control_scale": 0.5}, {"control_image": str(image), "control_start": 0.5},
                {"control_image": str(image), "control_end": 0.5}, {"control_image": str(image), "control_guess": True},
                ]  # fmt: skip

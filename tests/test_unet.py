@@ -8,6 +8,7 @@ import tiny
 
 from jaxdiff import build
 from jaxdiff.models.unet import prompt_keys
+from jaxdiff.nn.blocks import ResnetBlock
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +34,15 @@ def test_deep_features_of_the_same_input_give_the_same_output(unet):
     out = apply({"params": params}, x, t, context)
     np.testing.assert_allclose(apply({"params": params}, x, t, context, deep), out, atol=1e-6)
     assert np.abs(apply({"params": params}, x, t, context, 0 * deep) - out).max() > 0.1
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_norms_and_activations_keep_nothing_but_their_input_for_the_backward_pass(scale_shift):
+    """It is the block's, those of the convolutions and that of the second norm; with `scale_shift` also that of the
+    scaling, and that of the activation."""
+    block = ResnetBlock(64, 32, 1e-5, scale_shift=scale_shift)
+    x, emb = jnp.ones((2, 16, 16, 64)), jnp.ones((2, 32))
+    params = block.init(jax.random.key(0), x, emb)
+    _, pull = jax.vjp(lambda params, x: block.apply(params, x, emb), params, x)
+    kept = {id(leaf) for leaf in jax.tree.leaves(pull) if leaf.shape == x.shape}
+    assert len(kept) == (6 if scale_shift else 4)

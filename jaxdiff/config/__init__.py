@@ -6,7 +6,15 @@ folder's file and a dataclass are one thing. Nothing here imports more than the 
 
 from jaxdiff.config.base import as_written, from_dict, load_json, nearest, to_dict, to_name
 from jaxdiff.config.data import DataConfig
-from jaxdiff.config.networks import CLIPTextConfig, ControlNetConfig, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.config.networks import (
+    CLIPTextConfig,
+    ControlNetConfig,
+    SchedulerConfig,
+    T2IAdapterConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from jaxdiff.config.optim import EMAConfig, OptimConfig
 from jaxdiff.config.tasks import DiffusionTask, VAETask
 from jaxdiff.config.train import DistributedConfig, MeshConfig, TrainConfig
@@ -21,6 +29,8 @@ __all__ = [
     "MeshConfig",
     "OptimConfig",
     "SchedulerConfig",
+    "T2IAdapterConfig",
+    "TinyVAEConfig",
     "TrainConfig",
     "UNetConfig",
     "VAEConfig",

@@ -169,6 +169,27 @@ class ControlNetConfig(UNetConfig):
 
 
 @dataclass(frozen=True)
+class T2IAdapterConfig(Checked):
+    """`config.json` of a T2I-Adapter."""
+
+    in_channels: int = 3
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_res_blocks: int = 2
+    downscale_factor: int = 8
+    adapter_type: Literal["full_adapter", "full_adapter_xl", "light_adapter"] = "full_adapter"
+
+    def _check(self) -> None:
+        positive(self, "in_channels", "channels", "num_res_blocks", "downscale_factor")
+        one_of("T2IAdapterConfig.in_channels", self.in_channels, (3,))
+        require(len(self.channels) > 0, "T2IAdapterConfig.channels is empty; give the channels of each level.")
+        light = self.adapter_type == "light_adapter"
+        require(
+            not light or all(width % 4 == 0 for width in self.channels),
+            f"T2IAdapterConfig.channels is {self.channels}; those of a light_adapter must be multiples of 4.",
+        )
+
+
+@dataclass(frozen=True)
 class VAEConfig(Checked):
     """`vae/config.json`: AutoencoderKL, a factor of 2 for each level after the first."""
 
@@ -224,6 +245,39 @@ class VAEConfig(Checked):
     def factor(self) -> int:
         """Pixels per latent pixel, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class TinyVAEConfig(Checked):
+    """`config.json` of an AutoencoderTiny, such as TAESD's: a factor of 2 for each level after the first."""
+
+    latent_channels: int = 4
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    act_fn: Activation = "relu"
+    scaling_factor: float = 1.0
+
+    def _check(self) -> None:
+        widths = ("encoder_block_out_channels", "decoder_block_out_channels")
+        positive(self, "latent_channels", *widths, "num_encoder_blocks", "num_decoder_blocks", "scaling_factor")
+        for half in ("encoder", "decoder"):
+            channels, blocks = getattr(self, f"{half}_block_out_channels"), getattr(self, f"num_{half}_blocks")
+            require(
+                0 < len(channels) == len(blocks),
+                f"TinyVAEConfig.{half}_block_out_channels has {len(channels)} levels and num_{half}_blocks "
+                f"{len(blocks)}; they must be as many, and one at least.",
+            )
+            require(
+                len(set(channels)) == 1,
+                f"TinyVAEConfig.{half}_block_out_channels is {channels}; all levels must have the same width.",
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return 2 ** (len(self.decoder_block_out_channels) - 1)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Guidance(NamedTuple):
     high: Scale | None = None
     pag_scale: Scale | None = None
     """The scale of perturbed-attention guidance (Ahn et al. 2024, eq. 13); None asks for no such guess."""
+    image_guidance: Scale | None = None
+    """The scale of guidance by the image that is edited (Brooks et al. 2023, eq. 3); None asks for no such guess."""
 
     def memory(self, x_0: Latent) -> tuple[Latent, ...]:
         """What guidance keeps between steps (see `jaxdiff.sampling.loop.State`), before the first step; `x_0` gives the
@@ -82,6 +84,30 @@ def guided(
             x_0 += jnp.where(here, guidance.pag_scale, 0.0) * away
         x_0 = rescaled(x_0, x_c, x, sigma, jnp.where(here, guidance.rescale, 0.0), prediction)
         return (x_0, *memory) if memory else x_0
+
+    return denoise
+
+
+def guided_by_image(
+    guess_fn: Callable[[Latent, Sigma], Guesses],
+    combine: Callable[[Callable[[Latent, Sigma], Guesses]], DenoiseFn],
+    guidance: Guidance,
+) -> DenoiseFn:
+    """Guidance by prompts and by the image that is edited (Brooks et al. 2023, InstructPix2Pix, eq. 3).
+
+    Args:
+        guess_fn: gives what `guided` reads, all with the image, and last the negative prompt's guess without it.
+        combine: `guided` of such a function.
+        guidance: with `image_guidance`; 1 adds nothing.
+    """
+
+    def denoise(x: Latent, sigma: Sigma, *memory: Latent) -> Any:
+        guesses = guess_fn(x, sigma)
+        out: Any = combine(lambda *_: guesses[:-1])(x, sigma, *memory)  # pyright: ignore[reportCallIssue]
+        x_0, *kept = out if memory else (out,)
+        scale = jnp.where(guidance.at(sigma), guidance.image_guidance, 1.0)  # pyright: ignore[reportArgumentType]
+        x_0 += (scale - 1) * (guesses[0] - guesses[-1])
+        return (x_0, *kept) if memory else x_0
 
     return denoise
 

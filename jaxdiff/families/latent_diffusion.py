@@ -6,7 +6,7 @@ the denoiser is called. Another family is another module with the same methods.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +14,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
+from jaxdiff.config import CLIPTextConfig, ControlNetConfig, T2IAdapterConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from jaxdiff.models.controlnet import ControlNetModel, embed, times
+from jaxdiff.models.t2i_adapter import T2IAdapter
+from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import Added, UNet2DConditionModel, perturbed, prompt_keys, structured
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.types import Conditioning, Params, Tokens
 
 Size = tuple[int, int]
+Beside = Literal["mask", "image", "depth"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class LatentDiffusion:
     latent_scale: float
     """A latent times this has unit variance."""
     in_channels: int
-    """Channels that the denoiser takes; an inpainting model's are a latent, a mask and a masked image's latent."""
+    """Channels that the denoiser takes: a latent's, and what it reads beside it; see `beside`."""
 
     FOLDERS: ClassVar[Mapping[str, str]]
     """Each role's folder in a diffusers model folder."""
@@ -58,10 +61,11 @@ class LatentDiffusion:
         assert isinstance(vae, VAEConfig)
         texts: list[CLIPTextConfig] = [configs[role] for role in cls.TEXT_ENCODERS]
         latent = vae.latent_channels
-        if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1):
+        if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1, 2 * latent, latent + 1):
             raise ValueError(
                 f"The denoiser takes {unet.in_channels} channels and gives {unet.out_channels}, and the autoencoder's "
-                f"latents have {latent}; it must give {latent}, and take {latent}, or {2 * latent + 1} for inpainting."
+                f"latents have {latent}; it must give {latent}, and take {latent}, or {2 * latent + 1} for inpainting, "
+                f"{2 * latent} to edit images, {latent + 1} with a depth map."
             )
         widths = [text.hidden_size for text in texts]
         if unet.cross_attention_dim != sum(widths):
@@ -122,9 +126,12 @@ class LatentDiffusion:
         raise NotImplementedError
 
     @property
-    def inpaints(self) -> bool:
-        """Whether the denoiser takes a mask and the masked image's latent beside the noisy latent."""
-        return self.in_channels > self.latent_channels
+    def beside(self) -> Beside | None:
+        """What the denoiser takes beside the noisy latent: a mask and the masked image's latent (9 channels), the
+        latent of the image that it edits (8 channels), or a depth map (5 channels)."""
+        more, latent = self.in_channels - self.latent_channels, self.latent_channels
+        kinds: dict[int, Beside] = {latent + 1: "mask", latent: "image", 1: "depth"}
+        return kinds.get(more)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -223,12 +230,20 @@ class LatentDiffusion:
 
     # Control ----------------------------------------------------------------------------------------------------------
 
-    def control_net(self, config: ControlNetConfig, dtype: DTypeLike = jnp.float32) -> ControlNetModel:
+    def control_net(self, config: ControlNetConfig | T2IAdapterConfig, dtype: DTypeLike = jnp.float32) -> Any:
         """The module of a network that an image steers the denoiser by.
 
         Raises:
             ValueError: where its features do not fit the denoiser's.
         """
+        if isinstance(config, T2IAdapterConfig):
+            adapter = build.t2i_adapter(config, dtype)
+            if adapter.sizes not in (wanted := self._stages, wanted[:-1]):
+                raise ValueError(
+                    f"It is for another model: its features have channels, and pixels to a side, {adapter.sizes}, and "
+                    f"this model's {wanted[:-1]}."
+                )
+            return adapter
         net, own = build.controlnet(config, dtype), self.denoiser
         width = sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
         sizes = {
@@ -245,23 +260,47 @@ class LatentDiffusion:
             raise ValueError(f"It is for another model: {told}.")
         return net
 
-    def steers_prompt_alone(self, net: ControlNetModel) -> bool:
-        """Whether a network is for the rows of the prompt alone, and not for those of the negative prompt."""
-        return net.pools
+    @property
+    def _stages(self) -> list[tuple[int, int]]:
+        """Channels and pixels to a side of what T2I-Adapters add to: each stage's features, and the middle's."""
+        net, found = self.denoiser, []
+        for i, (channels, depth) in enumerate(zip(net.channels, net.down_depths, strict=True)):
+            halved = not depth and i < len(net.channels) - 1
+            found.append((channels, self.factor * 2 ** (i + halved)))
+        return [*found, (net.channels[-1], self.factor * 2 ** (len(net.channels) - 1))]
 
-    def embed_control(self, net: ControlNetModel, params: Params, image: Float[Array, "b h2 w2 3"]) -> Array:
-        """What a network makes of images in [0, 1], once for all steps: features [b, h, w, d] of the latent's size."""
-        return embed(net, params, image)
+    def check_control(self, net: Any, size: Size, tile: bool) -> None:
+        """Whether a network can steer an image of this width and height, as a whole or in tiles.
+
+        Raises:
+            ValueError: where not.
+        """
+        if not isinstance(net, T2IAdapter):
+            return
+        if size[0] % net.factor or size[1] % net.factor:
+            raise ValueError(f"size is {size[0]}x{size[1]}; for this T2I-Adapter both sides must be multiples of "
+                             f"{net.factor}.")  # fmt: skip
+        if tile:
+            raise ValueError("A T2I-Adapter's features cannot be cut into tiles; leave out tile or control_image.")
+
+    def steers_prompt_alone(self, net: Any) -> bool:
+        """Whether a network is for the rows of the prompt alone, and not for those of the negative prompt."""
+        return isinstance(net, ControlNetModel) and net.pools
+
+    def embed_control(self, net: Any, params: Params, image: Float[Array, "b h2 w2 3"]) -> Any:
+        """What a network makes of images in [0, 1], once for all steps: features [b, h, w, d] of the latent's size, or
+        several of other sizes."""
+        return net.apply({"params": params}, image) if isinstance(net, T2IAdapter) else embed(net, params, image)
 
     def control(
         self,
-        net: ControlNetModel,
+        net: Any,
         params: Params,
         x: Float[Array, "n h w c"],
         t: Float[Array, " n"],
         conditioning: Conditioning,
         prepared: Params,
-        features: Float[Array, "n h w d"],
+        features: Any,
         scale: Float[Array, ""],
         guess: bool = False,
     ) -> Added:
@@ -279,9 +318,29 @@ class LatentDiffusion:
             guess: less of the features that come first, so that the image says what the prompt does not.
         """
         variables = {"params": params, "prompt": prepared}
+        if isinstance(net, T2IAdapter):
+            weighed_ = tuple(feature * scale.astype(feature.dtype) for feature in features)
+            levels = len(self.denoiser.channels)
+            return Added(middle=weighed_[levels] if weighed_[levels:] else None, stages=weighed_[:levels])
         told = self._told(conditioning)
         added: Any = net.apply(variables, x, t, conditioning.context, features=features, **told)
         return times(added, scale, guess and not net.pools)
+
+    # Previews ---------------------------------------------------------------------------------------------------------
+
+    def preview_net(self, config: TinyVAEConfig, dtype: DTypeLike = jnp.float32) -> AutoencoderTiny:
+        """The module of a tiny autoencoder, whose latents are the model's.
+
+        Raises:
+            ValueError: where they are not.
+        """
+        theirs, own = (config.latent_channels, config.factor), (self.latent_channels, self.factor)
+        if theirs != own:
+            raise ValueError(
+                f"It is for another model: its latents have {theirs[0]} channels and {theirs[1]} pixels to a side, and "
+                f"this model's {own[0]} and {own[1]}."
+            )
+        return build.tiny_vae(config, dtype)
 
     # Autoencoder ------------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,33 @@ def control_images(request: Request, size: Size) -> list[UInt8[np.ndarray, "h w 
     ]
 
 
+def depth_map(depth: Pixels, sides: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
+    """A depth map at a latent's height and width, from -1 to 1; one that is the same everywhere is 0."""
+    given = _read(depth).mean(-1) if isinstance(depth, str | Path) else depth
+    found = bicubic(np.asarray(given, np.float32), sides)
+    low, high = found.min(), found.max()
+    return np.zeros_like(found) if low == high else 2 * (found - low) / (high - low) - 1
+
+
+def bicubic(image: Float32[np.ndarray, "h w"], sides: tuple[int, int]) -> Float32[np.ndarray, "h2 w2"]:
+    """At another height and width by cubic convolution (Keys 1981, with a = -0.75, as PyTorch has it), which sees four
+    pixels along each side, however many there are."""
+    for axis, n in enumerate(sides):
+        size = image.shape[axis]
+        if size == n:
+            continue
+        places = (np.arange(n) + 0.5) * size / n - 0.5
+        first = np.floor(places).astype(int)
+        weights = np.zeros((n, size))
+        for k in range(-1, 3):
+            away = np.abs(places - (first + k))
+            near = (1.25 * away - 2.25) * away**2 + 1
+            far = -0.75 * (((away - 5) * away + 8) * away - 4)
+            np.add.at(weights, (np.arange(n), np.clip(first + k, 0, size - 1)), np.where(away <= 1, near, far))
+        image = np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis).astype(np.float32)
+    return image
+
+
 def check_size(name: str, size: Size, factor: int, whose: str = "the model's factor") -> None:
     """Both sides must be above 0, multiples of `factor`, and not beyond `MAX_SIDE`.
 

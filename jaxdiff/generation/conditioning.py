@@ -49,9 +49,14 @@ def make_inputs(
 
     if drawing.mask is not None and not drawing.mask.any(axis=(1, 2)).all():
         warn(["A mask selects nothing: all of it is black (0), so the image stays as it is; white (1) is drawn anew."])
+    if drawing.depth is not None:
+        inputs = inputs._replace(extra=drawing.depth[..., None])
+    if drawing.edits:
+        assert known is not None, "what is edited is an image"
+        inputs, known = inputs._replace(extra=known / program.family.latent_scale), None
     if drawing.mask is not None and known is not None and drawing.image is not None:
         free = _free(drawing.mask, program.family.factor)
-        if program.family.inpaints:
+        if program.family.beside == "mask":
             hidden = np.where(drawing.mask[..., None] > 0.5, np.uint8(127), drawing.image)
             extra = jnp.concatenate([free, encode_latents(hidden, params["vae"], program)], axis=-1)
             inputs = inputs._replace(extra=extra)

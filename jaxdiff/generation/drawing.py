@@ -16,7 +16,7 @@ from jaxdiff.diffusion.denoiser import sigma_to_t
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.families import Family
-from jaxdiff.generation.canvas import Size, canvas_of, check_size, control_images, image_size, latent_shape
+from jaxdiff.generation.canvas import Size, canvas_of, check_size, control_images, depth_map, image_size, latent_shape
 from jaxdiff.generation.programs import INVERSIONS
 from jaxdiff.generation.request import DEFAULTS, PER_IMAGE, Request
 from jaxdiff.runtime.memory import memory_bytes
@@ -27,6 +27,8 @@ REFINER_START = 0.8
 """How much of the noise schedule is drawn before a refiner takes over, where a request does not say."""
 AESTHETIC_SCORE = 6.0
 """What the refiner of Stable Diffusion XL is told, where a request does not say: people liked the image."""
+IMAGE_GUIDANCE = 1.5
+"""How closely an edited image follows the one that it is made of, where a request does not say."""
 UPSCALE_STRENGTH = 0.35
 """How much of an enlarged image is drawn anew, where the request does not say."""
 
@@ -42,8 +44,8 @@ class ModelInfo:
     dtype: DTypeLike
     defaults: Mapping[str, Any]
     """The settings that stand in for those that a request leaves out."""
-    controls: int = 0
-    """Control networks that it was loaded with."""
+    controls: tuple[Any, ...] = ()
+    """The modules of the control networks that it was loaded with."""
     zero_empty: bool = False
     """Whether an empty negative prompt is zeros, and not what the text encoders make of it."""
 
@@ -69,6 +71,10 @@ class Drawing:
     """What the denoiser is told beside a negative prompt, and beside a prompt; None is nothing."""
     zero_empty: bool = False
     """Whether an empty negative prompt is zeros."""
+    edits: bool = False
+    """Whether the image is what the denoiser edits, and not what the noise is added to."""
+    depth: Float32[np.ndarray, "b h2 w2"] | None = None
+    """Depth maps in latent pixels, from -1 to 1."""
     embeds_guidance: bool = False
     """Whether the denoiser reads the guidance scale, and so needs no negative prompt."""
 
@@ -122,8 +128,11 @@ class Drawing:
         """
         settings = self.settings
         low, high = settings.guidance_interval or (None, None)
+        scale = 1.0 if self.embeds_guidance else max(1.0, settings.guidance or 0.0)
+        by_image = IMAGE_GUIDANCE if settings.image_guidance is None else settings.image_guidance
         numbers: dict[str, Any] = {
-            "scale": 1.0 if self.embeds_guidance else max(1.0, settings.guidance or 0.0),
+            "scale": scale,
+            "image_guidance": by_image if self.edits and scale > 1 else None,
             "rescale": settings.guidance_rescale,
             "low": low,
             "high": high,
@@ -170,6 +179,7 @@ def settled(request: Request, model: ModelInfo) -> Request:
         filled["schedule"] = DEFAULTS["schedule"]  # the model's own is not for a sampler that the request names
     if request.image is not None and request.strength is None:
         whole = request.mask is not None or request.outpaint is not None or request.invert is not None
+        whole = whole or model.family.beside == "image"
         filled["strength"] = UPSCALE_STRENGTH if request.enlarges else 1.0 if whole else 0.8
     own = model.size
     if request.enlarges and request.tile is None and request.cache_interval == 1 and own is not None:
@@ -188,7 +198,7 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
     for request in requests:
         request.check()
     common, family = requests[0], model.family
-    for name in ("image", "mask", "latents", "to_prompt", "to_seed"):
+    for name in ("image", "mask", "depth", "latents", "to_prompt", "to_seed"):
         if len({getattr(one, name) is None for one in requests}) > 1:
             raise ValueError(f"{name} is given for some of the requests; give it for all that are drawn together.")
     for name in vars(common):
@@ -201,14 +211,12 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
             f"clip_skip is {common.clip_skip}; this model's text encoder has {family.text_layers} layers, so it must "
             f"be from 0 to {family.text_layers - 1}."
         )
-    if family.inpaints and common.mask is None and common.outpaint is None:
-        raise ValueError("This model is for inpainting; give an image and a mask.")
+    _check_beside(common, family)
 
     for one in requests:
-        if one.control_image and len(one.control_image) != model.controls:
-            nets = "no control network; give it by controls= (--control)" if not model.controls else (
-                f"{model.controls} control network{'s' if model.controls > 1 else ''}; give an image for each"
-            )  # fmt: skip
+        if one.control_image and len(one.control_image) != (n := len(model.controls)):
+            nets = f"{n} control network{'s' if n > 1 else ''}; give an image for each"
+            nets = nets if n else "no control network; give it by controls= (--control)"
             raise ValueError(
                 f"There are {len(one.control_image)} of control_image, and the model was loaded with {nets}."
             )
@@ -220,6 +228,9 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         if image.shape != images[0].shape:
             shape = image_size(one, family, model.size)
             raise ValueError(f"Images that are drawn together must have one size; they have {size} and {shape}.")
+    if common.control_image:
+        for net in model.controls:
+            family.check_control(net, size, common.tile is not None)
     hints = [control_images(one, image_size(one, family, model.size)) for one in requests]
     if len({len(some) for some in hints}) > 1:
         raise ValueError("control_image is given for some of the requests; give it for all that are drawn together.")
@@ -239,6 +250,7 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         AESTHETIC_SCORE if common.aesthetic_score is None else common.aesthetic_score,
         common.guidance or 0.0,
     )
+    depths = [depth_map(one.depth, shape[:2]) for one in requests if one.depth is not None]
     _check_memory(family, len(requests), size, model.dtype)
     schedule = make_schedule(model.scheduler)
     settings: Any = common  # they are filled in
@@ -254,8 +266,34 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         hints=tuple(np.stack(some) for some in zip(*hints, strict=True)),
         numbers=numbers,
         zero_empty=model.zero_empty,
+        edits=family.beside == "image",
+        depth=np.stack(depths) if depths else None,
         embeds_guidance=family.embeds_guidance,
     )
+
+
+def _check_beside(request: Request, family: Family) -> None:
+    """Whether the request gives what the denoiser reads beside a latent, and no more.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    kind = family.beside
+    if kind == "mask" and request.mask is None and request.outpaint is None:
+        raise ValueError("This model is for inpainting; give an image and a mask.")
+    if kind == "image" and request.image is None:
+        raise ValueError("This model edits an image, and the prompt says how; give the image.")
+    if (kind == "depth") != (request.depth is not None):
+        raise ValueError("This model draws by a depth map; give it as depth." if kind == "depth" else
+                         "depth is for models that read a depth map, and this one does not; leave it out.")  # fmt: skip
+    if kind != "image" and request.image_guidance is not None:
+        raise ValueError("image_guidance is for models that edit images by instruction; leave it out.")
+    if kind == "image":
+        for name in ("mask", "outpaint", "invert", "upscale"):
+            if getattr(request, name) is not None:
+                raise ValueError(f"This model edits the whole image; leave out {name}.")
+        if request.latent_upscale > 1 or request.strength != 1:
+            raise ValueError("This model edits the image from noise; leave out strength and latent_upscale.")
 
 
 def check_read(request: Request, families: Sequence[Family]) -> None:

@@ -2,10 +2,11 @@
 
     rows          the denoiser on one row for each guess that guidance reads
     controlled    what control networks add to its features
-    beside        maps beside the latent: an inpainting model's mask and masked image, features of control images
+    beside        maps beside the latent: a mask, an image or a depth map that the model reads, features of control
+                  images
     tiled         overlapping tiles of a large image
     make_denoiser from the network's output to a guess of x_0
-    guided        one guess from several: classifier-free guidance, prompt parts, PAG, APG, rescaling
+    guided        one guess from several: classifier-free guidance, prompt parts, PAG, APG, rescaling, edited images
     within        guidance in an interval of noise levels
     beside_source the source image drawn along, for its layout
     inpainted     the known part of the image
@@ -13,7 +14,7 @@
 All of it is written for one image and mapped over a batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxdiff.config import SchedulerConfig
 from jaxdiff.diffusion.denoiser import NetworkFn, make_denoiser, sigma_to_t
-from jaxdiff.diffusion.guidance import Guidance, guided, within
+from jaxdiff.diffusion.guidance import Guidance, guided, guided_by_image, within
 from jaxdiff.diffusion.inpaint import inpainted
 from jaxdiff.diffusion.prediction import PREDICTIONS
 from jaxdiff.diffusion.schedule import make_schedule
@@ -52,7 +53,8 @@ class Inputs(NamedTuple):
     noise: Float[AnyArray, "*b h w c"] | None = None
     """The noise of the part that is kept."""
     extra: Float[AnyArray, "*b h w d"] | None = None
-    """An inpainting model's further channels: the mask and the masked image's latent."""
+    """Further channels of models that read more: a mask and the masked image's latent, an image's latent, a depth
+    map."""
     step_noise: Float[AnyArray, "*b n h w c"] | None = None
     """The noise of each step, in place of the key's."""
     layout_above: Float[AnyArray, ""] | None = None
@@ -78,7 +80,7 @@ class Prepared(NamedTuple):
 
     prompts: Params
     """Of its prompts, by the denoiser."""
-    controls: tuple[tuple[Float[Array, "*b h w d"], Params], ...] = ()
+    controls: tuple[tuple[Any, Params], ...] = ()
     """By each control network, features of the control image, and of the prompts."""
 
 
@@ -96,7 +98,8 @@ class Steering(NamedTuple):
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 # The denoiser is called once for all guesses that guidance reads, a row for each: the negative prompt's, those of the
-# prompt's parts, where attention is perturbed those of the parts once more, and the source's.
+# prompt's parts, where attention is perturbed those of the parts once more, the source's, and where an image is edited
+# the negative prompt's without it.
 ALL = slice(None)
 PROMPT = slice(1, 2)
 """The row of a prompt of one part."""
@@ -106,7 +109,13 @@ def prompt_of_row(inputs: Inputs, guidance: Guidance | None) -> list[int]:
     """Which of the prompts each row reads."""
     parts = range(1, 1 + inputs.weights.shape[-4])
     source = [] if inputs.layout_above is None else [1 + len(parts)]
-    return [0, *parts, *(parts if guidance is not None and guidance.pag_scale is not None else []), *source]
+    perturbed = parts if guidance is not None and guidance.pag_scale is not None else []
+    return [0, *parts, *perturbed, *source, *([0] if reads_no_image(guidance) else [])]
+
+
+def reads_no_image(guidance: Guidance | None) -> bool:
+    """Whether there is a last row, of the negative prompt without the image that is edited."""
+    return guidance is not None and guidance.image_guidance is not None
 
 
 def is_one_row(inputs: Inputs, guidance: Guidance) -> bool:
@@ -171,25 +180,31 @@ class Rows:
         conditioning, prepared = of_rows(self.inputs.conditioning), of_rows(self.prepared.prompts)
         n, edits = len(chosen), self._edits(sigma, len(chosen))
         control = partial(self._control, sigma=sigma, rows=rows, conditioning=conditioning, of_rows=of_rows)
-        hints = [features.astype(jnp.float32) for features, _ in self.prepared.controls]
+        # Features of the latent's size travel beside it, through tiles; others are as large as they are.
+        hints = [features for features, _ in self.prepared.controls]
+        beside_x = [hint.astype(jnp.float32) for hint in hints if isinstance(hint, jax.Array)]
         channels = self.family.in_channels
 
         def network(x_in: Float[Array, "n h w c"], t: Float[Array, ""]) -> Array:
             deep, times, added = None if self.deep is None else self.deep[rows], jnp.full(n, t), None
             if hints:
-                x_in, features = x_in[..., :channels], x_in[..., channels:]
-                added = control(x_in, times, features)
+                x_in, *maps = jnp.split(x_in, np.cumsum([channels, *(a.shape[-1] for a in beside_x)])[:-1], axis=-1)
+                added = control(x_in, times, iter(maps))
             return self.family.predict(self.params, x_in, times, conditioning, prepared, edits, deep, only_deep, added)
 
         tiles = network if self.tile is None else tiled(network, self.tile)
-        maps = [*([] if self.inputs.extra is None else [jnp.asarray(self.inputs.extra)]), *hints]
+        maps = [jnp.broadcast_to(hint, (n, *hint.shape)) for hint in beside_x]
+        if self.inputs.extra is not None:
+            numbers = np.arange(len(self.prompts))[rows]
+            shown = (numbers < len(self.prompts) - reads_no_image(self.guidance)).astype(np.float32)
+            maps = [jnp.asarray(shown)[:, None, None, None] * jnp.asarray(self.inputs.extra)[None], *maps]
         return beside(tiles, jnp.concatenate(maps, axis=-1)) if maps else tiles
 
     def _control(
         self,
         x: Float[Array, "n h w c"],
         t: Float[Array, " n"],
-        features: Float[Array, "n h w d"],
+        maps: Iterator[Float[Array, "n h w d"]],
         *,
         sigma: Sigma,
         rows: slice,
@@ -200,7 +215,7 @@ class Rows:
         nets, controls, guess = self.steering
         parts, total = self.inputs.weights.shape[-4], None
         for net, control, (own, keys) in zip(nets, controls, self.prepared.controls, strict=True):
-            hint, features = features[..., : own.shape[-1]], features[..., own.shape[-1] :]
+            hint = next(maps) if isinstance(own, jax.Array) else of_all(own, len(x))
             lowest = int(guess or self.family.steers_prompt_alone(net))  # the negative prompt is number 0
             which = np.array([i for i, p in enumerate(self.prompts[rows]) if lowest <= p <= parts], int)
             if not len(which):
@@ -209,9 +224,8 @@ class Rows:
             some = jax.tree.map(lambda leaf, which=which: leaf[which], given)
             add = partial(self.family.control, net, control.params, *some, jnp.asarray(control.scale), guess)
             added = add() if control.low is None or control.high is None else at_levels(add, sigma, control)
-            whole = [jnp.zeros((len(x), *a.shape[1:]), a.dtype).at[which].set(a) for a in jax.tree.leaves(added)]
-            added = jax.tree.unflatten(jax.tree.structure(added), whole)
-            total = added if total is None else jax.tree.map(jnp.add, total, added)
+            whole = jax.tree.map(lambda a, w=which: jnp.zeros((len(x), *a.shape[1:]), a.dtype).at[w].set(a), added)
+            total = whole if total is None else total.plus(whole)
         return total
 
     def _edits(self, sigma: Sigma, n: int) -> Params | None:
@@ -225,17 +239,22 @@ class Rows:
         return edits or None
 
 
+def of_all(tree: Any, n: int) -> Any:
+    """Arrays of one image for n rows."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), tree)
+
+
 def at_levels(fn: Callable[[], Any], sigma: Sigma, control: Control) -> Any:
     """`fn()` at the noise levels at which a control network counts; else zeros, which cost nothing."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn))
     return jax.lax.cond((control.low < sigma) & (sigma <= control.high), fn, lambda: zeros)  # pyright: ignore
 
 
-def beside(network_fn: NetworkFn, maps: Float[AnyArray, "h w d"]) -> NetworkFn:
-    """The network that reads further channels beside the latent's, which are the same for all rows."""
+def beside(network_fn: NetworkFn, maps: Float[AnyArray, "n h w d"]) -> NetworkFn:
+    """The network that reads further channels beside the latent's."""
 
     def network(x_in: Float[Array, "n h w c"], t: Float[Array, ""]) -> Array:
-        return network_fn(jnp.concatenate([x_in, jnp.broadcast_to(maps, (len(x_in), *maps.shape))], axis=-1), t)
+        return network_fn(jnp.concatenate([x_in, maps], axis=-1), t)
 
     return network
 
@@ -262,7 +281,10 @@ def image_denoiser(rows: Rows) -> DenoiseFn:
         x_0 = rows.guesses(x, sigma, PROMPT)[0]
         return (x_0, *memory) if memory else x_0
 
-    denoise_fn = combine(rows.guesses) if inputs.layout_above is None else beside_source(rows.guesses, combine)
+    if reads_no_image(guidance):
+        denoise_fn = guided_by_image(rows.guesses, combine, guidance)
+    else:
+        denoise_fn = combine(rows.guesses) if inputs.layout_above is None else beside_source(rows.guesses, combine)
     if guidance.low is not None and is_one_row(inputs, guidance):  # further rows are needed at every level
         denoise_fn = within(denoise_fn, prompt_alone, guidance)
     if inputs.mask is not None:

@@ -32,15 +32,15 @@ from jaxdiff.generation.drawing import (
     settled,
 )
 from jaxdiff.generation.network import Control, Inputs, Prepared
-from jaxdiff.generation.programs import Program, decode, denoise, guess, prepare_once
+from jaxdiff.generation.programs import Program, decode, decode_preview, denoise, guess, prepare_once
 from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, floats, seed_number, shown
-from jaxdiff.generation.weights import CONTROL, Memory, Weights, check_memory, step_roles
+from jaxdiff.generation.weights import CONTROL, PREVIEW, Memory, Weights, check_memory, step_roles
 from jaxdiff.io.images import feathered
 from jaxdiff.model import Adapter, FileOptions, Model, check_dtype, merge_adapters, read_model
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.memory import free_bytes, memory_bytes, resident_bytes, temporaries
 from jaxdiff.runtime.mesh import make_mesh, on, spread
-from jaxdiff.runtime.programs import enable_compilation_cache, give_back_memory, kept
+from jaxdiff.runtime.programs import begin, enable_compilation_cache, give_back_memory, kept
 from jaxdiff.sampling.loop import State
 from jaxdiff.sampling.samplers import BUILT_IN, SAMPLERS, count_steps, make_sigmas
 from jaxdiff.types import DenoiseFn, Params
@@ -63,6 +63,7 @@ def load(
     loras: Iterable[str | Path | tuple[str | Path, float]] = (),
     embeddings: Iterable[str | Path | tuple[str | Path, str]] = (),
     controls: Iterable[str | Path] = (),
+    preview: str | Path | None = None,
     refiner: str | Path | None = None,
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
@@ -83,7 +84,8 @@ def load(
         loras: files, or pairs of a file and a strength, such as ("flat.safetensors", 0.8); they come after `adapters`.
         embeddings: textual inversions, files or pairs of a file and what its word is called in prompts, such as
             ("learned_embeds.bin", "<my-cat>"); without a name it is the file's own.
-        controls: ControlNets, folders or files, which a request's `control_image` steers the model by.
+        controls: ControlNets and T2I-Adapters, folders or files, which a request's `control_image` steers the model by.
+        preview: the folder of a tiny autoencoder (TAESD), by which `Pipeline.preview` makes images.
         refiner: a model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner; see
             `Request.refiner_start`.
 
@@ -109,6 +111,8 @@ def load(
         model = model.with_embeddings(embeddings)
     if controls := tuple(controls):
         model = model.with_controls(controls)
+    if preview is not None:
+        model = model.with_preview(preview)
     second = None
     if refiner is not None:
         second = Pipeline(read_model(refiner).with_embeddings(embeddings), dtype, devices, memory)
@@ -140,6 +144,9 @@ class Pipeline:
         self._mesh = None if devices is None or len(devices) < 2 else make_mesh(devices=devices)
         everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
         params = model.params | {f"{CONTROL}{i}": control.params for i, control in enumerate(model.controls)}
+        tiny = model.preview
+        self._tiny = None if tiny is None else self.networks.preview_net(tiny.config, self._jax_dtype)
+        params |= {} if tiny is None else {PREVIEW: tiny.params}
         self.params = Weights(params, self._jax_dtype, everywhere, check_memory(memory))
         """As the networks take them, by role."""
         self.refiner = refiner
@@ -156,7 +163,7 @@ class Pipeline:
             model.size,
             self._jax_dtype,
             self.defaults,
-            len(self._nets),
+            self._nets,
             model.zero_empty,
         )
         """What requests need to know of the model."""
@@ -260,6 +267,8 @@ class Pipeline:
         drawing = make_drawing(singles(requests), self.info)
         self._check_refiner(requests[0])
         program = self.program(drawing.settings)
+        if self._mesh is None:
+            self._decoder(jax.ShapeDtypeStruct((len(drawing.requests), *drawing.shape), jnp.float32), begin)
         inputs, state, keys = make_inputs(drawing, self.model.tokenizers, self.params, program)
         stop = drawing.steps if self.refiner is None else refiner_step(drawing, self.model.scheduler)
         first, callbacks = drawing.start, (progress, on_step)
@@ -506,24 +515,27 @@ class Pipeline:
             run = self._decoder(placed)
             return np.asarray(run(self.params["vae"], placed))
 
-    def _decoder(self, latents: Any) -> Callable[[Params, Array], Array]:
-        """The decoder's program for latents, or for their shape."""
+    def _decoder(self, latents: Any, get: Callable[..., Any] = kept) -> Callable[[Params, Array], Array]:
+        """The decoder's program for latents, or for their shape; or it is begun (`get` is `begin`)."""
         program = Program(self.networks, self.model.scheduler)
-        return kept(decode, self._like("vae"), latents, program=program)
+        return get(decode, self._like("vae"), latents, program=program)
 
     def _like(self, role: str) -> Params:
         """What a network's programs are compiled for: shapes, which take no memory; on a mesh, its params."""
         return self.params.shapes(role) if self._mesh is None else self.params[role]
 
     def preview(self, latents: Float[Array, "b h w c"] | np.ndarray) -> Images:
-        """Latents to images of the latents' size by one linear map, in next to no time: colours and shapes are right.
+        """Latents to images in next to no time: colours and shapes are right.
 
-        The map is fitted to the decoder when it is first asked for.
+        With a tiny autoencoder (`load(preview=...)`) they have the result's size; else that of the latents, by one
+        linear map, which is fitted to the decoder when it is first asked for.
         """
-        weights, flat = self._preview_weights, np.asarray(latents, np.float32)
-        if flat.ndim != 4 or flat.shape[-1] != self.networks.latent_channels:
-            raise ValueError(f"latents have the shape {list(flat.shape)}; it must be [b, h, w, {len(weights) - 1}].")
-        image = flat @ weights[:-1] + weights[-1]
+        channels, flat = self.networks.latent_channels, np.asarray(latents, np.float32)
+        if flat.ndim != 4 or flat.shape[-1] != channels:
+            raise ValueError(f"latents have the shape {list(flat.shape)}; it must be [b, h, w, {channels}].")
+        if self._tiny is not None:
+            return np.asarray(decode_preview(self.params[PREVIEW], jnp.asarray(flat), net=self._tiny))
+        image = flat @ self._preview_weights[:-1] + self._preview_weights[-1]
         return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
     @cached_property
@@ -621,7 +633,7 @@ def _depth(value: Any) -> int:
 
 def _one_each(name: str, value: Any, b: int) -> list[Any]:
     """A field's value for each of b images: one for all, or one each."""
-    single = {"image": 3, "control_image": 3, "mask": 2, "latents": 3}.get(name, 0)
+    single = {"image": 3, "control_image": 3, "mask": 2, "depth": 2, "latents": 3}.get(name, 0)
     depth = _depth(value)
     if name == "control_image" and isinstance(value, tuple):  # one for each network
         return [value] * b

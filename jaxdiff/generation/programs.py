@@ -165,7 +165,7 @@ def prepare(
     """What is computed once for all steps, and the control networks with their params."""
     family, conditioning = program.family, jax.tree.map(jnp.asarray, inputs.conditioning)
 
-    def own(net: Any, control: Control, images: UInt8[AnyArray, "b h2 w2 3"]) -> tuple[Array, Params]:
+    def own(net: Any, control: Control, images: UInt8[AnyArray, "b h2 w2 3"]) -> tuple[Any, Params]:
         features = family.embed_control(net, control.params, jnp.asarray(images).astype(jnp.float32) / 255)
         return features, family.prepare(control.params, conditioning)
 
@@ -215,6 +215,13 @@ def decode(params: Params, latents: Float[Array, "b h w c"], *, program: Program
         return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
     return in_slices(one, latents)
+
+
+@partial(Compiled, static_argnames="net")
+def decode_preview(params: Params, latents: Float[Array, "b h w c"], *, net: Any) -> UInt8[Array, "b h2 w2 3"]:
+    """Images of latents at unit variance by a tiny autoencoder."""
+    image = net.apply({"params": params}, latents, method="decode")
+    return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
 def mapped_axes(inputs: Inputs) -> Inputs:

@@ -195,6 +195,17 @@ def mask_of(name: str, value: Any) -> Pixels:
     return array
 
 
+def depth_of(name: str, value: Any) -> Pixels:
+    """A file's path; or finite numbers [height, width]."""
+    if isinstance(value, str | Path):
+        return _path(name, value)
+    array = floats(value)
+    if array.ndim != 2 or not array.size or not np.isfinite(array).all():
+        raise ValueError(f"{name} must be a file, or finite numbers [height, width]; it has the shape "
+                         f"{list(array.shape)}.")  # fmt: skip
+    return array
+
+
 def _path(name: str, value: str | Path) -> str:
     path = str(value)
     if not path or path != text(name, path):
@@ -312,6 +323,11 @@ class Request:
     """A second seed, with whose noise the first's is mixed."""
     mix: Annotated[float, Field(share, per_image=True, needs=("to_prompt", "to_seed"))] = 0.5
     """How far to go towards to_prompt and to_seed: 0 is the first image, 1 the second."""
+    depth: Annotated[Pixels | None, Field(depth_of, per_image=True)] = None
+    """For models that draw by a depth map: a file, bright where it is near, or numbers [h, w] of any range."""
+    image_guidance: Annotated[float | None, Field(partial(number, low=1.0), needs=("image",))] = None
+    """For models that edit images by instruction, how closely to follow the image (Brooks et al. 2023); 1 is not at
+    all. None is 1.5."""
     control_image: Annotated[tuple[Pixels, ...], Field(images_of, per_image=True)] = ()
     """An image that the result follows, by a control network; of several networks, a tuple with one for each."""
     control_scale: Annotated[tuple[float, ...], Field(numbers, needs=("control_image",))] = (1.0,)
@@ -530,7 +546,7 @@ class Request:
         return json.loads(json.dumps({name: value for name, value in own.items() if not isinstance(value, np.ndarray)}))
 
 
-PICTURES = ("image", "mask", "control_image")
+PICTURES = ("image", "mask", "depth", "control_image")
 """Fields that are files or arrays, of one image or several."""
 CONTROL_NUMBERS = ("control_scale", "control_start", "control_end")
 PROMPTS = ("prompt", "negative_prompt", "source_prompt", "to_prompt")

@@ -25,6 +25,9 @@ STEPS = "denoiser"
 CONTROL = "control"
 """What roles of networks begin with that are called at the same steps: control0 and so on."""
 
+PREVIEW = "preview"
+"""The role of a tiny autoencoder, which stays beside the networks of the steps."""
+
 Path = tuple[str, ...]
 logger = logging.getLogger(__name__)
 
@@ -125,7 +128,7 @@ def step_roles(controls: int) -> list[str]:
 
 
 def _at_steps(role: str) -> bool:
-    return role == STEPS or role.startswith(CONTROL)
+    return role in (STEPS, PREVIEW) or role.startswith(CONTROL)
 
 
 def _bytes(params: Params) -> int:

@@ -25,7 +25,9 @@ _LIST_ITEM = re.compile(r"(?!linear_)(.+)_(\d+)")
 
 # What older files call things. transformers 5 writes text encoders without the prefix that transformers 4 wants; it
 # reads both. The autoencoder's attention was renamed in diffusers 0.17.
-_TEXT_WITHOUT_PREFIX = re.compile(r"(embeddings|encoder\.layers|final_layer_norm)\.")
+_TEXT_WITHOUT_PREFIX = re.compile(
+    r"(embeddings|encoder\.layers\.\d+\.(self_attn|layer_norm[12]|mlp)|final_layer_norm)\."
+)
 _OLD_ATTENTION = re.compile(r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

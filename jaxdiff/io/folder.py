@@ -113,6 +113,8 @@ class Unmapped(NamedTuple):
     """Texts of the file's header."""
 
 
+# Parts of which nothing is read: an image's depth is given as a map.
+UNREAD = ("safety_checker", "feature_extractor", "depth_estimator")
 # Other classes of which a part serves as the network.
 ALSO = {"text_encoder": (["transformers", "CLIPTextModelWithProjection"],)}
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -138,7 +140,7 @@ def read_index(path: Path | str) -> dict[str, Any]:
     index = load_json(index_file)
     parts = {name: [network.library, network.cls] for name, network in NETWORKS.items()}
     for name, value in index.items():
-        if not isinstance(value, list) or value == [None, None] or name in ("safety_checker", "feature_extractor"):
+        if not isinstance(value, list) or value == [None, None] or name in UNREAD:
             continue
         if name.partition("_")[0] == "controlnet":
             logger.warning("%s has a %s, which is left out; give it by --control %s.", path, name, path / name)

@@ -49,7 +49,7 @@ OTHERS = (
     (r"(^|\.)double_blocks\.", "a Flux model, and Flux is not supported yet"),
     (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model, and that is not supported yet"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which is not supported yet"),
-    (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter, which is not supported yet"),
+    (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter; give its folder with a config.json by --control beside a model"),
     (r"^(emb_params|clip_l|clip_g|string_to_param.*)$", "a textual inversion; give it by --embedding beside a model"),
     (r"^(model\.diffusion_model\.)?label_emb\.weight",
      "a denoiser with labels beside its prompts (an upscaler), which is not supported yet"),

@@ -68,24 +68,38 @@ class LoRA(NamedTuple):
 
     path: Path
     strength: float = 1.0
+    text_strength: float | None = None
+    """That of what it changes of the text encoders; None is `strength`."""
 
     @classmethod
     def of(cls, value: Any) -> "LoRA":
-        """From a path, or a path and a strength.
+        """From a path; a path and a strength; or a path, the denoiser's strength and the text encoders'.
 
         Raises:
-            ValueError: where it is neither, or the strength is no finite number.
+            ValueError: where it is none of these, or a strength is no finite number.
         """
         match value:
+            case LoRA():
+                return value
             case str() | Path():
                 return cls(Path(value))
-            case (str() | Path() as path, (int() | float() | np.number()) as strength) if not isinstance(
-                strength, bool
-            ):
-                if not math.isfinite(strength):
-                    raise ValueError(f"The strength of {path} is {strength}; it must be a finite number.")
-                return cls(Path(path), float(strength))
-        raise ValueError(f"A LoRA is {value!r}; give a file, or a file and a strength.")
+            case (str() | Path() as path, *strengths) if len(strengths) in (1, 2):
+                for strength in strengths:
+                    number = isinstance(strength, int | float | np.number) and not isinstance(strength, bool)
+                    if not number or not math.isfinite(strength):
+                        raise ValueError(f"The strength of {path} is {strength!r}; it must be a finite number.")
+                return cls(Path(path), *map(float, strengths))
+        raise ValueError(f"A LoRA is {value!r}; give a file, a file and a strength, or those and the text encoders'.")
+
+    def strength_in(self, network: str) -> float:
+        """How strongly it is applied to a network, by its folder's name."""
+        return self.strength if self.text_strength is None or network == "unet" else self.text_strength
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """It as images' metadata have it."""
+        more = {} if self.text_strength is None else {"text_strength": self.text_strength}
+        return {"file": self.path.as_posix(), "strength": self.strength} | more
 
 
 class Module(NamedTuple):
@@ -109,8 +123,8 @@ def merge_loras(networks: Mapping[str, Params], loras: Sequence[LoRA]) -> dict[s
     changes: dict[tuple[str, Leaf], list[tuple[float, Change]]] = {}
     for lora in loras:
         for place, change in read_lora(lora.path, networks).items():
-            if lora.strength:
-                changes.setdefault(place, []).append((lora.strength, change))
+            if strength := lora.strength_in(place[0]):
+                changes.setdefault(place, []).append((strength, change))
 
     def merged(network: str, params: Params, path: Leaf = ()) -> Params:
         tree: Params = {}

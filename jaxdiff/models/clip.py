@@ -149,16 +149,20 @@ class CLIPTextModel(CLIPTextTransformer):
 class CLIPTextModelWithProjection(CLIPTextTransformer):
     """Tokens to one feature vector each, as `CLIPTextModel`, and to a vector [projection_dim] for the whole text.
 
-    That is the projection of the last layer's normed output at the end token, the one with the largest number of
-    those below `vocab_size`.
+    That is the projection of the last layer's normed output at the end token: the first of number `end_id`; in a text
+    without it, the one with the largest number of those below `vocab_size`.
     """
 
     projection_dim: int = 0
+    end_id: int | None = None
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b t"]) -> tuple[Float[Array, "b t d"], Float[Array, "b p"]]:
         features, last = _transformer(self, whole=True)(tokens)
         end = jnp.argmax(jnp.where(tokens < self.vocab_size, tokens, -1), axis=-1)
+        if self.end_id is not None:
+            is_end = tokens == self.end_id
+            end = jnp.where(is_end.any(-1), jnp.argmax(is_end, axis=-1), end)
         at_end = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
         pooled = Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(at_end)
         return features.astype(jnp.float32), pooled.astype(jnp.float32)

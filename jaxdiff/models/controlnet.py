@@ -98,4 +98,5 @@ def times(added: Added, scale: Float[Array, ""], rising: bool = False) -> Added:
     def weighed(x: Array, factor: float) -> Array:
         return x * (scale * factor).astype(x.dtype)
 
+    assert added.middle is not None, "all that a ControlNet adds"
     return Added(tuple(map(weighed, added.skips, factors)), weighed(added.middle, factors[n]))

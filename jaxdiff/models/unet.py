@@ -1,9 +1,10 @@
 """The denoising network of Stable Diffusion (Rombach et al. 2022, section 3.2), named as in diffusers."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdiff.nn.attention import CONTEXT_KEYS
 from jaxdiff.nn.blocks import CrossAttentionMiddle, DownStage, UpStage
 from jaxdiff.nn.conv import Conv3x3
-from jaxdiff.nn.layers import ACTIVATIONS, GroupNorm, Remat, TimestepMLP, timestep_embedding
+from jaxdiff.nn.layers import GroupNorm, Remat, TimestepMLP, timestep_embedding
 from jaxdiff.nn.linear import Dense
 from jaxdiff.types import Context, Params
 
@@ -22,10 +23,21 @@ OUTER = 2
 class Added(NamedTuple):
     """What other networks add to a UNet's features on the way."""
 
-    skips: tuple[Float[Array, "b #h #w c"], ...]
-    """One for each skip, from the first."""
-    middle: Float[Array, "b #h #w c"]
+    skips: tuple[Array, ...] = ()
+    """One for each skip [b, h, w, c], from the first; means over the image have sides of 1."""
+    middle: Array | None = None
     """For what comes out of the middle."""
+    stages: tuple[Array, ...] = ()
+    """One for each stage on the way down; see `DownStage`."""
+
+    def plus(self, other: "Added") -> "Added":
+        """Both together; each has a field whole, or not at all."""
+
+        def both(a: Any, b: Any) -> Any:
+            there = [one for one in (a, b) if jax.tree.leaves(one)]
+            return jax.tree.map(jnp.add, a, b) if len(there) == 2 else there[0] if there else a
+
+        return Added(*map(both, self, other))
 
 
 class UNet2DConditionModel(nn.Module):
@@ -89,13 +101,15 @@ class UNet2DConditionModel(nn.Module):
         outermost = self.up(last)
         inner = max(0, outermost.layers - OUTER)
         if deep is None:
+            more = Added() if added is None else added
             for i in range(last + 1):
-                x, new_skips = self.down(i)(x, emb, context)
+                x, new_skips = self.down(i)(x, emb, context, added=more.stages[i] if more.stages else None)
                 skips += new_skips
             x = self.middle()(x, emb, context)
-            if added is not None:
-                skips = tuple(skip + more.astype(self.dtype) for skip, more in zip(skips, added.skips, strict=True))
-                x += added.middle.astype(self.dtype)
+            if more.skips:
+                skips = tuple(skip + one.astype(self.dtype) for skip, one in zip(skips, more.skips, strict=True))
+            if more.middle is not None:
+                x += more.middle.astype(self.dtype)
             for i in range(last):
                 layers = self.layers[last - i] + 1
                 skips, used = skips[:-layers], skips[-layers:]
@@ -107,7 +121,7 @@ class UNet2DConditionModel(nn.Module):
             return deep
         x = outermost(deep, emb, context, skips=skips, part=range(inner, outermost.layers))
 
-        x = ACTIVATIONS[self.activation](GroupNorm(self.groups, self.eps, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(self.groups, self.eps, self.dtype, self.activation, name="conv_norm_out")(x)
         return Conv3x3(self.out_channels, dtype=self.dtype, name="conv_out")(x)
 
     # The parts, which other networks are made of, too ----------------------------------------------------------------

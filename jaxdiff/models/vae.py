@@ -42,7 +42,7 @@ class Encoder(nn.Module):
             x, _ = down(x)
         middle = AttentionMiddle(channels=self.channels[-1], layers=1, attends=self.attends, name="mid_block", **shared)
         x = middle(x)
-        x = nn.silu(GroupNorm(self.groups, EPS, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(self.groups, EPS, self.dtype, "silu", name="conv_norm_out")(x)
         return Conv3x3(2 * self.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         for i, channels in enumerate(reversed(self.channels)):
             size = (2 * x.shape[1], 2 * x.shape[2]) if i < len(self.channels) - 1 else None
             x = UpStage(channels=channels, layers=self.layers + 1, name=f"up_blocks_{i}", **shared)(x, size=size)
-        x = nn.silu(GroupNorm(self.groups, EPS, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(self.groups, EPS, self.dtype, "silu", name="conv_norm_out")(x)
         return Conv3x3(self.out_channels, dtype=self.dtype, name="conv_out")(x)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxdiff.nn.layers import KEPT, GroupNorm, LayerNorm
+from jaxdiff.nn.layers import KEPT, GroupNorm, LayerNorm, recomputed
 from jaxdiff.nn.linear import Conv1x1, Dense
 from jaxdiff.types import Context, Params
 
@@ -56,6 +56,7 @@ def attend(q: Tokens, k: Keys, v: Keys, mask: Bool[Array, "t s"] | None = None) 
     return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=_blockwise)
 
 
+@jax.jit  # compiled once for all layers of a shape
 def _dense(q: Tokens, k: Keys, v: Keys, mask: Bool[Array, "t s"] | None = None) -> Tokens:
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # heads first: plain batched matrix products
     scores = _product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
@@ -310,7 +311,12 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t {self.features}"]:
         x, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
-        return x * nn.gelu(gate, approximate=False)
+        return _gated(x, gate)
+
+
+@recomputed
+def _gated(x: Float[Array, "b t c"], gate: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+    return x * nn.gelu(gate, approximate=False)
 
 
 class FeedForward(nn.Module):

@@ -36,9 +36,10 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Features, emb: Embedding | None = None) -> Float[Array, "b h w c2"]:
         act = ACTIVATIONS[self.activation]
-        h = act(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        h = GroupNorm(self.groups, self.eps, self.dtype, self.activation, name="norm1")(x)
         h = Conv3x3(self.channels, dtype=self.dtype, name="conv1")(h)
-        norm2 = GroupNorm(self.groups, self.eps, self.dtype, name="norm2")
+        shifts = self.scale_shift and emb is not None
+        norm2 = GroupNorm(self.groups, self.eps, self.dtype, None if shifts else self.activation, name="norm2")
         if emb is None:
             h = norm2(h)
         else:
@@ -46,10 +47,10 @@ class ResnetBlock(nn.Module):
             emb = Dense(width, dtype=self.dtype, name="time_emb_proj")(act(emb))[:, None, None, :]
             if self.scale_shift:
                 scale, shift = jnp.split(emb, 2, axis=-1)
-                h = norm2(h) * (1 + scale) + shift
+                h = act(norm2(h) * (1 + scale) + shift)
             else:
                 h = norm2(add(h, emb))
-        h = Conv3x3(self.channels, dtype=self.dtype, name="conv2")(act(h))
+        h = Conv3x3(self.channels, dtype=self.dtype, name="conv2")(h)
         if self.has_variable("rows", "source"):
             h = h[self.get_variable("rows", "source")]
         if x.shape[-1] != self.channels:
@@ -113,14 +114,23 @@ class Stage(nn.Module):
 
 
 class DownStage(Stage):
-    """Residual blocks (each with its transformer), then a halving; returns the features and every skip on the way."""
+    """Residual blocks (each with its transformer), then a halving; returns the features and every skip on the way.
+
+    `first` takes the first so many blocks alone. What is `added` (Mou et al. 2024, T2I-Adapter) goes to the last
+    block's features where there is attention, else to those of the end, and so to a skip as well.
+    """
 
     downsample: bool = True
     pad_all_round: bool = True
 
     @nn.compact
     def __call__(
-        self, x: Features, emb: Embedding | None = None, context: Context | None = None, first: int | None = None
+        self,
+        x: Features,
+        emb: Embedding | None = None,
+        context: Context | None = None,
+        first: int | None = None,
+        added: Float[Array, "b h2 w2 c2"] | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         skips = ()
         for i in range(self.layers if first is None else first):
@@ -128,10 +138,15 @@ class DownStage(Stage):
             if self.depth:
                 assert context is not None, "a stage with attention reads a prompt"
                 x = self.transformer(i)(x, context)
+            if added is not None and self.depth and i == self.layers - 1:
+                x += added.astype(x.dtype)
             skips += (x,)
         if self.downsample and first is None:
             x = Downsample(self.pad_all_round, self.dtype, name="downsamplers_0")(x)
             skips += (x,)
+        if added is not None and not self.depth:
+            x += added.astype(x.dtype)
+            skips = (*skips[:-1], x)
         return x, skips
 
 

@@ -51,6 +51,7 @@ class Conv3x3(nn.Module):
     stride: int = 1
     padding: int | Padding = 1
     dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 {self.channels}"]:
@@ -62,6 +63,8 @@ class Conv3x3(nn.Module):
             y: Any = conv3x3(*at_width(x, kernel, self.dtype), stride=self.stride, padding=padding)
         else:
             y = _prepared(x.astype(self.dtype), transformed, padding)
+        if not self.use_bias:
+            return y
         return add(y, self.param("bias", nn.initializers.zeros_init(), (self.channels,)))
 
 
@@ -176,14 +179,19 @@ def _conv3x3(x: Array, kernel: Array, padding: Padding, stride: int) -> Array:
 
 
 def _conv3x3_fwd(x: Array, kernel: Array, padding: Padding, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return checkpoint_name(_forward(x, kernel, padding, stride), KEPT), (x, kernel)
+
+
+@partial(jax.jit, static_argnums=(2, 3))  # traced once for all layers of a shape
+def _forward(x: Array, kernel: Array, padding: Padding, stride: int) -> Array:
     def elsewhere(x: Array, kernel: Array) -> Array:
         return _plain(x, kernel, padding, stride)
 
     on_cpu = _fold(partial(_on_cpu, padding=padding, stride=stride))
-    y = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
-    return checkpoint_name(y, KEPT), (x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _conv3x3_bwd(padding: Padding, stride: int, kept: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
     def on_cpu(x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
         if stride != 1 or not _is_worth(x, kernel, padding, stride):

@@ -1,7 +1,7 @@
 """Normalisations and embeddings: NHWC, compute in `dtype`, statistics in float32."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
@@ -17,13 +17,34 @@ M = TypeVar("M", bound=type[nn.Module])
 Remat = Literal["none", "norms", "blocks"]
 """What a backward pass computes again instead of keeping it; see `remat`."""
 
+
+def recomputed(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` of arrays, whose backward pass keeps nothing but these and computes the rest of what it needs again.
+
+    For what costs hardly any work but would keep several arrays of the size of its result: norms and activations.
+    """
+
+    f = jax.jit(f)  # traced and compiled once for all layers of a shape; so is the backward pass
+
+    @jax.jit
+    def pull(args: tuple[Array, ...], d: Any) -> Any:
+        # Without the barrier the compiler sees that all this has been computed before, and keeps it, or does it early.
+        args, d = jax.lax.optimization_barrier((args, d))
+        return jax.vjp(f, *args)[1](d)
+
+    kept = jax.custom_vjp(f)
+    kept.defvjp(lambda *args: (f(*args), args), pull)
+    return kept
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    **dict.fromkeys(("silu", "swish"), nn.silu),
-    "mish": jax.nn.mish,
+    **dict.fromkeys(("silu", "swish"), recomputed(nn.silu)),
+    "mish": recomputed(jax.nn.mish),
     "relu": nn.relu,
-    "gelu": partial(nn.gelu, approximate=False),
-    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), nn.gelu),  # by a hyperbolic tangent
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # the approximation that OpenAI's CLIP was trained with
+    "gelu": recomputed(partial(nn.gelu, approximate=False)),
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), recomputed(nn.gelu)),  # by a hyperbolic tangent
+    # the approximation that OpenAI's CLIP was trained with
+    "quick_gelu": recomputed(lambda x: x * nn.sigmoid(1.702 * x)),
 }
 """Activations, by the names that configs of diffusers and transformers have for them."""
 
@@ -49,38 +70,74 @@ def _costly(primitive: Any, *args: Any, **params: Any) -> bool:
 
 
 class GroupNorm(nn.Module):
-    """Normalises over pixels and groups of neighbouring channels (Wu & He 2018, eq. 1-7)."""
+    """Normalises over pixels and groups of neighbouring channels (Wu & He 2018, eq. 1-7), before an activation (one of
+    `ACTIVATIONS`) where there is one: a backward pass then keeps nothing between the two."""
 
     groups: int
     eps: float
     dtype: DTypeLike = jnp.float32
+    activation: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw c"]:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        normalise = _group_norm(self.groups, self.eps, jnp.dtype(self.dtype), self.activation)
+        return normalise(x, _channel_moments(x), scale, bias)
+
+
+@recomputed
+def _channel_moments(x: Float[Array, "b *hw c"]) -> Float[Array, "2 b c"]:
+    """Means over the pixels of the numbers and of their squares, in float32.
+
+    Sums for each channel first, groups after: one pass over the pixels that every backend vectorises.
+    """
+    x, pixels = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
+    return jnp.stack([x.mean(pixels), jnp.square(x).mean(pixels)])
+
+
+@cache
+def _group_norm(groups: int, eps: float, dtype: Any, activation: str | None) -> Callable[..., Any]:
+    """(x, its channels' moments, scale, bias) -> what `GroupNorm` gives."""
+
+    def normalised(x: Array, moments: Array, scale: Array, bias: Array) -> Array:
         b, *hw, c = x.shape
-        scale = self.param("scale", nn.initializers.ones_init(), (c,))
-        bias = self.param("bias", nn.initializers.zeros_init(), (c,))
-        x, scale, bias = (v.astype(jnp.float32) for v in (x, scale, bias))
-        # Sums for each channel first, groups after: one pass over the pixels that every backend vectorises.
-        pixels = tuple(range(1, x.ndim - 1))
-        moments = jnp.stack([x.mean(pixels), jnp.square(x).mean(pixels)])
-        mean, square = moments.reshape(2, b, self.groups, c // self.groups).mean(-1)
-        inverse_std = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
-        mean, inverse_std = (jnp.repeat(v, c // self.groups, axis=-1) for v in (mean, inverse_std))
-        gain = inverse_std * scale[None]
+        mean, square = moments.reshape(2, b, groups, c // groups).mean(-1)
+        inverse_std = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + eps)
+        mean, inverse_std = (jnp.repeat(v, c // groups, axis=-1) for v in (mean, inverse_std))
+        gain = inverse_std * scale.astype(jnp.float32)[None]
         shape = (b, *(1 for _ in hw), c)
-        return (x * gain.reshape(shape) + (bias[None] - mean * gain).reshape(shape)).astype(self.dtype)
+        shift = bias.astype(jnp.float32)[None] - mean * gain
+        y = (x.astype(jnp.float32) * gain.reshape(shape) + shift.reshape(shape)).astype(dtype)
+        return y if activation is None else ACTIVATIONS[activation](y)
+
+    return recomputed(normalised)
 
 
-def LayerNorm(*, eps: float = 1e-5, dtype: DTypeLike, name: str) -> Callable[[Array], Array]:
-    """Normalises each token over its features; statistics in float32 (linen's own rule)."""
-    norm = nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
+class LayerNorm(nn.Module):
+    """Normalises each token over its features, with statistics in float32. Parameters are `flax.linen.LayerNorm`'s."""
 
-    def normalise(x: Array) -> Array:
-        with jax.numpy_dtype_promotion("standard"):  # linen subtracts float32 means from bfloat16 numbers
-            return norm(x)
+    eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
 
-    return normalise
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        return _layer_norm(self.eps, jnp.dtype(self.dtype))(x, scale, bias)
+
+
+@cache
+def _layer_norm(eps: float, dtype: Any) -> Callable[..., Any]:
+    def normalised(x: Array, scale: Array, bias: Array) -> Array:
+        x = x.astype(jnp.float32)
+        scale, bias = (v.astype(jnp.float32).reshape(*(1,) * (x.ndim - 1), -1) for v in (scale, bias))
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
+        gain = jax.lax.rsqrt(variance + eps) * scale
+        return ((x - mean) * gain + bias).astype(dtype)
+
+    return recomputed(normalised)
 
 
 def timestep_embedding(

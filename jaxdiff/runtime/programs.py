@@ -16,6 +16,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -110,32 +111,58 @@ def kept(fn: Callable[..., Any], *args: Any, **static: Any) -> Callable[..., Any
     Returns:
         A function of `args`.
     """
-    leaves, tree = jax.tree.flatten(args)
-    if any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
+    if _on_several_devices(args):
         return functools.partial(fn, **static)
-    signature = tree, tuple(map(_aval, leaves)), tuple(static.items())
-    settings = tuple(jax.config.values[name] for name in ("jax_default_device", "jax_default_matmul_precision"))
-    key = fn, signature, settings
+    key = _key(fn, args, static)
     program = _compiled.get(key)
     if program is None:
-        make = _compiled_here if _folder is None else _from_trace
-        program = _compiled[key] = make(fn, args, static, signature)
-        logger.debug("%s compiled: %.2f GB of temporaries", fn.__name__, temporaries(program) / 1e9)
+        program = _lowered(fn, args, static, key).compile()
+    elif isinstance(program, Future):
+        program = program.result()
+    else:
+        return program
+    logger.debug("%s compiled: %.2f GB of temporaries", fn.__name__, temporaries(program) / 1e9)
+    _compiled[key] = program
     return program
 
 
-_compiled: dict[Any, Callable[..., Any]] = {}
+def begin(fn: Callable[..., Any], *args: Any, **static: Any) -> None:
+    """Has a thread compile what `kept` will be asked for with these arguments, while other work is done.
+
+    It is traced before this returns, since Python does one thing at a time; the compiler does not wait for Python.
+    """
+    if not _on_several_devices(args) and (key := _key(fn, args, static)) not in _compiled:
+        _compiled[key] = _thread().submit(_lowered(fn, args, static, key).compile)
+
+
+_compiled: dict[Any, Any] = {}
+"""Programs, and futures of programs."""
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "compile")
+
+
+def _on_several_devices(args: Any) -> bool:
+    return any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in jax.tree.leaves(args))
+
+
+def _key(fn: Callable[..., Any], args: Any, static: dict[str, Any]) -> Any:
+    leaves, tree = jax.tree.flatten(args)
+    signature = tree, tuple(map(_aval, leaves)), tuple(static.items())
+    settings = tuple(jax.config.values[name] for name in ("jax_default_device", "jax_default_matmul_precision"))
+    return fn, signature, settings
 
 
 def _aval(leaf: Any) -> Any:
     return ShapedArray(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
 
 
-def _compiled_here(fn: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any) -> Callable[..., Any]:
-    return fn.lower(*args, **static).compile()
-
-
-def _from_trace(fn: Callable[..., Any], args: Any, static: dict[str, Any], signature: Any) -> Callable[..., Any]:
+def _lowered(fn: Callable[..., Any], args: Any, static: dict[str, Any], key: Any) -> Any:
+    """What is left to compile, from an earlier process's trace where there is one."""
+    if _folder is None:
+        return fn.lower(*args, **static)
     allowed = [jax.export.DisabledSafetyCheck.custom_call(kernel) for kernel in KERNELS]
     name = getattr(fn, "__name__", "program")
 
@@ -144,19 +171,19 @@ def _from_trace(fn: Callable[..., Any], args: Any, static: dict[str, Any], signa
         return bytes(jax.export.export(whole, disabled_checks=allowed)(*args).serialize())
 
     try:
-        exported = jax.export.deserialize(bytearray(remembered(name, signature, export)))
+        exported = jax.export.deserialize(bytearray(remembered(name, key[1], export)))
     except ValueError as error:
         if "custom call" not in str(error):
             raise
         logger.info("The trace of %s is not kept: %s", name, error)
-        return _compiled_here(fn, args, static, signature)
+        return fn.lower(*args, **static)
 
     def call(*args: Any) -> Any:
         return exported.call(*args)
 
     call.__name__ = name
     # The same for whatever layout the results of a call have.
-    return Compiled(call, getattr(fn, "least_memory", False)).lower(*args).compile()
+    return Compiled(call, getattr(fn, "least_memory", False)).lower(*args)
 
 
 def _surroundings() -> str:

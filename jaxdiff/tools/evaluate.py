@@ -162,8 +162,8 @@ def concepts(
     folder = features or Path(data_dir) / "features"
     look = open_features(folder)
     pipe = load(model)
-    if pipe.networks.inpaints:
-        raise ValueError("The model inpaints, and draws nothing without an image; concepts are drawn from captions.")
+    if pipe.networks.beside:
+        raise ValueError("The model draws nothing without an image; concepts are drawn from captions.")
     drawings = read_drawings(data_dir, pipe.size[0] if pipe.size else 64)
     chosen = sample(drawings, n, seed, split)
     gallery = Gallery.of(kept(folder, "emoji", drawings.images, look), drawings.labels)

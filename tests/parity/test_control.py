@@ -1,5 +1,6 @@
 """Pictures that control images steer are diffusers'."""
 
+import inspect
 from copy import deepcopy
 from dataclasses import replace
 
@@ -10,10 +11,13 @@ import xl
 from diffusers import (
     ControlNetModel,
     EulerDiscreteScheduler,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
 )
 from pairs import (
     FILE_SD1_TEXT,
@@ -269,3 +273,66 @@ def test_files(of_published_sizes, kind, tmp_path):
         theirs = ControlNetModel.from_single_file(path, config=str(tmp_path / "folder"), local_files_only=True)
         for name, tensor in theirs.state_dict().items():
             assert torch.equal(tensor, net.state_dict()[name])
+
+
+def adapter(kind, channels, factor, seed):
+    """A T2I-Adapter, whose features are of a size with the UNet's."""
+    torch.manual_seed(seed)
+    return randomise(T2IAdapter(3, list(channels), 2, factor, kind), seed)
+
+
+def twice(images):
+    """Each image for both prompts."""
+    return [[Image.fromarray(image)] * 2 for image in images]
+
+
+def with_adapters(cls, components, adapter):
+    """A pipeline of the parts that it knows."""
+    known = inspect.signature(cls.__init__).parameters
+    return cls(adapter=adapter, **{name: part for name, part in components.items() if name in known})
+
+
+@pytest.mark.parametrize("kind", ["full_adapter", "light_adapter"])
+def test_t2i_adapters(pair, kind, latents, images, tmp_path, figures, request):
+    channels = pair.torch.unet.config.block_out_channels
+    light = kind == "light_adapter"
+    net = adapter(kind, channels[: len(channels) - light], 2, 5)
+    net.save_pretrained(tmp_path)
+    if light and channels[-1] != channels[-2]:
+        with pytest.raises(ValueError, match="It is for another model"):
+            ours(pair, [tmp_path], latents, images[:1])
+        return
+    pipe = with_adapters(StableDiffusionAdapterPipeline, pair.torch.components, net)
+    expected = painted(pipe, images[:1], image=twice(images)[0], latents=nchw(latents), adapter_conditioning_scale=0.8)
+    plain = ours(pair, [tmp_path], latents, images[:1], control_scale=0.0)
+    got = ours(pair, [tmp_path], latents, images[:1], control_scale=0.8)
+    compare(got, expected, plain, figures, request.node.callspec.id)
+
+
+def test_two_t2i_adapters(pair, latents, images, tmp_path, figures, request):
+    channels = pair.torch.unet.config.block_out_channels
+    nets = [adapter("full_adapter", channels, 2, seed) for seed in (6, 7)]
+    for i, net in enumerate(nets):
+        net.save_pretrained(tmp_path / str(i))
+    pipe = with_adapters(StableDiffusionAdapterPipeline, pair.torch.components, nets)
+    expected = painted(pipe, images, image=twice(images), latents=nchw(latents), adapter_conditioning_scale=[0.8, 0.3])
+    got = ours(pair, [tmp_path / "0", tmp_path / "1"], latents, images, control_scale=(0.8, 0.3))
+    compare(got, expected, None, figures, request.node.callspec.id)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_t2i_adapters_for_stable_diffusion_xl(tmp_path, latents, images, factor, figures, request):
+    """Their fourth features are the middle's."""
+    whole = xl.base(tmp_path)
+    net = adapter("full_adapter_xl", (16, 32, 32, 32), 4, 8)
+    net.save_pretrained(tmp_path / "net")
+    pipe = with_adapters(StableDiffusionXLAdapterPipeline, whole.components, net)
+    expected = painted(
+        pipe, images[:1], image=twice(images)[0], latents=nchw(latents), adapter_conditioning_factor=factor
+    )
+    model = read_model(tmp_path / "model")
+    asked = {"steps": 4, "guidance": 5.0, "size": SIZE, "latents": latents}
+    own = jaxdiff.Pipeline(model.with_controls([tmp_path / "net"]))
+    got = own(TEXTS, None, control_image=images[0], control_end=factor, **asked)
+    plain = jaxdiff.Pipeline(model)(TEXTS, None, **asked)
+    compare(got.astype(float), expected, plain.astype(float), figures, request.node.callspec.id)

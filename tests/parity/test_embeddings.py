@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import xl
 from diffusers import StableDiffusionPipeline
 from pairs import nchw
 from safetensors.torch import save_file
 
 import jaxdiff
+from jaxdiff.model import read_model
 
 TEXTS = ["zebra on a zebra", "a zebra"]
 NEGATIVE = ["a dog", "a zebra"]
@@ -117,3 +119,29 @@ def test_diffusers_reads_the_words_of_a_folder_that_is_written(pair, latents, tm
     theirs.set_progress_bar_config(disable=True)
     plain = draw(StableDiffusionPipeline.from_pretrained(pair.path), latents)
     compare(ours(pair, latents, [path]), draw(theirs, latents), plain, figures, request.node.callspec.id)
+
+
+def test_both_text_encoders_of_stable_diffusion_xl(latents, tmp_path, figures):
+    """A file for both, which diffusers reads one by one."""
+    pipe = xl.base(tmp_path)
+    for text in (pipe.text_encoder, pipe.text_encoder_2):  # where the public 2 is, a prompt's vector is a new token's
+        text.config.eos_token_id = pipe.tokenizer.eos_token_id
+        if hasattr(text.text_model if hasattr(text, "text_model") else text, "eos_token_id"):
+            (text.text_model if hasattr(text, "text_model") else text).eos_token_id = pipe.tokenizer.eos_token_id
+    pipe.save_pretrained(tmp_path / "model")
+
+    def theirs():
+        return 255 * pipe(TEXTS, negative_prompt=NEGATIVE, num_inference_steps=4, guidance_scale=9.0, output_type="np",
+                          latents=nchw(latents), height=16, width=24).images  # fmt: skip
+
+    plain = theirs()
+    generator = torch.Generator().manual_seed(5)
+    vectors = {name: torch.randn((2, d), generator=generator) for name, d in (("clip_l", 24), ("clip_g", 40))}
+    save_file(vectors, path := tmp_path / "zebra.safetensors")
+    pipe.load_textual_inversion({"zebra": vectors["clip_l"]}, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+    pipe.load_textual_inversion(
+        {"zebra": vectors["clip_g"]}, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
+    )
+    own = jaxdiff.Pipeline(read_model(tmp_path / "model").with_embeddings([path]))
+    got = own(TEXTS, NEGATIVE, steps=4, guidance=9.0, latents=latents, size=(24, 16)).astype(float)
+    compare(got, theirs(), plain, figures, "xl")

@@ -196,7 +196,7 @@ def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
     if pipe.refiner is not None:
         values["refiner"] = pipe.refiner.name
     if pipe.model.loras:
-        values["loras"] = [{"file": lora.path.as_posix(), "strength": lora.strength} for lora in pipe.model.loras]
+        values["loras"] = [lora.values for lora in pipe.model.loras]
     if pipe.model.embeddings:
         values["embeddings"] = [{"file": one.path.as_posix(), "word": one.word} for one in pipe.model.embeddings]
     if request.control_image:

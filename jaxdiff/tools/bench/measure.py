@@ -93,8 +93,7 @@ def peak() -> tuple[int, str]:
     if stats := jax.local_devices()[0].memory_stats():
         return stats["peak_bytes_in_use"], "device, since the process began"
     if (most := memory.resident_bytes("VmHWM")) is not None:
-        beside = ", torch in it" if "torch" in sys.modules else ""
-        return most, f"process, during the runs{beside}"
+        return most, "process, during the runs"
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "process, since it began"
 

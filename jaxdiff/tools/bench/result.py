@@ -161,6 +161,13 @@ def report(result: Result) -> str:
         row("  theirs", spread(rival.seconds))
         ratio = rival.ratio
         row("  ours / theirs", f"{ratio.median:.3f} ({ratio.q1:.3f} to {ratio.q3:.3f}, {len(ratio.runs)} pairs)")
+        told = {
+            "threads alive {0[0]} and {0[1]}": rival.alive,
+            "the one that waits takes {:.1%} of a core at most": rival.beside,
+            "load {:.1f}": rival.load,
+            "{:.2f} GHz": None if rival.clock is None else rival.clock / 1e9,
+        }
+        row("  each alone", ", ".join(text.format(value) for text, value in told.items() if value is not None))
         row("  differ by", f"{rival.error:.2g} ({rival.error_of})")
     return "\n".join(rows)
 

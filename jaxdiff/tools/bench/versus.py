@@ -1,16 +1,17 @@
-"""The same work by diffusers on torch, with the same weights, in the same process: the parity extra's only place here.
+"""A race with diffusers on torch: the same work with the same weights, each in a process of its own.
 
-Each rival is a function of no arguments that does what one call of our program does, and returns what it gave in our
-layout, so that the two can be compared.
+Threads of a process go on spinning after its turn, and take the cores from the other, so one waits until the other has
+come to rest, and how far it stayed so is told with the figures.
 """
 
-import logging
 import os
-import warnings
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,13 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.config import UNetConfig, to_dict
-from jaxdiff.io.convert import to_torch
-from jaxdiff.io.scheduler import scheduler_values
 from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.tools.bench.measure import Spread, cores, seconds, timed
+from jaxdiff.tools.bench import peer
+from jaxdiff.tools.bench.measure import Spread, cores, seconds
 from jaxdiff.tools.bench.targets import Setting, Work
-from jaxdiff.types import Params
 
 
 @dataclass(frozen=True)
@@ -43,19 +41,14 @@ class Versus:
     """Our time over theirs, pair by pair."""
     error: float
     error_of: str
-
-
-@dataclass(frozen=True)
-class Rival:
-    """Their program."""
-
-    network: Any
-    """What is laid out in memory."""
-    hot: Any
-    """The part of it that torch.compile is given."""
-    run: Callable[[], Any]
-    short: Callable[[], Any]
-    """As `run`, but no longer than it takes to tell which layout is faster."""
+    alive: tuple[int | None, int | None] | None = None
+    """Threads of our process and of theirs; None where the system does not say, as with all that follows."""
+    beside: float | None = None
+    """Of a core, what the process that waited took at most during the other's turn."""
+    load: float | None = None
+    """Of the machine in the last minute, in processes that want to run."""
+    clock: float | None = None
+    """Of the cores in the mean, in hertz."""
 
 
 def check_torch() -> None:
@@ -83,70 +76,140 @@ def versus(
     Args:
         target: its name.
         setting: the model and the sizes.
-        work: our program; its `raw` weights and `inputs` are theirs, too.
+        work: our program; its `inputs` are theirs, too, and its weights are what they read or draw themselves.
         ours: runs it once.
         our_first: what it gave at first.
         runs: pairs.
         warmup: their runs before these, after the first.
         compiled: whether torch.compile makes their program.
-    """
-    import diffusers
-    import torch
 
-    if jax.default_backend() == "gpu" and not torch.cuda.is_available():
-        raise ValueError("--vs compares on one device, and this torch sees no GPU: install one made for CUDA.")
-    with _silence():
-        if on_cpu := jax.default_backend() == "cpu":
-            torch.set_num_threads(cores())
-        grads = nullcontext() if target == "train" else torch.inference_mode()
-        with grads:
-            rival = RIVALS[target](setting, work)
-            layout = _faster_layout(rival)
-            if compiled:
-                rival.hot.compile()
-            first, their_first = timed(rival.run)
-            error, error_of = _error(target, our_first, their_first)
-            for _ in range(warmup):
-                rival.run()
-            theirs, ratios = [], []
-            for i in range(runs):
-                order = (ours, rival.run) if i % 2 == 0 else (rival.run, ours)  # neither always comes second
-                times = {run: seconds(run) for run in order}
-                theirs.append(times[rival.run])
-                ratios.append(times[ours] / times[rival.run])
-    how = "torch.compile" if compiled else "eager"
-    name = f"diffusers {diffusers.__version__}, torch {torch.__version__}, {how}"
-    return Versus(name, layout, torch.get_num_threads() if on_cpu else None, first, Spread.of(theirs),
-                  Spread.of(ratios), error, error_of)  # fmt: skip
+    Raises:
+        ValueError: where the other process says that it cannot, or ends.
+    """
+    with _opponent(_brief(target, setting, work, compiled)) as (pid, ask):
+        made = ask(None)
+        error, error_of = _error(target, our_first, made.out)
+        for _ in range(warmup):
+            ask("run")
+        turns = {"ours": (lambda: seconds(ours), pid), "theirs": (lambda: ask("run"), os.getpid())}
+        theirs, ratios, beside = [], [], []
+        for i in range(runs):
+            times = {}
+            for name in ("ours", "theirs") if i % 2 == 0 else ("theirs", "ours"):  # neither always comes second
+                turn, waiting = turns[name]
+                _rest(pid, os.getpid())
+                before = _cpu_seconds(waiting)
+                times[name] = turn()
+                after = _cpu_seconds(waiting)
+                if before is not None and after is not None:
+                    beside.append((after - before) / times[name])
+            theirs.append(times["theirs"])
+            ratios.append(times["ours"] / times["theirs"])
+        alive = _threads(os.getpid()), _threads(pid)
+    return Versus(
+        against=made.name,
+        layout=made.layout,
+        threads=made.threads,
+        first=made.first,
+        seconds=Spread.of(theirs),
+        ratio=Spread.of(ratios),
+        error=error,
+        error_of=error_of,
+        alive=alive,
+        beside=max(beside, default=None),
+        load=_load(),
+        clock=_clock(),
+    )
+
+
+def _brief(target: str, setting: Setting, work: Work, compiled: bool) -> peer.Brief:
+    inputs: dict[str, Any] = work.inputs
+    if target == "train":
+        assert work.config is not None
+        inputs = {"seen": _example(setting, work), "optim": work.config.optim, "steps": work.config.steps}
+    host = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, inputs)
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    return peer.Brief(
+        target, setting.model, setting.size, setting.dtype, device, cores(), setting.options, host, compiled
+    )
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Warnings and bars of libraries that are only measured here."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with warnings.catch_warnings(action="ignore"):
-        import transformers
-        from diffusers.utils import logging as diffusers_logging
+def _opponent(brief: peer.Brief) -> Iterator[tuple[int, Callable[[Any], Any]]]:
+    """Their process: its number, and a function that sends it a message, or with None waits for its first answer."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=peer.serve, args=(there, brief), daemon=True)
+    process.start()
+    there.close()
 
-        diffusers_logging.set_verbosity_error()
-        transformers.logging.set_verbosity_error()
-        logging.getLogger("torch").setLevel(logging.ERROR)
-        yield
+    def ask(message: Any) -> Any:
+        try:
+            if message is not None:
+                here.send(message)
+            answer = here.recv()
+        except (EOFError, OSError):
+            process.join()
+            raise ValueError(f"The process of torch's program ended (exit code {process.exitcode}); its own message is "
+                             "above. Use a smaller --batch or --size, or leave out --vs.") from None  # fmt: skip
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    try:
+        assert process.pid is not None
+        yield process.pid, ask
+    finally:
+        here.close()
+        process.join(10)
+        process.kill()
 
 
-def _faster_layout(rival: Rival) -> str:
-    """Leaves the network in the faster of torch's two layouts for images."""
-    import torch
+# Both at rest ---------------------------------------------------------------------------------------------------------
 
-    formats = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-    times = {}
-    for name, memory_format in formats.items():
-        rival.network.to(memory_format=memory_format)
-        seconds(rival.short)
-        times[name] = seconds(rival.short)
-    layout = min(times, key=times.__getitem__)
-    rival.network.to(memory_format=formats[layout])
-    return layout
+PAUSE, LONGEST = 0.05, 3.0
+"""Seconds: a process that takes less than a tenth of these rests; and how long that is waited for."""
+
+
+def _rest(*pids: int) -> None:
+    """Waits until the processes do nothing, which threads that spin for more work take some time for."""
+    end = time.monotonic() + LONGEST
+    while time.monotonic() < end:
+        before = [_cpu_seconds(pid) for pid in pids]
+        time.sleep(PAUSE)
+        after = [_cpu_seconds(pid) for pid in pids]
+        if None in before + after or all(b - a < PAUSE / 10 for a, b in zip(before, after, strict=True)):  # pyright: ignore
+            return
+
+
+def _cpu_seconds(pid: int) -> float | None:
+    """What a process has taken of all cores; None where the system does not say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _threads(pid: int) -> int | None:
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return None
+
+
+def _load() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _clock() -> float | None:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return 1e6 * float(np.mean(clocks)) if clocks else None
+
+
+# What is compared -----------------------------------------------------------------------------------------------------
 
 
 def _error(target: str, ours: Any, theirs: Any) -> tuple[float, str]:
@@ -159,182 +222,6 @@ def _error(target: str, ours: Any, theirs: Any) -> tuple[float, str]:
         return max(abs(a - b) / abs(b) for a, b in pairs), "relative difference of the first loss and gradient norm"
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)), "relative error of the output"
-
-
-# Their programs -------------------------------------------------------------------------------------------------------
-
-
-def _diffusers() -> Any:
-    """Untyped, since it makes its names at run time."""
-    import diffusers
-
-    return diffusers
-
-
-def _device() -> str:
-    return "cuda" if jax.default_backend() == "gpu" else "cpu"
-
-
-def _finish() -> None:
-    """Waits for the device, as `block_until_ready` does."""
-    import torch
-
-    if _device() == "cuda":
-        torch.cuda.synchronize()
-
-
-def _module(setting: Setting, raw: dict[str, Params], part: str, dtype: str) -> Any:
-    """Their network of our config, with our weights."""
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    diffusers = _diffusers()
-    config = getattr(setting.model, part)
-    values = to_dict(config)
-    if isinstance(config, UNetConfig):  # diffusers reads the number of heads from `attention_head_dim` only
-        values |= {"attention_head_dim": list(config.heads), "num_attention_heads": None}
-    state = {
-        name: torch.from_numpy(array.astype(np.float32, copy=False)) for name, array in to_torch(raw[part]).items()
-    }
-    if part == "text_encoder":
-        module = CLIPTextModel(CLIPTextConfig(**values))
-        names = module.state_dict().keys()
-        state = {name if name in names else name.removeprefix("text_model."): x for name, x in state.items()}
-    else:
-        with torch.device("meta"):  # whose own random weights would take half a minute
-            module = (diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL)(**values)
-    network: Any = module
-    network.load_state_dict(state, assign=True)
-    return network.to(device=_device(), dtype=getattr(torch, dtype)).eval()
-
-
-def _tensor(x: Any, dtype: str | None = None) -> Any:
-    """Images and latents become NCHW."""
-    import torch
-
-    array = np.array(x)
-    if array.ndim == 4:
-        array = array.transpose(0, 3, 1, 2)
-    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(_device())
-    return tensor.to(getattr(torch, dtype)) if dtype else tensor
-
-
-def _ours(x: Any) -> np.ndarray:
-    array = x.detach().float().cpu().numpy()
-    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-
-
-def _unet(setting: Setting, work: Work) -> Rival:
-    network = _module(setting, work.raw, "unet", setting.dtype)
-    x, context = (_tensor(work.inputs[name], setting.dtype) for name in ("x", "context"))
-    t = _tensor(work.inputs["t"])
-    return _evaluated(network, lambda: network(x, t, context).sample)
-
-
-def _vae(setting: Setting, work: Work) -> Rival:
-    network = _module(setting, work.raw, "vae", setting.dtype)
-    x = _tensor(next(iter(work.inputs.values())), setting.dtype)
-    if setting.options["encode"]:
-        return _evaluated(network, lambda: network.encode(x).latent_dist.parameters, network.encoder)
-    return _evaluated(network, lambda: network.decode(x).sample, network.decoder)
-
-
-def _text(setting: Setting, work: Work) -> Rival:
-    network = _module(setting, work.raw, "text_encoder", setting.dtype)
-    tokens = _tensor(work.inputs["tokens"]).long()
-    return _evaluated(network, lambda: network(tokens).last_hidden_state)
-
-
-def _evaluated(network: Any, evaluate: Callable[[], Any], hot: Any = None) -> Rival:
-    """The run waits for the device; what it gave is copied to the host only where it is looked at."""
-
-    def run() -> Any:
-        out = evaluate()
-        _finish()
-        return _Lazy(out)
-
-    return Rival(network, hot or network, run, run)
-
-
-class _Lazy:
-    """An output that becomes an array of ours when NumPy asks for it."""
-
-    def __init__(self, tensor: Any) -> None:
-        self._tensor = tensor
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return _ours(self._tensor).astype(dtype or np.float32)
-
-
-def _sample(setting: Setting, work: Work) -> Rival:
-    import torch
-    from transformers import CLIPTokenizer
-
-    diffusers = _diffusers()
-    model, inputs = setting.model, work.inputs
-    tokenizer = CLIPTokenizer.from_pretrained(model.tokenizer)
-    tokenizer.model_max_length = model.text_encoder.max_position_embeddings
-    parts = {part: _module(setting, work.raw, part, setting.dtype) for part in ("text_encoder", "unet", "vae")}
-    pipe = diffusers.StableDiffusionPipeline(
-        **parts,
-        tokenizer=tokenizer,
-        scheduler=diffusers.DDIMScheduler(**scheduler_values(model.scheduler)),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    # Set afterwards: the constructor would overrule `steps_offset` and `clip_sample`.
-    pipe.scheduler = diffusers.DDIMScheduler(**scheduler_values(model.scheduler))
-    pipe.set_progress_bar_config(disable=True)
-    latents = _tensor(inputs["latents"], setting.dtype)
-
-    def draw(steps: int) -> Any:
-        return pipe(
-            inputs["prompts"],
-            negative_prompt=inputs["negatives"],
-            num_inference_steps=steps,
-            guidance_scale=inputs["guidance"],
-            latents=latents,
-            height=setting.size,
-            width=setting.size,
-            output_type="np",
-        ).images
-
-    both = torch.cat([latents, latents])
-    context = torch.zeros(len(both), tokenizer.model_max_length, model.unet.cross_attention_dim).to(both)
-
-    def once() -> None:
-        parts["unet"](both, 500, context)
-        _finish()
-
-    return Rival(parts["unet"], parts["unet"], lambda: draw(inputs["steps"]), once)
-
-
-def _train(setting: Setting, work: Work) -> Rival:
-    """The usual loop of torch: forward, backward, clip, AdamW. Ours keeps an average of the weights besides."""
-    import torch
-
-    assert work.config is not None
-    optim = work.config.optim
-    network = _module(setting, work.raw, "unet", "float32").train()
-    seen = {name: _tensor(x, "float32") for name, x in _example(setting, work).items()}
-    adamw = torch.optim.AdamW(network.parameters(), optim.lr / (min(optim.warmup_steps, work.config.steps - 1) + 1),
-                              (optim.b1, optim.b2), optim.eps, optim.weight_decay)  # fmt: skip
-    told: list[dict[str, float]] = []
-    half = torch.autocast(_device(), torch.bfloat16) if setting.dtype == "bfloat16" else nullcontext()
-
-    def step() -> dict[str, float]:
-        adamw.zero_grad(set_to_none=True)
-        with half:
-            out = network(seen["x"], seen["t"], seen["context"]).sample
-        loss = torch.nn.functional.mse_loss(out.float(), seen["target"])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
-        adamw.step()
-        told.append({"loss": loss.item(), "grad_norm": norm.item()})
-        return told[0]  # what is compared: the steps after it go other ways
-
-    return Rival(network, network, step, step)
 
 
 def _example(setting: Setting, work: Work) -> dict[str, jax.Array]:
@@ -360,12 +247,3 @@ def _example(setting: Setting, work: Work) -> dict[str, jax.Array]:
 
     wanted = jax.grad(loss)(answer) * (-answer.size / 2)
     return seen | {"target": wanted}
-
-
-RIVALS: dict[str, Callable[[Setting, Work], Rival]] = {
-    "unet": _unet,
-    "vae": _vae,
-    "text": _text,
-    "sample": _sample,
-    "train": _train,
-}

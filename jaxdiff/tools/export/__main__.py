@@ -105,8 +105,8 @@ def write(args: Args, pipe: Pipeline) -> None:
     width, height = size = image_size(request_of(args), pipe.networks, pipe.size)
     factor = pipe.networks.factor
     program = pipe.program(request_of(args))
-    if program.family.inpaints:
-        raise ValueError("This model is for inpainting; the export draws from prompts alone.")
+    if program.family.beside:
+        raise ValueError("This model draws with an image; the export draws from prompts alone.")
     if not isinstance(program.family, StableDiffusion) or program.family.embeds_guidance:
         raise ValueError("Only models of Stable Diffusion 1 and 2 are exported, and none that reads its guidance.")
     levels = all_levels(program, args.schedule)

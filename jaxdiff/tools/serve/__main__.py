@@ -39,6 +39,8 @@ class Args:
     """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
     memory: Memory = "normal"
     """low keeps one network at a time, its kernels in 16 bits: less than half the memory, about 1.4 times the time."""
+    preview: Path | None = None
+    """The folder of a tiny autoencoder (TAESD), by which the guesses on the way are shown in the image's size."""
     out: Path | None = None
     """Write the images into this folder, too; without it nothing is written."""
     limits: Limits = field(default_factory=Limits)
@@ -69,7 +71,9 @@ def main(args: Args) -> None:
         if args.out is not None:
             check_writable(args.out)
         worker = Worker(
-            jaxdiff.load(args.model, args.dtype, memory=args.memory, **vars(args.file)), args.limits, args.out
+            jaxdiff.load(args.model, args.dtype, memory=args.memory, preview=args.preview, **vars(args.file)),
+            args.limits,
+            args.out,
         )
         worker.start()
         host, port, *_ = listener.getsockname()

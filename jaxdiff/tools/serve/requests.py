@@ -11,7 +11,7 @@ from jaxdiff.generation.canvas import image_size
 from jaxdiff.generation.conditioning import encoded
 from jaxdiff.generation.drawing import make_drawing, settled
 from jaxdiff.generation.pipeline import Pipeline
-from jaxdiff.generation.request import PROMPTS, Request, whole_number
+from jaxdiff.generation.request import PICTURES, PROMPTS, Request, whole_number
 from jaxdiff.io.images import read_image, read_mask
 from jaxdiff.io.images.decode import header_size
 
@@ -86,8 +86,9 @@ def read_request(body: bytes, pipe: Pipeline, limits: Limits) -> DrawRequest:
             values["mask"] = read_mask(files["mask"], (image.shape[1], image.shape[0]))
     elif files["mask"] is not None:
         raise ValueError("mask requires an image.")
-    if values.get("control_image"):  # a path would name a file of this machine
-        raise ValueError("control_image is for Python and the shell; leave it out.")
+    for name in set(PICTURES) - files.keys():  # a path would name a file of this machine
+        if values.get(name):
+            raise ValueError(f"{name} is for Python and the shell; leave it out.")
     request = Request.of({"prompt": "", "seed": 0} | values)
     request.check_portable()
     if request.n > limits.images:
