@@ -115,6 +115,7 @@ def test_errors_are_those_of_the_pipelines_own_denoiser_whatever_the_batch(pipe,
         assert found["full"][2.5] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_of_a_model_that_reads_sizes_they_are_those_of_each_image(pictures):
     xl = Pipeline(tiny.xl_model())
     short = replace(pictures, captions={"full": ["a dog", "a red star", "a cat"] * 2, "empty": [""] * 6})

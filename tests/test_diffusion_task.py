@@ -169,6 +169,7 @@ def xl_loss(config, frozen, pictures, params):
     return float(compiled_loss(config)(params, frozen, pictures))
 
 
+@pytest.mark.slow
 def test_a_dropped_caption_of_stable_diffusion_xl_is_zeros_and_the_sizes_stay():
     """Without captions all prompts are alike, and as good as features and a vector of zeros."""
     everything = replace(XL_TASK, caption_dropout=1.0)
