@@ -197,6 +197,8 @@ def main(args: Args) -> int:
     """Reads what to draw, loads the model, draws, writes; returns the exit code."""
     lines = list(read_lines(args))
     if args.lora_dir is not None:
+        if not args.lora_dir.is_dir():
+            raise ValueError(f"--lora-dir is {str(args.lora_dir)!r}, and that is no folder; give one that holds LoRAs.")
         lines, named_loras = take_loras(lines, args.lora_dir)
         args = replace(args, loras=(*args.loras, *named_loras))
     for line in lines:

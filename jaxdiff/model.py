@@ -292,6 +292,10 @@ def read_model(
     folder = exported(path)
     index = read_index(folder)
     family = family_of(networks_of(index)) or StableDiffusion
+    for name, supported in {"is_cosxl_edit": (False,), FORCE_ZEROS: (False, True)}.items():
+        if not any(index.get(name, False) is value for value in supported):
+            told = " or ".join(map(json.dumps, supported))
+            raise ValueError(f"{folder / 'model_index.json'}: {name} is {index[name]!r}; supported: {told}.")
     networks = {role: Network(*read_network(folder, name, variant)) for role, name in family.FOLDERS.items()}
     for role, (config, params) in networks.items():
         name = family.FOLDERS[role]

@@ -357,7 +357,7 @@ def test_adapters_change_the_params_as_they_were_read_one_after_another(model, p
 
 def test_networks_that_do_not_fit_together_are_refused_with_both_numbers(model):
     for role, change, words in (
-        ("denoiser", {"in_channels": 8}, "8 channels.*4"),
+        ("denoiser", {"in_channels": 7}, "7 channels.*4"),
         ("denoiser", {"cross_attention_dim": 32}, "cross_attention_dim is 32.*16"),
         ("text_encoder", {"vocab_size": 100}, "vocab_size 100"),
     ):

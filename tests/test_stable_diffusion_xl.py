@@ -1,10 +1,14 @@
 """Stable Diffusion XL: two text encoders, sizes, and a refiner. What diffusers draws: tests/parity/test_xl.py."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
 
 import jaxdiff
+from jaxdiff.families import StableDiffusionXL
+from jaxdiff.io.single_file import write_single
 from jaxdiff.model import read_model
 
 ASKED = {"steps": 3, "guidance": 4.0}
@@ -80,6 +84,9 @@ def test_a_saved_model_is_the_same(model, pipe, tmp_path):
         ({"crop": (-1, 0)}, "crop is -1"),
         ({"crop": 3}, "crop is 3; it must be two whole numbers"),
         ({"original_size": (0.5, 1)}, "original_size is 0.5"),
+        ({"original_size": (0, -5)}, "original_size is 0; .* from 1 to"),
+        ({"original_size": (10**30, 1)}, "from 1 to"),
+        ({"aesthetic_score": 1e308}, "from 0 to 100"),
         ({"clip_skip": 1}, "from 0 to 0"),
     ],
 )
@@ -98,7 +105,36 @@ def test_other_models_read_no_sizes():
 def test_networks_that_do_not_fit_together_are_refused(model):
     with pytest.raises(ValueError, match="other latents"):
         jaxdiff.Pipeline(model, refiner=jaxdiff.Pipeline(tiny.model(vae=tiny.replace(tiny.VAE, scaling_factor=0.7))))
+    with pytest.raises(ValueError, match="reads a mask"):
+        jaxdiff.Pipeline(tiny.model(), refiner=jaxdiff.Pipeline(tiny.inpainting_model()))
     wrong = tiny.replace(model.configs["denoiser"], projection_class_embeddings_input_dim=30)
     networks = dict(model.networks) | {"denoiser": model.networks["denoiser"]._replace(config=wrong)}
     with pytest.raises(ValueError, match="it must be 36"):
         jaxdiff.Pipeline(tiny.replace(model, networks=networks))
+
+
+@pytest.mark.parametrize(("file", "name", "value"), [
+    ("text_encoder_2/config.json", "projection_dim", -1),
+    ("text_encoder_2/config.json", "num_hidden_layers", 10**9),
+    ("unet/config.json", "transformer_layers_per_block", [1, 10**9]),
+    ("vae/config.json", "layers_per_block", 10**9),
+    ("model_index.json", "is_cosxl_edit", True),
+    ("model_index.json", "force_zeros_for_empty_prompt", "yes"),
+])  # fmt: skip
+def test_absurd_values_of_a_folder_are_refused_at_once(model, tmp_path, file, name, value):
+    model.save(tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=f"{name} is"):
+        read_model(tmp_path / "model")
+
+
+def test_a_tokenizer_is_for_the_refiner_in_a_single_file_too(model, pipe, tmp_path):
+    networks = {name: model.networks[role] for role, name in StableDiffusionXL.FOLDERS.items()}
+    write_single(tmp_path / "one.safetensors", networks, model.scheduler)
+    model.tokenizer.save(tmp_path / "words")
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="tokenizer"):
+        jaxdiff.load(tmp_path / "model", refiner=tmp_path / "one.safetensors")
+    loaded = jaxdiff.load(tmp_path / "model", refiner=tmp_path / "one.safetensors", tokenizer=tmp_path / "words")
+    assert loaded.refiner is not None

@@ -32,6 +32,14 @@ def positive(config: Any, *names: str) -> None:
         require(all(v > 0 for v in numbers), f"{type(config).__name__}.{name} is {value}; it must be above 0.")
 
 
+def at_most(config: Any, most: int, *names: str) -> None:
+    """Refuses fields that are above `most`; every entry of a tuple counts."""
+    for name in names:
+        value = getattr(config, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        require(all(v <= most for v in numbers), f"{type(config).__name__}.{name} is {value}; {most} are the most.")
+
+
 @dataclass(frozen=True)
 class Checked:
     """Takes each value as its field's type wants it, lists as tuples, or refuses it; then asks `_check`."""

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxdiff.config.base import Checked, one_of, positive, require
+from jaxdiff.config.base import Checked, at_most, one_of, positive, require
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 Activation = Literal["silu", "mish", "gelu", "relu"]
 """An activation of residual blocks, of those that diffusers has."""
+MOST_LAYERS = 200
+"""Of a network, one after the other; each is traced, so that a slip in a file would take hours."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class UNetConfig(Checked):
             not isinstance(self.sample_size, tuple) or len(self.sample_size) == 2,
             f"UNetConfig.sample_size is {self.sample_size}; it must be one number, or height and width.",
         )
+        at_most(self, MOST_LAYERS, "layers_per_block", "transformer_layers_per_block")
         for name in ("down_block_types", "up_block_types"):
             require(
                 len(getattr(self, name)) == n,
@@ -226,6 +229,7 @@ class VAEConfig(Checked):
             "norm_num_groups",
             "scaling_factor",
         )
+        at_most(self, MOST_LAYERS, "layers_per_block")
         for name, allowed in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             require(
                 len(getattr(self, name)) == n,
@@ -305,9 +309,11 @@ class CLIPTextConfig(Checked):
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "projection_dim",
             "max_position_embeddings",
             "layer_norm_eps",
         )
+        at_most(self, MOST_LAYERS, "num_hidden_layers")
         require(
             self.hidden_size % self.num_attention_heads == 0,
             f"CLIPTextConfig.hidden_size {self.hidden_size} is "

@@ -36,7 +36,8 @@ from jaxdiff.generation.programs import Program, decode, decode_preview, denoise
 from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, floats, seed_number, shown
 from jaxdiff.generation.weights import CONTROL, PREVIEW, Memory, Weights, check_memory, step_roles
 from jaxdiff.io.images import feathered
-from jaxdiff.model import Adapter, FileOptions, Model, check_dtype, merge_adapters, read_model
+from jaxdiff.io.single_file import is_single
+from jaxdiff.model import EMBEDDED, Adapter, FileOptions, Model, check_dtype, merge_adapters, read_model
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.memory import free_bytes, memory_bytes, resident_bytes, temporaries
 from jaxdiff.runtime.mesh import make_mesh, on, spread
@@ -77,7 +78,8 @@ def load(
             arrays that they are given are views of files, and cannot be written to: they return others.
         memory: "low" keeps one network at a time, and its kernels in 16 bits: less than half the memory, about 1.4
             times the time, and a little accuracy.
-        tokenizer: for a single file, in CLIP's place: a folder with vocab.json and merges.txt, or a diffusers folder.
+        tokenizer: for a single file, the model's or the refiner's, in CLIP's place: a folder with vocab.json and
+            merges.txt, or a diffusers folder.
         prediction_type: for a single file, which does not say it: "epsilon" or "v_prediction"; None is epsilon for
             Stable Diffusion 1, and a guess, with a warning, for 2.
         ema: of a single file, takes the averaged weights of the denoiser.
@@ -96,7 +98,8 @@ def load(
     check_memory(memory)
     enable_compilation_cache()
     options = FileOptions(None if tokenizer is None else Path(tokenizer), prediction_type, ema)
-    model = read_model(path, options=options)
+    files = is_single(EMBEDDED if path is None else path), refiner is not None and is_single(refiner)
+    model = read_model(path, options=FileOptions() if files == (False, True) else options)
     if adapters:
         model = model.with_params(merge_adapters(model.params, adapters))
     if isinstance(loras, str | Path):
@@ -115,7 +118,8 @@ def load(
         model = model.with_preview(preview)
     second = None
     if refiner is not None:
-        second = Pipeline(read_model(refiner).with_embeddings(embeddings), dtype, devices, memory)
+        last = read_model(refiner, options=options if files[1] else FileOptions())
+        second = Pipeline(last.with_embeddings(embeddings), dtype, devices, memory)
     return Pipeline(model, dtype, devices, memory, second)
 
 
@@ -153,9 +157,13 @@ class Pipeline:
         """What takes the last steps."""
         if refiner is not None and _latents(refiner.networks) != _latents(self.networks):
             raise ValueError(
-                f"The refiner {refiner.name} has other latents than {self.name}: scale, channels and pixels to each "
-                f"are {_latents(refiner.networks)}, and not {_latents(self.networks)}."
+                f"The refiner {refiner.name!r} has other latents than {self.name!r}: scale, channels and pixels to "
+                f"each are {_latents(refiner.networks)}, and not {_latents(self.networks)}; give one that was trained "
+                "on the model's latents."
             )
+        if refiner is not None and refiner.networks.beside is not None:
+            raise ValueError(f"The refiner {refiner.name!r} reads a {refiner.networks.beside} beside latents; give one "
+                             "that reads latents alone.")  # fmt: skip
         self._fitting: set[tuple[Any, tuple[int, ...]]] = set()
         self.info = ModelInfo(
             self.networks,

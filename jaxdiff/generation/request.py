@@ -32,6 +32,9 @@ MAX_N = 100_000
 MAX_SIDE = 8192
 """Pixels along a side; far beyond, XLA's own counters overflow and abort the process."""
 
+MAX_TOLD = 100_000
+"""Pixels along a side that a network may be told of."""
+
 # A file's path, or an array.
 Pixels: TypeAlias = str | Path | np.ndarray
 
@@ -114,7 +117,7 @@ def one_of(name: str, value: Any, *, names: Iterable[str]) -> str:
     return value
 
 
-def size_of(name: str, value: Any) -> tuple[int, int]:
+def size_of(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> tuple[int, int]:
     """(width, height) in pixels from two whole numbers, or from text such as 64x48."""
     sides = re.split(r"\s*[x,;\s]\s*", value.strip().lower()) if isinstance(value, str) else value
     if isinstance(value, str) and (len(sides) != 2 or not all(side.isdecimal() for side in sides)):
@@ -123,7 +126,7 @@ def size_of(name: str, value: Any) -> tuple[int, int]:
     found = _array(found).tolist() if hasattr(found, "__array__") else found
     if not isinstance(found, Iterable) or isinstance(found, bytes) or len(found := list(found)) != 2:
         raise ValueError(f"{name} is {shown(value)}; it must be (width, height), in pixels.")
-    width, height = (whole_number(name, side) for side in found)
+    width, height = (whole_number(name, side, low, high) for side in found)
     return width, height
 
 
@@ -389,12 +392,12 @@ class Request:
     """3 computes most of the network at every third step: faster, and another image (Ma et al. 2023, DeepCache)."""
     clip_skip: Annotated[int, Field(partial(whole_number, low=0))] = 0
     """Layers of the text encoder, from the last, that are left out; 1 takes the penultimate layer's features."""
-    original_size: Annotated[str | tuple[int, int] | None, Field(size_of)] = None
-    """For Stable Diffusion XL, the width and height that the image is to look as if it had before it was cut and
-    resized: small ones look blurred (Podell et al. 2023). None is its size."""
+    original_size: Annotated[str | tuple[int, int] | None, Field(partial(size_of, low=1, high=MAX_TOLD))] = None
+    """For Stable Diffusion XL, the width and height of the photo that the image shall look made from: a small one was
+    enlarged, and is blurred (Podell et al. 2023). None is the image's own size."""
     crop: Annotated[tuple[int, int] | None, Field(corner)] = None
-    """For Stable Diffusion XL, pixels that the image is to look cut by, at the left and at the top. None is 0 and 0."""
-    aesthetic_score: Annotated[float | None, Field(partial(number, low=0.0))] = None
+    """For Stable Diffusion XL, pixels that shall seem cut off at the left and at the top. None is 0 and 0."""
+    aesthetic_score: Annotated[float | None, Field(partial(number, low=0.0, high=100.0))] = None
     """For the refiner of Stable Diffusion XL, how well people are to like the image, about 0 to 10. None is 6."""
     refiner_start: Annotated[float | None, Field(share)] = None
     """With a refiner, the share of the noise schedule that the model itself goes through, before the refiner takes
@@ -471,7 +474,7 @@ class Request:
             if start >= end:
                 raise ValueError(f"control_start is {start:g} and control_end {end:g}; it must start before it ends.")
         if self.control_image and self.cache_interval > 1:
-            raise ValueError("cache_interval leaves out what control networks add; leave out it or control_image.")
+            raise ValueError("cache_interval leaves out what control networks add; leave out one of the two.")
         if self.tile is not None and self.cache_interval > 1:
             raise ValueError("cache_interval keeps the features of one tile only; leave out tile or cache_interval.")
         if self.rng == "torch" and self.sampler == "dpmpp_sde":

@@ -133,7 +133,8 @@ def read_index(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give a diffusers model folder.")
+        there = "is not a folder" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {there}; give a diffusers model folder, a run directory or a single file.")
     index_file = path / "model_index.json"
     if not index_file.exists():
         raise ValueError(f"{path} has no model_index.json; it is not a diffusers model folder, or only half of one.")
@@ -339,6 +340,8 @@ def find_part(path: Path | str, name: str) -> Path:
     for folder in (path / name, path / "export" / name):
         if folder.is_dir():
             return folder
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a diffusers model folder, a run directory or a single file.")
     if not any((path / file).is_file() for file in _OWN_FILES[name]):
         raise ValueError(f"{path} has no folder {name!r}; it is not a diffusers model folder, or only half of one, nor "
                          "the folder of such a part.")  # fmt: skip
@@ -348,7 +351,7 @@ def find_part(path: Path | str, name: str) -> Path:
             raise ValueError(f"{path} is a run that has exported no {name}; train on to its first evaluation.")
         if (cls := values.get("_class_name", NETWORKS[name].cls)) != NETWORKS[name].cls:
             raise ValueError(
-                f"{path} is the folder of {cls!r}, and a {name} is a {NETWORKS[name].cls}; name its folder."
+                f"{path} is the folder of {cls!r}, and the class of a {name} is {NETWORKS[name].cls}; name its folder."
             )
     return path
 

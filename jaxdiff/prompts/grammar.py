@@ -30,7 +30,9 @@ _SYNTAX = re.compile(r"(\\(?:[()\[\]:\\]|AND\b|BREAK\b|__)|[()\[\]:]|\bAND\b|\bB
 _ESCAPED = {rf"\{text}": text for text in ("(", ")", "[", "]", ":", "\\", "AND", "BREAK", "__")} | {"BREAK": NEW_CHUNK}
 # What other tools' prompts have, and what to write here.
 _OTHERS = {
-    re.compile(r"<[a-z_]+:[^<>]*>", re.IGNORECASE): "is taken as text: no LoRA and the like is read from a prompt here",
+    re.compile(
+        r"<[a-z_]+:[^<>]*>", re.IGNORECASE
+    ): "is taken as text: LoRAs are named in prompts with --lora-dir, or given by --lora",
     re.compile(r"\bembedding:\S+", re.IGNORECASE): "is taken as text: no textual inversion is called so",
     re.compile(r"\{[^{}]*\|[^{}]*\}"): "is taken as text: write __name__ for a choice, with a folder of wildcards",
     re.compile(r"\([^()]*:\s*\d+,\d+\s*\)"): "has no weight: write it with a decimal point, as in (cat:1.3)",

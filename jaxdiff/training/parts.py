@@ -48,6 +48,11 @@ def read_vae(task: DiffusionTask, data: DataConfig) -> tuple[VAEConfig, Params]:
     vae, params = read_part(task.vae, "vae", None, "DiffusionTask.vae")
     if task.reads_sizes and not is_single(task.vae):
         check_latents(find_part(task.vae, "vae"))
+    if task.unet.in_channels == 2 * vae.latent_channels or task.unet.in_channels == vae.latent_channels + 1:
+        raise ValueError(
+            f"UNetConfig.in_channels is {task.unet.in_channels}, of a model that reads an image or a depth map beside "
+            f"a latent of {vae.latent_channels} channels; such models are sampled, and not trained."
+        )
     if vae.latent_channels != task.unet.in_channels:
         raise ValueError(
             f"The VAE in {task.vae} has {vae.latent_channels} latent channels and UNetConfig.in_channels is "

@@ -108,7 +108,9 @@ def write(args: Args, pipe: Pipeline) -> None:
     if program.family.beside:
         raise ValueError("This model draws with an image; the export draws from prompts alone.")
     if not isinstance(program.family, StableDiffusion) or program.family.embeds_guidance:
-        raise ValueError("Only models of Stable Diffusion 1 and 2 are exported, and none that reads its guidance.")
+        kind = "reads its guidance scale" if program.family.embeds_guidance else "is Stable Diffusion XL"
+        raise ValueError(f"{pipe.name} {kind}, and only models of Stable Diffusion 1 and 2 that do not are exported; "
+                         "draw with it by sample.py or the page.")  # fmt: skip
     levels = all_levels(program, args.schedule)
 
     tokenizer, empty = pipe.model.tokenizer, pipe.model.tokenizer([""])[0]
