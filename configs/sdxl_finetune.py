@@ -7,7 +7,7 @@ resized, and where it was cut. Latents are cached in `--cache`; crops at random 
 
 Mesh: everything in parts over 16 chips (fsdp), such as v5e:4x4, 2 images a chip, blocks computed again in the backward
 pass. Each chip holds 0.6 GiB of parameters, 1.2 of the optimiser, 0.6 of the average and 0.2 of the text encoders, and
-computes 56 TFLOP a step, which takes v5e at least 286 ms. The temporaries, and so whether it fits, are not measured yet:
+computes 56 TFLOP a step, which takes v5e at least 286 ms. Temporaries, and so whether it fits, are not measured yet:
 `python -m jaxdiff.tools.plan configs/sdxl_finetune.py --topology v5e:4x4` tells, with more than 14 GB of memory.
 """
 
