@@ -103,3 +103,9 @@ def test_nothing_at_run_time_needs_torch_or_tensorflow():
 def test_only_networks_import_linen():
     files = [path for path in FILES if room(path) not in ("nn", "models", "build", "tools")]
     assert offenders(files, lambda path: re.findall("flax.linen", path.read_text())) == {}
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone, and a run that collects both stops."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
