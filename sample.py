@@ -403,8 +403,9 @@ def like(path: Path) -> Args:
         memory = check_memory(carried.get("memory", "normal"))
         if (dtype := carried.get("dtype")) not in (None, *DTYPES):
             raise ValueError(f"dtype is {dtype!r}.")
-        loras, embeddings = carried_loras(carried), carried_embeddings(carried)
-        controls = carried_controls(carried)
+        loras = carried_list(carried, "loras", "files and strengths", dict, carried_lora)
+        embeddings = carried_list(carried, "embeddings", "files and words", dict, carried_embedding)
+        controls = carried_list(carried, "controls", "files", str, Path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: {error}") from error
     return Args(
@@ -419,41 +420,33 @@ def like(path: Path) -> Args:
     )
 
 
-def carried_loras(carried: Mapping[str, Any]) -> tuple[LoRA, ...]:
-    """The LoRAs that an image was drawn with, by its settings.
+def carried_list(carried: Mapping[str, Any], name: str, what: str, kind: type, make: Callable[[Any], Any]) -> tuple:
+    """What an image's settings say that it was drawn with, such as LoRAs.
+
+    Args:
+        carried: the settings.
+        name: under which they have it.
+        what: what it is a list of, in words.
+        kind: the type of each entry.
+        make: from an entry to what it stands for.
 
     Raises:
-        ValueError: where these make no sense.
+        ValueError: where it makes no sense.
     """
-    match carried.get("loras", []):
-        case list(loras) if all(isinstance(one, dict) for one in loras):
-            names = ("file", "strength", "text_strength")
-            return tuple(LoRA.of(tuple(one[name] for name in names if name in one)) for one in loras)
-    raise ValueError("its loras are no list of files and strengths.")
+    found = carried.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
+        raise ValueError(f"its {name} are no list of {what}.")
+    return tuple(map(make, found))
 
 
-def carried_embeddings(carried: Mapping[str, Any]) -> tuple[Embedding, ...]:
-    """The textual inversions that an image was drawn with, by its settings.
-
-    Raises:
-        ValueError: where these make no sense.
-    """
-    match carried.get("embeddings", []):
-        case list(embeddings) if all(isinstance(one, dict) for one in embeddings):
-            return tuple(Embedding.of((one.get("file"), one.get("word"))) for one in embeddings)
-    raise ValueError("its embeddings are no list of files and words.")
+def carried_lora(one: Mapping[str, Any]) -> LoRA:
+    """A LoRA from its values in an image's settings, as `LoRA.values` has them."""
+    return LoRA.of(tuple(one[name] for name in ("file", "strength", "text_strength") if name in one))
 
 
-def carried_controls(carried: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The control networks that an image was drawn with, by its settings.
-
-    Raises:
-        ValueError: where these make no sense.
-    """
-    match carried.get("controls", []):
-        case list(controls) if all(isinstance(one, str) for one in controls):
-            return tuple(map(Path, controls))
-    raise ValueError("its controls are no list of files.")
+def carried_embedding(one: Mapping[str, Any]) -> Embedding:
+    """A textual inversion from its values in an image's settings."""
+    return Embedding.of((one.get("file"), one.get("word")))
 
 
 def check_like(args: Args, pipe: Pipeline) -> None:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxdiff import build
 from jaxdiff.build import NetworkConfig
-from jaxdiff.config import SchedulerConfig, load_json
+from jaxdiff.config import SchedulerConfig, load_json, naming
 from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family, StableDiffusion, StableDiffusionXL, StableDiffusionXLRefiner, family_of
 from jaxdiff.io.control import ControlNet, read_control
@@ -209,10 +209,8 @@ class Model:
             if not isinstance(path, str | Path):
                 raise ValueError(f"A control network is {path!r}; give its folder or file.")
             control = read_control(path)
-            try:
+            with naming(control.path):
                 family.control_net(control.config)
-            except ValueError as error:
-                raise ValueError(f"{control.path}: {error}") from error
             found.append(
                 control._replace(params=check_network(control.name, control.config, control.params, control.path))
             )
@@ -225,10 +223,8 @@ class Model:
             ValueError: where it is damaged or for another model.
         """
         tiny = read_tiny_vae(path)
-        try:
+        with naming(tiny.path):
             self.modules().preview_net(tiny.config)
-        except ValueError as error:
-            raise ValueError(f"{tiny.path}: {error}") from error
         return replace(self, preview=tiny._replace(params=check_network(TINY, tiny.config, tiny.params, tiny.path)))
 
     def save(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:

@@ -197,7 +197,7 @@ def test_requests_with_and_without_are_told_apart(pipe):
         pipe.draw([Request("a", control_image=(PHOTO,)), Request("b")])
     with pytest.raises(ValueError, match="loaded with no control network"):
         Pipeline(plain())("a dog", control_image=PHOTO)
-    with pytest.raises(ValueError, match=r"leave out it or control_image"):
+    with pytest.raises(ValueError, match=r"leave out cache_interval or control_image"):
         pipe("a dog", control_image=PHOTO, cache_interval=2)
 
 

@@ -32,7 +32,7 @@ def test_a_request_is_json_and_back():
         **dict.fromkeys(("upscale", "latent_upscale"), lambda: chance.randint(1, 3)),
         "guidance_interval": lambda: tuple(sorted((chance.uniform(0, 15), chance.uniform(0, 15)))),
         "size": lambda: (chance.randrange(999), chance.randrange(999)),
-        "original_size": lambda: (chance.randrange(999), chance.randrange(999)),
+        "original_size": lambda: (chance.randint(1, 999), chance.randint(1, 999)),
         "crop": lambda: (chance.randrange(99), chance.randrange(99)),
         "aesthetic_score": lambda: chance.uniform(0, 10),
         "refiner_start": chance.random,

@@ -4,7 +4,7 @@ The network and scheduler classes carry the field names of the diffusers and tra
 folder's file and a dataclass are one thing. Nothing here imports more than the standard library.
 """
 
-from jaxdiff.config.base import as_written, from_dict, load_json, nearest, to_dict, to_name
+from jaxdiff.config.base import as_written, from_dict, load_json, naming, nearest, to_dict, to_name
 from jaxdiff.config.data import DataConfig
 from jaxdiff.config.networks import (
     CLIPTextConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "as_written",
     "from_dict",
     "load_json",
+    "naming",
     "nearest",
     "to_dict",
     "to_name",

@@ -6,7 +6,9 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -17,6 +19,15 @@ def require(condition: bool, message: str) -> None:
     """A ValueError with `message` where the condition does not hold."""
     if not condition:
         raise ValueError(message)
+
+
+@contextmanager
+def naming(where: Any) -> Iterator[None]:
+    """Has each ValueError inside begin with the file or folder that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def one_of(where: str, value: Any, allowed: tuple[Any, ...]) -> None:

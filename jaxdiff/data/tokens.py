@@ -7,8 +7,7 @@ import logging
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import tokenizers
 from jaxtyping import Bool, Int
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 
-from jaxdiff.config import load_json
+from jaxdiff.config import load_json, naming
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class Tokenizer:
         by_content = {token.content: token for token in added.values()}
         tokens = {name: by_content.get(token.content, token) for name, token in tokens.items()}
 
-        with _named(folder):
+        with naming(folder):
             backend = _backend(vocab, merges, tokens["unk_token"].content)
         for mark in (tokens["bos_token"].content, tokens["eos_token"].content):
             if mark not in vocab and mark not in by_content:
@@ -117,7 +116,7 @@ class Tokenizer:
                 ", ".join(f"{content!r} is {found}, not {i}" for content, (i, found) in moved.items()),
             )
         pad, bos, eos = (tokens[f"{name}_token"].content for name in ("pad", "bos", "eos"))
-        with _named(folder):
+        with naming(folder):
             return cls(backend, max_length, pad, bos, eos)
 
     @classmethod
@@ -270,15 +269,6 @@ class Tokenizer:
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
         starts = [start for token, (start, _) in pairs for _ in self._runs.get(token, (token,))][self.max_length - 2 :]
         return text[starts[0] :] if starts else None
-
-
-@contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Errors inside name the folder that they are about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
 
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -4,6 +4,7 @@ A family is all that sampling needs to know of its networks: their roles, how pr
 the denoiser is called. Another family is another module with the same methods.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -27,7 +28,7 @@ Beside = Literal["mask", "image", "depth"]
 
 
 @dataclass(frozen=True)
-class LatentDiffusion:
+class LatentDiffusion(ABC):
     """The networks' modules, and functions of their params. Hashable, so that it can be static in `jax.jit`.
 
     Functions take the params of the networks that they call.
@@ -84,13 +85,13 @@ class LatentDiffusion:
         )
 
     @classmethod
+    @abstractmethod
     def check_added(cls, unet: UNetConfig, texts: Sequence[CLIPTextConfig]) -> None:
         """Whether the denoiser reads, beside time and context, what the family gives it.
 
         Raises:
             ValueError: where it does not.
         """
-        raise NotImplementedError
 
     @staticmethod
     def trained_size(configs: Mapping[str, Any]) -> Size | None:
@@ -121,9 +122,9 @@ class LatentDiffusion:
         return sum(self.vae.channels[:2])
 
     @property
+    @abstractmethod
     def text_layers(self) -> int:
         """Layers of the text encoder, of which clip_skip leaves out some."""
-        raise NotImplementedError
 
     @property
     def beside(self) -> Beside | None:
@@ -140,6 +141,7 @@ class LatentDiffusion:
 
     # Prompts ----------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def encode_prompts(self, params: Sequence[Params], tokens: Sequence[Tokens], clip_skip: int = 0) -> Conditioning:
         """Tokens to features, chunk after chunk: context [*n, chunks * length, d].
 
@@ -150,7 +152,6 @@ class LatentDiffusion:
             tokens: as each of these reads them.
             clip_skip: layers that are left out, from the last, below `text_layers`.
         """
-        raise NotImplementedError
 
     def numbers(
         self, size: Size, original_size: Size, crop: tuple[int, int], aesthetic_score: float, guidance: float

@@ -146,7 +146,7 @@ def refiner_step(drawing: Drawing, scheduler: SchedulerConfig) -> int:
     given, schedule = drawing.settings.refiner_start, make_schedule(scheduler)
     first = round(scheduler.num_train_timesteps * (1 - (REFINER_START if given is None else given)))
     sigmas = np.asarray(drawing.sigmas.sigmas)[: drawing.steps]
-    times = np.array([sigma_to_t(jnp.asarray(sigma), schedule) for sigma in sigmas])
+    times = np.asarray(jax.vmap(lambda sigma: sigma_to_t(sigma, schedule))(jnp.asarray(sigmas)))
     return int((times >= first).sum())
 
 

@@ -314,6 +314,8 @@ class Pipeline:
         size = drawing.shape[1] * self.networks.factor, drawing.shape[0] * self.networks.factor
         own = make_drawing([request.without_control(size) for request in drawing.requests], self.info)
         own = replace(own, sigmas=drawing.sigmas, at_sigma=drawing.at_sigma, steps=drawing.steps)
+        if own.mask is None:  # what the image said is in the state
+            own = replace(own, image=None)
         program = self.program(own.settings)
         inputs, _, _ = make_inputs(own, self.model.tokenizers, self.params, program)
         return self._denoise(own, (start, own.steps), program, inputs, begin_all(state.x), keys, progress, on_step)

@@ -211,8 +211,7 @@ def decode(params: Params, latents: Float[Array, "b h w c"], *, program: Program
     """Images of latents at unit variance."""
 
     def one(latent: Float[Array, "h w c"]) -> UInt8[Array, "h2 w2 3"]:
-        image = program.family.decode(params, latent[None])[0]
-        return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+        return _to_uint8(program.family.decode(params, latent[None])[0])
 
     return in_slices(one, latents)
 
@@ -220,7 +219,11 @@ def decode(params: Params, latents: Float[Array, "b h w c"], *, program: Program
 @partial(Compiled, static_argnames="net")
 def decode_preview(params: Params, latents: Float[Array, "b h w c"], *, net: Any) -> UInt8[Array, "b h2 w2 3"]:
     """Images of latents at unit variance by a tiny autoencoder."""
-    image = net.apply({"params": params}, latents, method="decode")
+    return _to_uint8(net.apply({"params": params}, latents, method="decode"))
+
+
+def _to_uint8(image: Float[Array, "*b h w 3"]) -> UInt8[Array, "*b h w 3"]:
+    """[-1, 1] to 0..255; what overshoots is cut off."""
     return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 

@@ -474,7 +474,9 @@ class Request:
             if start >= end:
                 raise ValueError(f"control_start is {start:g} and control_end {end:g}; it must start before it ends.")
         if self.control_image and self.cache_interval > 1:
-            raise ValueError("cache_interval leaves out what control networks add; leave out one of the two.")
+            raise ValueError(
+                "cache_interval leaves out what control networks add; leave out cache_interval or control_image."
+            )
         if self.tile is not None and self.cache_interval > 1:
             raise ValueError("cache_interval keeps the features of one tile only; leave out tile or cache_interval.")
         if self.rng == "torch" and self.sampler == "dpmpp_sde":

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdiff.config import T2IAdapterConfig, from_dict, load_json
+from jaxdiff.config import T2IAdapterConfig, from_dict, load_json, naming
 from jaxdiff.io import ldm
 from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch
@@ -90,10 +90,8 @@ def _config(file: Path) -> Any:
 
 
 def _params(path: Path, tensors: Mapping[str, np.ndarray]) -> Params:
-    try:
+    with naming(path):
         return from_torch(tensors.items())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _original(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Any, Params]:
@@ -117,7 +115,5 @@ def _config_of(path: Path, tensors: Mapping[str, np.ndarray]) -> Any:
         ) from missing
     if 0 in values["attention_head_dim"]:
         raise ValueError(f"{path} does not say how many heads it has; give its folder with a config.json.")
-    try:
+    with naming(path):
         return from_dict(CLASSES[NAME], values, CLASSES[NAME].__name__)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

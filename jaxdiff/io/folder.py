@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, to_dict
+from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, naming, to_dict
 from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch, torch_views
 from jaxdiff.io.scheduler import MARK, read_scheduler, scheduler_class, scheduler_values
@@ -132,9 +132,9 @@ def read_index(path: Path | str) -> dict[str, Any]:
         ValueError: in one sentence, naming the file and what is missing or not supported.
     """
     path = Path(path)
+    _check_exists(path)
     if not path.is_dir():
-        there = "is not a folder" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {there}; give a diffusers model folder, a run directory or a single file.")
+        raise ValueError(f"{path} is not a folder; give a diffusers model folder, a run directory or a single file.")
     index_file = path / "model_index.json"
     if not index_file.exists():
         raise ValueError(f"{path} has no model_index.json; it is not a diffusers model folder, or only half of one.")
@@ -178,10 +178,8 @@ def read_network(path: Path | str, name: str, variant: str | None = None) -> tup
     config = read_config(path, name)
     folder = find_part(path, name)
     tensors = open_weights(folder, NETWORKS[name].stem, variant)
-    try:
+    with naming(folder):
         return config, from_torch(tensors.items())
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
 
 
 def read_config(path: Path | str, name: str) -> Any:
@@ -340,8 +338,7 @@ def find_part(path: Path | str, name: str) -> Path:
     for folder in (path / name, path / "export" / name):
         if folder.is_dir():
             return folder
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a diffusers model folder, a run directory or a single file.")
+    _check_exists(path)
     if not any((path / file).is_file() for file in _OWN_FILES[name]):
         raise ValueError(f"{path} has no folder {name!r}; it is not a diffusers model folder, or only half of one, nor "
                          "the folder of such a part.")  # fmt: skip
@@ -393,6 +390,14 @@ def check_latents(vae: Path) -> None:
     for name in ("latents_mean", "latents_std", "shift_factor"):
         if values.get(name):
             raise ValueError(f"{file}: {name} is {values[name]}; supported: null.")
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(
+            f"{path} is not a folder or file that exists, and so not a diffusers model folder; give the path of one, "
+            "of a run directory or of a single file."
+        )
 
 
 def clip_tokenizer(file: SingleFile) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, from_dict, to_dict
+from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, from_dict, naming, to_dict
 from jaxdiff.io import ldm
 from jaxdiff.io.convert import from_torch, torch_views
 from jaxdiff.io.layouts import (
@@ -142,12 +142,10 @@ class SingleFile:
         """
         config, found = self.config(name), self._found(name)
         average = self.ema and name == "unet"
-        try:
+        with naming(self.path):
             return config, from_torch(
                 (ours, self._average(original) if average else array) for ours, (original, array) in found.items()
             )
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
 
     def config(self, name: str) -> Any:
         """The config of one network, such as "unet".
@@ -200,10 +198,8 @@ class SingleFile:
         return self._made(SchedulerConfig, values)
 
     def _made(self, cls: type, values: Mapping[str, Any]) -> Any:
-        try:
+        with naming(self.path):
             return from_dict(cls, dict(values), cls.__name__)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
 
     @cached_property
     def _prediction(self) -> tuple[str, bool]:

@@ -320,7 +320,7 @@ def _not_safetensors(path: Path) -> str:
         return f"{path} is a pickle under the name of a safetensors file; call it .bin."
     if head.lstrip().startswith(b"<"):
         return f"{path} is a web page, not weights; download the file itself."
-    return f"{path} is neither a safetensors file nor one of torch.save, or is cut short; download or save it again."
+    return f"{path} is not a safetensors file, nor one of torch.save, or is cut short; download or save it again."
 
 
 def listed(names: Any) -> str:
