@@ -11,6 +11,8 @@ from jaxdiff.config import from_dict
 
 logger = logging.getLogger(__name__)
 
+_OF_ADDED = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+
 
 def read_values(
     file: Path,
@@ -62,7 +64,8 @@ def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values in the one spelling that the dataclasses have, of several that mean the same.
 
     transformers nests the text encoder's config of a whole CLIP model; a square's sides may be two numbers; "swish" is
-    SiLU, and activations may be in capitals; one width of the prompt's features may be said for each level.
+    SiLU, and activations may be in capitals; one width of the prompt's features may be said for each level; sizes of
+    an added embedding say nothing where there is none.
     """
     out = dict(values)
     if isinstance(nested := out.get("text_config"), dict) and "hidden_size" not in out:
@@ -74,4 +77,6 @@ def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
         out["cross_attention_dim"] = width[0]
     if isinstance(act := out.get("act_fn"), str):
         out["act_fn"] = "silu" if act.lower() == "swish" else act.lower()
+    if out.get("addition_embed_type") is None:
+        out = {name: value for name, value in out.items() if name not in _OF_ADDED}
     return out

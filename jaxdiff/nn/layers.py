@@ -18,13 +18,16 @@ Remat = Literal["none", "norms", "blocks"]
 """What a backward pass computes again instead of keeping it; see `remat`."""
 
 
-def recomputed(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` of arrays, whose backward pass keeps nothing but these and computes the rest of what it needs again.
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays, whose backward pass keeps nothing but these and computes the rest of what it needs again.
 
     For what costs hardly any work but would keep several arrays of the size of its result: norms and activations.
+    Arguments with a default keep it: left to themselves they would be traced like arrays.
     """
 
-    f = jax.jit(f)  # traced and compiled once for all layers of a shape; so is the backward pass
+    @jax.jit  # traced and compiled once for all layers of a shape; so is the backward pass
+    def f(*args: Any) -> Any:
+        return function(*args)
 
     @jax.jit
     def pull(args: tuple[Array, ...], d: Any) -> Any:
