@@ -108,8 +108,8 @@ def marked(readme: Path) -> tuple[str, str]:
 def table(figures: dict[str, dict[str, Any]]) -> str:
     """Markdown: what ran where, and a row a benchmark."""
     machines = dict.fromkeys(caption(values) for values in figures.values())
-    lines = [*machines, "", "| what | jaxdiff | diffusers | ours / theirs | compiled in | peak memory | to repeat |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    lines = [*machines, "", "| what | jaxdiff | diffusers | ours / theirs | to make | memory at most | diffusers' | to repeat |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, values in figures.items():
         what, words = FULL[name]
         result = values["results"][0]
@@ -123,6 +123,7 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
             f"**{ratio['median']:.2f}**{spread}",
             duration(sum(result[part] for part in ("trace", "lower", "compile"))),
             scaled(result["peak_memory"], "B"),
+            scaled(peak, "B") if (peak := rival.get("peak_memory")) else "",
             f"`{words}`",
         ]
         lines.append(f"| {' | '.join(cells)} |")

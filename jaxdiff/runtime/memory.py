@@ -26,17 +26,17 @@ def free_bytes() -> int | None:
     return None
 
 
-def resident_bytes(kind: str = "VmRSS") -> int | None:
-    """Bytes of memory that this process has now, or has had at most ("VmHWM"); None where the system does not say."""
+def resident_bytes(kind: str = "VmRSS", pid: int | str = "self") -> int | None:
+    """Bytes of memory that a process has now, or has had at most ("VmHWM"); None where the system does not say."""
     with suppress(OSError, ValueError, IndexError):
-        return 1024 * int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0])
+        return 1024 * int(Path(f"/proc/{pid}/status").read_text().split(f"{kind}:")[1].split()[0])
     return None
 
 
-def forget_peak() -> None:
-    """Counts "VmHWM" from here, where the system can."""
+def forget_peak(pid: int | str = "self") -> None:
+    """Counts a process's "VmHWM" from here, where the system can."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def temporaries(program: Any) -> int:

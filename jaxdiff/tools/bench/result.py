@@ -158,7 +158,8 @@ def report(result: Result) -> str:
     for rival in result.versus:
         threads = f", {rival.threads} threads" if rival.threads else ""
         row("against", f"{rival.against} ({rival.layout}{threads})")
-        row("  theirs", spread(rival.seconds))
+        memory = "" if rival.peak_memory is None else f", {scaled(rival.peak_memory, 'B')} at most"
+        row("  theirs", f"{spread(rival.seconds)}{memory}")
         ratio = rival.ratio
         row("  ours / theirs", f"{ratio.median:.3f} ({ratio.q1:.3f} to {ratio.q3:.3f}, {len(ratio.runs)} pairs)")
         told = {

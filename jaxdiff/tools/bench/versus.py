@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.runtime.memory import forget_peak, resident_bytes
 from jaxdiff.tools.bench import peer
 from jaxdiff.tools.bench.measure import Spread, cores, seconds
 from jaxdiff.tools.bench.targets import Setting, Work
@@ -41,6 +42,8 @@ class Versus:
     """Our time over theirs, pair by pair."""
     error: float
     error_of: str
+    peak_memory: int | None = None
+    """Bytes that their process held at most during the pairs; None on a device, or where the system does not say."""
     alive: tuple[int | None, int | None] | None = None
     """Threads of our process and of theirs; None where the system does not say, as with all that follows."""
     beside: float | None = None
@@ -91,6 +94,7 @@ def versus(
         error, error_of = _error(target, our_first, made.out)
         for _ in range(warmup):
             ask("run")
+        forget_peak(pid)
         turns = {"ours": (lambda: seconds(ours), pid), "theirs": (lambda: ask("run"), os.getpid())}
         theirs, ratios, beside = [], [], []
         for i in range(runs):
@@ -106,6 +110,7 @@ def versus(
             theirs.append(times["theirs"])
             ratios.append(times["ours"] / times["theirs"])
         alive = _threads(os.getpid()), _threads(pid)
+        peak = resident_bytes("VmHWM", pid) if jax.default_backend() == "cpu" else None
     return Versus(
         against=made.name,
         layout=made.layout,
@@ -115,6 +120,7 @@ def versus(
         ratio=Spread.of(ratios),
         error=error,
         error_of=error_of,
+        peak_memory=peak,
         alive=alive,
         beside=max(beside, default=None),
         load=_load(),
