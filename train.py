@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxdiff.data.resident import Resident
 from jaxdiff.data.sources import summary
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.evaluation.denoising import Heldout, as_metrics, denoising_errors, heldout
+from jaxdiff.evaluation.lpips import compiled_lpips, read_lpips
 from jaxdiff.evaluation.plots import can_plot, plot_metrics
 from jaxdiff.families import family_of
 from jaxdiff.generation.conditioning import encoded
@@ -62,7 +64,7 @@ from jaxdiff.training.resident import RESIDENT, place_resident
 from jaxdiff.training.state import Task, create_state, freeze, make_step, merge
 from jaxdiff.training.stop import Stop, leave_threads
 from jaxdiff.training.tasks.diffusion import diffusion_inputs, diffusion_task
-from jaxdiff.training.tasks.vae import latent_scale, psnr, reconstruct, vae_inputs, vae_task
+from jaxdiff.training.tasks.vae import DISCRIMINATOR, LPIPS, latent_scale, psnr, reconstruct, vae_inputs, vae_task
 from jaxdiff.types import Params
 
 EVAL_IMAGES = 512  # at most, for the held-out figures
@@ -103,7 +105,7 @@ def train(config: TrainConfig, workdir: epath.Path) -> int:
     run = (vae_run if isinstance(config.task, VAETask) else diffusion_run)(config, workdir)
     frozen = place(run.task.frozen, tree_shardings(mesh, run.task.frozen))
     schedule = learning_rate(config.optim, config.steps if not config.seconds else UNBOUNDED)
-    tx = optimiser(config.optim, schedule)
+    tx = optimiser(config.optim, schedule, run.task.apart)
     everywhere = NamedSharding(mesh, PartitionSpec())  # else every step would copy its key to all devices
     init_key, key = jax.jit(lambda key: tuple(jax.random.split(key)), out_shardings=everywhere)(
         jax.random.key(config.seed)
@@ -271,9 +273,11 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
     heldout = replace(data.of_one_shape(), split=data.heldout or data.split, **measured)
     heldout_source = open_heldout(heldout, captions=False)
     n = math.ceil(min(len(heldout_source), EVAL_IMAGES) / heldout.batch_size)
-    run = reconstruct(task, dtype)
+    run, distance = reconstruct(task, dtype), compiled_lpips(task.lpips.backbone)
     started, weights = read_part(task.init, "vae", task.vae, "VAETask.init") if task.init else (None, {})
-    start, frozen, _ = vae_inputs(task, data).split(weights)
+    inputs = vae_inputs(task, data)
+    known = weights | ({LPIPS: read_lpips(Path(task.lpips.folder), task.lpips.backbone)} if task.lpips.weight else {})
+    start, frozen, _ = inputs.split(known)
     trained = freeze(vae_task(task, frozen, start, dtype, config.remat), config.optim.factors)
     if not is_remote(workdir):
         check_target(str(workdir / "export"), "vae")
@@ -287,6 +291,10 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
         images = [b["image"] for b in itertools.islice(batches(heldout, heldout_source, seed=0), n)]
         copies = [np.asarray(run(params, image)[0]) for image in images]
         figure = np.concatenate([psnr(a, b) for a, b in zip(images, copies, strict=True)])[: len(heldout_source)].mean()
+        told = {"heldout_psnr": float(figure)}
+        if task.lpips.weight:
+            far = [np.asarray(distance(params[LPIPS], a, b.clip(-1, 1))) for a, b in zip(images, copies, strict=True)]
+            told["heldout_lpips"] = float(np.concatenate(far)[: len(heldout_source)].mean())
         pairs = [to_uint8(image) for pair in zip(images[0][:16], copies[0][:16], strict=True) for image in pair]
         with staged(workdir / "samples") as folder:
             write_png(folder, f"{step:07}", contact_sheet(pairs, columns=8, cell=64))
@@ -296,8 +304,9 @@ def vae_run(config: TrainConfig, workdir: epath.Path) -> Run:
             training = itertools.islice(batches(data, source, seed=config.seed), SCALE_BATCHES)
             scale = latent_scale([np.asarray(run(params, b["image"])[1]) for b in training])
         with staged(workdir / "export") as folder:
-            write_network(folder, "vae", replace(task.vae, scaling_factor=scale), params)
-        return {"heldout_psnr": float(figure), "scaling_factor": scale}
+            network = {name: tree for name, tree in params.items() if name not in (LPIPS, DISCRIMINATOR)}
+            write_network(folder, "vae", replace(task.vae, scaling_factor=scale), network)
+        return told | {"scaling_factor": scale}
 
     return Run(
         trained,

@@ -7,9 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxdiff.config import CLIPTextConfig, ControlNetConfig, T2IAdapterConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from jaxdiff.config import (
+    AdversaryConfig,
+    CLIPTextConfig,
+    ControlNetConfig,
+    LPIPSConfig,
+    T2IAdapterConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel
+from jaxdiff.models.lpips import LPIPS, SMALLEST
+from jaxdiff.models.patchgan import PatchDiscriminator, smallest
 from jaxdiff.models.t2i_adapter import T2IAdapter
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
@@ -17,7 +28,9 @@ from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.nn.layers import Remat
 from jaxdiff.types import Key, Params
 
-NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig | T2IAdapterConfig | TinyVAEConfig
+NetworkConfig = (
+    UNetConfig | VAEConfig | CLIPTextConfig | T2IAdapterConfig | TinyVAEConfig | LPIPSConfig | AdversaryConfig
+)
 
 
 def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> UNet2DConditionModel:
@@ -133,6 +146,21 @@ def _clip(config: CLIPTextConfig) -> dict[str, Any]:
     }
 
 
+def lpips(config: LPIPSConfig, dtype: DTypeLike = jnp.float32) -> LPIPS:
+    """The distance of two images by a classifier's features."""
+    return LPIPS(config.backbone, dtype)
+
+
+def discriminator(config: AdversaryConfig, dtype: DTypeLike = jnp.float32) -> PatchDiscriminator:
+    """What tells copies from images."""
+    return PatchDiscriminator(config.channels, config.layers, dtype)
+
+
+def smallest_side(config: LPIPSConfig | AdversaryConfig) -> int:
+    """Pixels along each side of the smallest image that the network takes."""
+    return SMALLEST[config.backbone] if isinstance(config, LPIPSConfig) else smallest(config.layers)
+
+
 def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The smallest inputs that a network's `__call__` takes: enough to find the shapes of its parameters."""
     if isinstance(config, UNetConfig):
@@ -150,6 +178,9 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
     if isinstance(config, T2IAdapterConfig):
         side = config.downscale_factor * 2 ** len(config.channels)
         return (jnp.zeros((1, side, side, config.in_channels)),), {}
+    if isinstance(config, LPIPSConfig | AdversaryConfig):
+        image = jnp.zeros((1, smallest_side(config), smallest_side(config), 3))
+        return (image, image) if isinstance(config, LPIPSConfig) else (image,), {}
     if isinstance(config, TinyVAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, 3)),), {}
     if isinstance(config, VAEConfig):

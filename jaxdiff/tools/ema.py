@@ -64,7 +64,7 @@ def main(args: Args) -> None:
     made = combine(averages(), shares)
     if isinstance(config.task, VAETask):
         vae, params = read_network(export, "vae")
-        write_network(args.out, "vae", vae, merge(params, made))
+        write_network(args.out, "vae", vae, merge(params, {name: made[name] for name in params if name in made}))
     else:
         model = read_model(export)
         folders = model.family.FOLDERS

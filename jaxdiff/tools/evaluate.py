@@ -78,15 +78,27 @@ def colours(
     print(f"background obeyed: {obeyed} of {len(lines)} ({obeyed / len(lines):.1%})")
 
 
-def reconstruction(data_dir: str = "data", model: Path | None = None, split: str = "heldout", batch: int = 32) -> None:
-    """Encodes and decodes a split of the `emoji` data and prints the mean PSNR over its images.
+def reconstruction(
+    data_dir: str = "data",
+    model: Path | None = None,
+    split: str = "heldout",
+    batch: int = 32,
+    features: Path | None = None,
+) -> None:
+    """Encodes and decodes a split of the `emoji` data and prints the mean PSNR over its images, and the mean LPIPS.
+
+    LPIPS is of images and copies as they are kept, in 8 bits.
 
     Args:
         data_dir: where `python -m jaxdiff.tools.prepare emoji` put the data.
         model: a diffusers folder or run directory; the embedded model if left out.
         split: `heldout` has the concepts of which no drawing was trained on.
         batch: images reconstructed together.
+        features: where `python -m jaxdiff.tools.prepare lpips` put the weights of LPIPS, which is left out where there
+            are none; DATA_DIR/features if left out.
     """
+    folder = features or Path(data_dir) / "features"
+    distances = {name: open_lpips(folder, name) for name in LPIPS_FILES if (folder / LPIPS_FILES[name]).exists()}
     pipe = load(model)
     run = reconstruct(VAETask(pipe.model.configs["vae"]))
     data = DataConfig(
@@ -95,9 +107,25 @@ def reconstruction(data_dir: str = "data", model: Path | None = None, split: str
     source = open_source(data)
     images = itertools.islice(batches(data, source, seed=0), math.ceil(len(source) / batch))
     # The loader goes round: the first pass holds each image once, the last batch's rest is left out.
-    figures = [psnr(b["image"], np.asarray(run(pipe.params["vae"], b["image"])[0])) for b in images]
+    figures: list[np.ndarray] = []
+    far: dict[str, list[np.ndarray]] = {name: [] for name in distances}
+    for b in images:
+        image, copy = b["image"], np.asarray(run(pipe.params["vae"], b["image"])[0])
+        figures.append(psnr(image, copy))
+        for name, distance in distances.items():
+            far[name].append(distance(_to_uint8(image), _to_uint8(copy)))
     figures = np.concatenate(figures)[: len(source)]
     print(f"PSNR of {len(figures)} images, {split}: mean {figures.mean():.2f} dB, median {np.median(figures):.2f} dB")
+    for name, parts in far.items():
+        found = np.concatenate(parts)[: len(source)]
+        print(f"LPIPS ({name}): mean {found.mean():.4f}, median {np.median(found):.4f}")
+    if not distances:
+        print(f"LPIPS is not measured: `python -m jaxdiff.tools.prepare lpips` puts its weights into {folder}.")
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    """[-1, 1] to 0..255."""
+    return np.round((image + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
 
 def denoising(

@@ -145,7 +145,7 @@ Program = tuple[Any, tuple[Any, ...], dict[str, Any]]
 def step_program(config: TrainConfig, mesh: Mesh) -> Program:
     """The step that `train.py` takes."""
     task, batch = abstract_task(config)
-    tx = optimiser(config.optim, learning_rate(config.optim, config.steps))
+    tx = optimiser(config.optim, learning_rate(config.optim, config.steps), task.apart)
     key = jax.random.key(0)
     state = create_state(task, tx, key, mesh, config.ema, abstract=True)
     frozen = placed(task.frozen, tree_shardings(mesh, task.frozen))

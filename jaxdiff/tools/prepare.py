@@ -21,7 +21,8 @@ class Args:
     """
 
     name: Annotated[str, tyro.conf.Positional] = "emoji"
-    """`emoji`, or any TFDS data set's name; or `features`, the network that `evaluate concepts` looks through."""
+    """`emoji`, or any TFDS data set's name; or `features`, the network that `evaluate concepts` looks through; or
+    `lpips`, the networks of the perceptual distance."""
     data_dir: Path = Path("data")
     """Where to write it; the `DataConfig.root` of a run."""
     downloads: Path | None = None
@@ -106,6 +107,12 @@ def main(args: Args) -> None:
         from jaxdiff.evaluation.features import fetch
 
         print(f"{fetch(downloads, args.data_dir / 'features')}: EfficientNet-Lite0.")
+        return
+    if args.name == "lpips":
+        from jaxdiff.evaluation import lpips
+
+        for backbone, path in lpips.fetch(downloads, args.data_dir / "features").items():
+            print(f"{path}: LPIPS ({backbone}).")
         return
     builder = _builder(args)
     tfds.disable_progress_bar()  # the builders show their own

@@ -75,11 +75,15 @@ DECAYS: dict[str, Callable[[OptimConfig, int, int], optax.Schedule]] = {
 # Optimisers -----------------------------------------------------------------------------------------------------------
 
 
-def optimiser(config: OptimConfig, schedule: Rate) -> optax.GradientTransformationExtraArgs:
+def optimiser(
+    config: OptimConfig, schedule: Rate, apart: tuple[str, ...] = ()
+) -> optax.GradientTransformationExtraArgs:
     """Clips, finds the direction that `config.name` gives, adds weight decay, and scales by the rates.
 
     In a run by the clock, `update` takes the share of its time that is over as `progress`. It may be told the updates'
     global norm as `norm`, which then is not computed again.
+
+    Gradients are clipped by their norm over all params, but for those of networks that `apart` names, by their own.
 
     Unlike optax's own `adafactor` and `lion`, all decay alike: by `lr * weight_decay`, but for biases, norms and
     embeddings, whose rows would decay at every step and learn at those that have their token.
@@ -92,15 +96,21 @@ def optimiser(config: OptimConfig, schedule: Rate) -> optax.GradientTransformati
     )
     if config.name == "schedule_free":
         step = schedule_free(step, schedule, config.b1)
-    return _promoting(optax.chain(_clip(config.clip_norm), step))
+    return _promoting(optax.chain(_clip(config.clip_norm, apart), step))
 
 
-def _clip(most: float) -> optax.GradientTransformationExtraArgs:
+def _clip(most: float, apart: tuple[str, ...] = ()) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_global_norm` with a norm that may be known, and by one factor, so that no clipped copy is kept."""
 
-    def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def clipped(updates: Any, norm: Any = None) -> Any:
         factor = jnp.minimum(1.0, most / (optax.tree.norm(updates) if norm is None else norm))
-        return jax.tree.map(lambda u: factor * u, updates), state
+        return jax.tree.map(lambda u: factor * u, updates)
+
+    def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if not apart:
+            return clipped(updates, norm), state
+        rest = clipped({name: tree for name, tree in updates.items() if name not in apart})
+        return rest | {name: clipped(updates[name]) for name in apart if name in updates}, state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

@@ -90,8 +90,10 @@ class Task:
     it returns include "loss", and a step is skipped where that is not finite. Of micro-batches, each is handed to it
     with the same key, and the gradients are averaged."""
     independent: bool = True
-    """Whether the loss is a mean over samples that do not know of each other. False, as for a contrastive loss, forbids
-    micro-batches, which would change what each sample is compared with."""
+    """Whether the loss is a mean over samples that do not know of each other. False, as for a contrastive loss, or one
+    with weights that depend on the batch, forbids micro-batches, which would change it."""
+    apart: tuple[str, ...] = ()
+    """Networks among the params that are trained on losses of their own: their gradients are clipped by themselves."""
 
 
 def apply(module: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -216,7 +218,7 @@ def make_step(
     if accumulate > 1 and not task.independent:
         raise ValueError(
             f"OptimConfig.accumulate is {accumulate}, and the task's loss compares the samples of a batch with each "
-            "other, so that micro-batches would change it: set accumulate to 1."
+            "other, or weighs them by all, so that micro-batches would change it: set accumulate to 1."
         )
     decays = profiles(ema or EMAConfig())
     stored = jax.tree.map(lambda p: p.sharding, state.params)
