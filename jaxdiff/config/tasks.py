@@ -38,7 +38,8 @@ class AdversaryConfig(Checked):
     adaptive: bool = True
     """Whether that part is brought to the size of the others, by their gradients at the decoder's last kernel."""
     start: int = 0
-    """Updates before the adversary and its part of the decoder's loss begin."""
+    """Updates before the decoder is trained against it. It learns from the first on, so that it has something to say by
+    then: latent-diffusion starts both at once, and brings the verdicts of random weights to the size of the rest."""
     loss: Literal["hinge", "softplus"] = "hinge"
     """See `jaxdiff.training.adversary`."""
     r1: float = 0.1

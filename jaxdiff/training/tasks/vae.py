@@ -148,7 +148,7 @@ def vae_task(
         told |= {"generator_loss": deceived, "discriminator_loss": rule.discriminator(real, made)}
         told |= {"told_real": (real > 0).mean(), "told_copy": (made < 0).mean()}
         against = told["discriminator_loss"] + adversary.r1 / 2 * penalty
-        return total + kl_weight * kl + began * against, metrics | told, {}
+        return total + kl_weight * kl + against, metrics | told, {}
 
     if not adversary.weight:
         return Task(init, loss, start, frozen)
