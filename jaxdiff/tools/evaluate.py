@@ -4,9 +4,11 @@ import itertools
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import numpy as np
 import tyro
 from jaxtyping import UInt8
@@ -19,6 +21,7 @@ from jaxdiff.evaluation import check_count
 from jaxdiff.evaluation.concepts import Gallery, concept_accuracy, images_for, read_drawings, sample
 from jaxdiff.evaluation.denoising import as_metrics, as_table, denoising_errors, heldout
 from jaxdiff.evaluation.features import kept, open_features
+from jaxdiff.evaluation.lpips import FILES, compiled_lpips, read_lpips
 from jaxdiff.runtime.cli import exit_code
 from jaxdiff.training.tasks.vae import psnr, reconstruct
 
@@ -87,8 +90,6 @@ def reconstruction(
 ) -> None:
     """Encodes and decodes a split of the `emoji` data and prints the mean PSNR over its images, and the mean LPIPS.
 
-    LPIPS is of images and copies as they are kept, in 8 bits.
-
     Args:
         data_dir: where `python -m jaxdiff.tools.prepare emoji` put the data.
         model: a diffusers folder or run directory; the embedded model if left out.
@@ -98,7 +99,8 @@ def reconstruction(
             are none; DATA_DIR/features if left out.
     """
     folder = features or Path(data_dir) / "features"
-    distances = {name: open_lpips(folder, name) for name in LPIPS_FILES if (folder / LPIPS_FILES[name]).exists()}
+    there = [name for name, file in FILES.items() if (folder / file).exists()]
+    metrics = {name: partial(compiled_lpips(name), jax.device_put(read_lpips(folder, name))) for name in there}
     pipe = load(model)
     run = reconstruct(VAETask(pipe.model.configs["vae"]))
     data = DataConfig(
@@ -107,25 +109,19 @@ def reconstruction(
     source = open_source(data)
     images = itertools.islice(batches(data, source, seed=0), math.ceil(len(source) / batch))
     # The loader goes round: the first pass holds each image once, the last batch's rest is left out.
-    figures: list[np.ndarray] = []
-    far: dict[str, list[np.ndarray]] = {name: [] for name in distances}
-    for b in images:
-        image, copy = b["image"], np.asarray(run(pipe.params["vae"], b["image"])[0])
-        figures.append(psnr(image, copy))
-        for name, distance in distances.items():
-            far[name].append(distance(_to_uint8(image), _to_uint8(copy)))
-    figures = np.concatenate(figures)[: len(source)]
-    print(f"PSNR of {len(figures)} images, {split}: mean {figures.mean():.2f} dB, median {np.median(figures):.2f} dB")
-    for name, parts in far.items():
-        found = np.concatenate(parts)[: len(source)]
-        print(f"LPIPS ({name}): mean {found.mean():.4f}, median {np.median(found):.4f}")
-    if not distances:
+    figures: dict[str, list[np.ndarray]] = {name: [] for name in ("psnr", *metrics)}
+    for image in (b["image"] for b in images):
+        copy = np.asarray(run(pipe.params["vae"], image)[0])
+        figures["psnr"].append(psnr(image, copy))
+        for name, distance in metrics.items():
+            figures[name].append(np.asarray(distance(image, copy.clip(-1, 1))))
+    found = {name: np.concatenate(parts)[: len(source)] for name, parts in figures.items()}
+    told = found.pop("psnr")
+    print(f"PSNR of {len(told)} images, {split}: mean {told.mean():.2f} dB, median {np.median(told):.2f} dB")
+    for name, each in found.items():
+        print(f"LPIPS ({name}): mean {each.mean():.4f}, median {np.median(each):.4f}")
+    if not metrics:
         print(f"LPIPS is not measured: `python -m jaxdiff.tools.prepare lpips` puts its weights into {folder}.")
-
-
-def _to_uint8(image: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 0..255."""
-    return np.round((image + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
 
 def denoising(
