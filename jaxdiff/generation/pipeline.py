@@ -66,12 +66,14 @@ def load(
     controls: Iterable[str | Path] = (),
     preview: str | Path | None = None,
     refiner: str | Path | None = None,
+    denoiser: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
     Args:
-        path: a diffusers folder, a run directory of `train.py`, or a `.safetensors` or `.ckpt` file in the original
-            layout of Stable Diffusion 1, 2 or XL; None is the model that comes with the package.
+        path: a diffusers folder, a run directory of `train.py`, or a `.safetensors`, `.ckpt` or `.gguf` file in the
+            original layout of Stable Diffusion 1, 2 or XL; None is the model that comes with the package.
         dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
         devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
         adapters: functions of the params by role, which are applied in order before anything is cast or placed. The
@@ -90,6 +92,9 @@ def load(
         preview: the folder of a tiny autoencoder (TAESD), by which `Pipeline.preview` makes images.
         refiner: a model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner; see
             `Request.refiner_start`.
+        denoiser: a folder or a single file whose denoiser takes the place of the model's own, such as a GGUF file of
+            a denoiser alone.
+        vae: a folder or a single file whose autoencoder takes the place of the model's own.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
@@ -100,6 +105,9 @@ def load(
     options = FileOptions(None if tokenizer is None else Path(tokenizer), prediction_type, ema)
     files = is_single(EMBEDDED if path is None else path), refiner is not None and is_single(refiner)
     model = read_model(path, options=FileOptions() if files == (False, True) else options)
+    for role, other in (("denoiser", denoiser), ("vae", vae)):
+        if other is not None:
+            model = model.with_network(role, other)
     if adapters:
         model = model.with_params(merge_adapters(model.params, adapters))
     if isinstance(loras, str | Path):

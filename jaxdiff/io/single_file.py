@@ -1,4 +1,5 @@
-"""Models in one file, in the original layout of Stable Diffusion 1, 2 and XL: `.safetensors`, `.ckpt` of torch.save.
+"""Models in one file, in the original layout of Stable Diffusion 1, 2 and XL: `.safetensors`, `.ckpt` of torch.save,
+or `.gguf` in blocks of a few bits.
 
 Such a file holds tensors by their names in the original code and nothing else. Its networks' sizes are found from the
 names and shapes. What these do not say is what the known layouts have (`jaxdiff.io.layouts`); a file that was
@@ -47,7 +48,7 @@ from jaxdiff.io.weights import Stored, listed, open_file, read_metadata, stored,
 from jaxdiff.types import Params
 
 NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 logger = logging.getLogger(__name__)
 _SAID = "jaxdiff"
