@@ -193,7 +193,8 @@ class Args:
     dtype: str | None = None
     """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
     memory: Memory = "normal"
-    """low keeps one network at a time, its kernels in 16 bits: less than half the memory, about 1.4 times the time."""
+    """low keeps one network at a time, its kernels in 16 bits: less than half the memory, about 1.4 times the time;
+    lowest keeps most of them in 8 bits."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
