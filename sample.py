@@ -231,6 +231,8 @@ def main(args: Args) -> int:
         prompts = (line.request.prompt for line in lines if line.request and not line.request.literal)
         for name in dict.fromkeys(name for prompt in prompts for name in named(prompt)):
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
+    if args.controls and not any(job.request.control_image for job in wanted):
+        raise ValueError("--control has nothing to go by; give an image by --control-image, or leave it out.")
     devices = jax.local_devices()
     several = devices if min(len(devices), n) > 1 else None
     more: dict[str, Any] = {"loras": args.loras, "embeddings": args.embeddings, "refiner": args.refiner}
@@ -477,7 +479,21 @@ def parse(argv: Sequence[str] | None) -> Args:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--like", type=Path)
     path = first.parse_known_args(words)[0].like
-    return tyro.cli(Args, args=words, default=Args() if path is None else like(path))
+    return tyro.cli(Args, args=words, default=Args() if path is None else without_given(like(path), words))
+
+
+def without_given(args: Any, words: Sequence[str]) -> Any:
+    """The arguments without the lists of which a flag is among the words, which would be added to them."""
+    given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    emptied = {}
+    for one in fields(args):
+        marks = getattr(one.type, "__metadata__", ())
+        names = [one.name, *(mark.name for mark in marks if getattr(mark, "name", None))]
+        if tyro.conf.UseAppendAction in marks and given & set(names):
+            emptied[one.name] = ()
+    if isinstance(getattr(args, "request", None), Flags):
+        emptied["request"] = without_given(args.request, words)
+    return replace(args, **emptied)
 
 
 def current_flag(word: str) -> str:
