@@ -92,22 +92,23 @@ def test_with_little_memory_images_are_nearly_the_same(model, pipe):
     assert 0 < np.abs(found - wanted).max() <= 4
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 8), ("bfloat16", 12)])
-def test_with_8_bits_images_are_those_of_weights_in_whole_steps(model, dtype, most, monkeypatch):
+def test_with_8_bits_images_are_those_of_weights_in_whole_steps(model, monkeypatch):
     monkeypatch.setattr("jaxdiff.nn.linear._NARROWED", 0)
 
     def rounded(path, leaf):
-        wide = np.asarray(leaf, np.float32)
+        if leaf.ndim < 2:
+            return leaf
+        half = leaf.astype(np.float16).astype(np.float32)
         if path[0].key == "vae" or path[-1].key != "kernel":
-            return wide
-        step = np.abs(wide).max(tuple(range(wide.ndim - 1))) / 127
-        return np.round(wide / step) * step
+            return half
+        step = np.abs(half).max(tuple(range(half.ndim - 1))) / np.float32(127)
+        return np.round(half / step) * step
 
-    wanted = Pipeline(model.with_params(jax.tree.map_with_path(rounded, model.params)), dtype)("a dog", **SETTINGS)
-    found = Pipeline(model, dtype, memory="lowest")("a dog", **SETTINGS)
-    plain = Pipeline(model, dtype)("a dog", **SETTINGS)
-    assert np.abs(found.astype(int) - wanted).max() <= most
-    assert np.abs(found.astype(int) - wanted).mean() < np.abs(plain.astype(int) - wanted).mean()
+    wanted = Pipeline(model.with_params(jax.tree.map_with_path(rounded, model.params)))("a dog", **SETTINGS)
+    found = Pipeline(model, memory="lowest")("a dog", **SETTINGS)
+    plain = Pipeline(model)("a dog", **SETTINGS)
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert np.abs(found.astype(int) - plain).max() > 8
 
 
 @pytest.mark.parametrize("make", [np.asarray, jax.numpy.asarray])

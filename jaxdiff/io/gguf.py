@@ -243,10 +243,14 @@ class Quantised:
         return Quantised(self.blocks, self.kind, self.whole, lambda array: view(self.view(array)))
 
 
+HostArray = np.ndarray | Quantised
+"""A tensor that was read from a file."""
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def open_gguf(path: Path) -> tuple[dict[str, HostArray], dict[str, str]]:
     """The tensors of a GGUF file, mapped, and the texts of its header.
 
     Tensors in blocks are `Quantised`; all others are read-only views. Where the file says that a tensor had another
@@ -318,7 +322,7 @@ def _value(cursor: _Cursor, kind: int) -> Any:
     return None
 
 
-def _read(data: np.ndarray) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(data: np.ndarray) -> tuple[dict[str, HostArray], dict[str, str]]:
     cursor = _Cursor(data)
     if cursor.take(4) != MAGIC:
         raise _Damaged("it does not begin as a GGUF file does")
@@ -353,7 +357,7 @@ def _place(cursor: _Cursor) -> tuple[str, tuple[int, tuple[int, ...], int]]:
     return name, (cursor.number("I"), shape, cursor.number("Q"))
 
 
-def _tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], offset: int, true: Any) -> Any:
+def _tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], offset: int, true: Any) -> HostArray:
     name = name[:100]
     if kind not in _BLOCKS and kind not in _PLAIN:
         known = ", ".join(blocks.name for blocks in _BLOCKS.values())

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxdiff.config import load_json
 from jaxdiff.io.convert import leaves, torch_axes, torch_name
-from jaxdiff.io.gguf import MAGIC, open_gguf
+from jaxdiff.io.gguf import MAGIC, HostArray, open_gguf
 from jaxdiff.io.mapped import map_file, release
 from jaxdiff.io.torch_files import open_torch
 from jaxdiff.types import Params
@@ -84,6 +84,12 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
+    """As `open_model`, with arrays of what is in blocks."""
+    tensors, texts = open_model(path)
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}, texts
+
+
+def open_model(path: Path) -> tuple[dict[str, HostArray], dict[str, str] | None]:
     """The tensors of a file of safetensors, GGUF or torch.save, told by how it begins, and the texts of the former two.
 
     Raises:
@@ -98,8 +104,8 @@ def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]
         return open_gguf(path)
     # The size of a safetensors header may begin as a pickle does; JSON follows it.
     if head.startswith(b"PK\x03\x04") or (head[:2] in _PICKLES and head[8:] != b"{"):
-        return open_torch(path), None
-    return open_safetensors(path), read_metadata(path)
+        return {**open_torch(path)}, None
+    return {**open_safetensors(path)}, read_metadata(path)
 
 
 def stored(tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None = None) -> dict[str, Stored]:

@@ -74,13 +74,15 @@ def narrow(path: tuple[str, ...], module: Params) -> Params:
 @jax.jit
 def _narrowed(kernel: Float[Array, "*c c2"]) -> Params:
     wide = kernel.astype(jnp.float32)
-    step = jnp.abs(wide).max(range(wide.ndim - 1)) / 127
-    return {"kernel": jnp.round(wide / jnp.where(step > 0, step, 1)).astype(jnp.int8), STEP: step}
+    step = jnp.abs(wide).max(range(wide.ndim - 1), keepdims=True) / 127
+    return {"kernel": jnp.round(wide / jnp.where(step > 0, step, 1)).astype(jnp.int8), STEP: step.reshape(-1)}
 
 
 def in_steps(y: Float[Array, "*b c2"], step: Float[Array, " c2"] | None) -> Float[Array, "*b c2"]:
     """The result of a kernel that counts in steps; of any other it is the result itself."""
-    return y if step is None else (y.astype(jnp.float32) * step).astype(y.dtype)
+    if step is None:
+        return y
+    return (y.astype(jnp.float32) * step.reshape((1,) * (y.ndim - 1) + (-1,))).astype(y.dtype)
 
 
 class Dense(nn.Module):
