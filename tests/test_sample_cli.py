@@ -385,9 +385,9 @@ def test_a_list_that_is_given_beside_like_takes_the_place_of_the_images_own(samp
     _, (first,), _ = sample("a dog", "--region", "0,0,0.5,1:a cat", "--region", "0.5,0,1,1:a bird")
     code, (path,), _ = sample("--like", first, "--region", "0,0,1,0.5:an apple")
     assert code == 0
-    assert [prompt for prompt, *_ in read_settings(path)["regions"]] == ["an apple"]
+    assert [region["prompt"] for region in read_settings(path)["regions"]] == ["an apple"]
     code, (path,), _ = sample("--like", first, "--seed", 4)
-    assert [prompt for prompt, *_ in read_settings(path)["regions"]] == ["a cat", "a bird"]
+    assert [region["prompt"] for region in read_settings(path)["regions"]] == ["a cat", "a bird"]
 
 
 def test_an_image_that_has_changed_since_is_told(sample, photo):
