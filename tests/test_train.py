@@ -145,7 +145,17 @@ def test_a_run_against_an_adversary_goes_on_bit_for_bit_and_exports_the_autoenco
     """Of the decoder alone, from an encoder that another run has trained."""
     task = ["--task.adversary.weight", 0.5, "--task.adversary.layers", 1, "--task.adversary.channels", 4]
     task += ["--task.adversary.start", 3, "--task.init", vae_run, "--task.train_encoder", False]
-    told = [*task, "--optim.schedule", "constant", "--optim.rates", "discriminator/.*=2", "--checkpoint_every", 100]
+    told = [
+        *task,
+        "--optim.schedule",
+        "constant",
+        "--optim.warmup_steps",
+        0,
+        "--optim.rates",
+        "discriminator/.*=2",
+        "--checkpoint_every",
+        100,
+    ]
     for workdir, ends in ((tmp_path / "whole", [12]), (tmp_path / "parts", [5, 12])):
         for end in ends:
             code, out = shell.run("tiny_vae", workdir, *told, "--steps", end)
