@@ -195,12 +195,14 @@ def build_run(mesh, task, **optim):
 
 
 def run(mesh, task, steps, **optim):
+    """The states after each step, and its metrics."""
     state, step_fn = build_run(mesh, task, **optim)
-    found = []
+    states, found = [], []
     for step in range(steps):
         state, metrics = step_fn(state, batch(step))
+        states.append(jax.device_get(state))
         found.append(jax.device_get(metrics))
-    return jax.device_get(state), found
+    return states, found
 
 
 def alone():
@@ -209,8 +211,8 @@ def alone():
 
 def test_eight_devices_take_the_steps_that_one_takes():
     task = replace(TASK, adversary=replace(ADVERSARY, start=1), init="somewhere", train_encoder=False)
-    expected, told = run(alone(), task, 3)
-    state, found = run(make_mesh(data=2, fsdp=2, tensor=2), task, 3)
+    (*_, expected), told = run(alone(), task, 3)
+    (*_, state), found = run(make_mesh(data=2, fsdp=2, tensor=2), task, 3)
     for a, b in zip(found, told, strict=True):
         assert {name: pytest.approx(float(value), rel=2e-4, abs=1e-5) for name, value in b.items()} == a
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
@@ -220,16 +222,14 @@ def test_eight_devices_take_the_steps_that_one_takes():
 def test_before_its_start_the_adversary_learns_alone_and_a_frozen_encoder_is_in_no_state():
     task = replace(TASK, adversary=replace(ADVERSARY, start=2), init="somewhere", train_encoder=False)
     first, _ = networks(task)
-    before, told = run(alone(), task, 2)
-    plain, _ = run(alone(), replace(task, adversary=AdversaryConfig()), 2)
+    (_, before, after), told = run(alone(), task, 3)
+    (_, plain, later), _ = run(alone(), replace(task, adversary=AdversaryConfig()), 3)
     for a, b in zip(jax.tree.leaves(before.params["decoder"]), jax.tree.leaves(plain.params["decoder"]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params["discriminator"], first["discriminator"])
     moved["conv_out"].pop("bias")  # which hinge pulls both ways, where no verdict is beyond 1
     assert all(jax.tree.leaves(moved))
-    after, _ = run(alone(), task, 3)
-    plain, _ = run(alone(), replace(task, adversary=AdversaryConfig()), 3)
-    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params["decoder"], plain.params["decoder"])
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params["decoder"], later.params["decoder"])
     assert max(jax.tree.leaves(apart)) > 1e-4
     assert int(after.memory["updates"]) == 3
     assert not {*after.params, *after.average} & {*ENCODER}
