@@ -42,7 +42,7 @@ class AdversaryConfig(Checked):
     then: latent-diffusion starts both at once, and brings the verdicts of random weights to the size of the rest."""
     loss: Literal["hinge", "softplus"] = "hinge"
     """See `jaxdiff.training.adversary`."""
-    r1: float = 0.1
+    r1: float = 0.01
     """What multiplies half the squared gradient of the verdicts at real images (Mescheder et al. 2018)."""
     channels: int = 64
     """Of the first layer; each further one has twice as many, and at most eight times."""
