@@ -108,7 +108,11 @@ def marked(readme: Path) -> tuple[str, str]:
 def table(figures: dict[str, dict[str, Any]]) -> str:
     """Markdown: what ran where, and a row a benchmark."""
     machines = dict.fromkeys(caption(values) for values in figures.values())
-    lines = [*machines, "", "| what | jaxdiff | diffusers | ours / theirs | to make | memory at most | diffusers' | to repeat |"]
+    lines = [
+        *machines,
+        "",
+        "| what | jaxdiff | diffusers | ours / theirs | to make | memory at most | diffusers' | to repeat |",
+    ]
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, values in figures.items():
         what, words = FULL[name]
