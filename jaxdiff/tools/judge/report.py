@@ -74,11 +74,9 @@ def judgements(raters: Sequence[Rater], key: Key, question: int) -> tuple[Judgem
 
 def _outcome(answer: Answer, key: Key, question: int) -> tuple[int, int, int]:
     """The two models, the lower number first, and which of them is preferred."""
-    first, second = sorted(key.pairs[answer.pair], key=lambda name: key.model_of[name] or 0)
-    models = key.model_of[first], key.model_of[second]
-    assert models[0] is not None, "a check"
-    assert models[1] is not None, "a check"
-    return *models, {None: TIE, first: FIRST, second: SECOND}[answer.chosen(question)]
+    image_of = {m: name for name in key.pairs[answer.pair] if (m := key.model_of[name]) is not None}
+    (i, first), (j, second) = sorted(image_of.items())
+    return i, j, {None: TIE, first: FIRST, second: SECOND}[answer.chosen(question)]
 
 
 def question_record(
