@@ -346,6 +346,7 @@ WRONG = {
     "no JSON": lambda given: "{",
     "a list": lambda given: "[]",
     "deep": lambda given: "[" * 100_000,
+    "nested": lambda given: given | {"answers": [nested(900)]},
     "another field": lambda given: given | {"x": 1},
     "no rater": lambda given: {name: given[name] for name in ("study", "answers")},
     "another study": lambda given: given | {"study": "0" * 64},
@@ -374,6 +375,10 @@ WRONG = {
 }
 
 
+def nested(depth: int) -> list:
+    return [nested(depth - 1)] if depth else []
+
+
 def first(given: dict, **fields) -> dict:
     return given | {"answers": [given["answers"][0] | fields, *given["answers"][1:]]}
 
@@ -395,6 +400,14 @@ def test_answers_that_the_page_would_not_write_are_refused_in_a_sentence(study, 
     assert err.count("\n") == 1
     assert len(err) < 400
     assert err[:-1].isprintable()
+
+
+def test_a_rater_may_take_any_time_and_have_any_name(study, handed_in, tmp_path):
+    given = json.loads((handed_in / "2.json").read_text()) | {"rater": " \u00c5sa \U0001f469\u200d\U0001f52c\x1b[2J "}
+    (tmp_path / "a.json").write_text(json.dumps(first(given, seconds=10**400)))
+    rater = read_answers(tmp_path / "a.json", read_key(study / "key.json"))
+    assert rater.answers[0].seconds == 1e6
+    assert rater.name == "\u00c5sa \U0001f469?\U0001f52c?[2J"
 
 
 def test_files_of_answers_changed_by_chance_are_read_or_refused(study, handed_in, tmp_path):

@@ -1,6 +1,7 @@
 """A study's key and what raters handed in, checked: whoever sends a file may have put anything into it."""
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,8 @@ class Rater:
 
 
 def _told(value: Any) -> str:
-    """A value in a message: short, and without what a terminal would obey."""
-    text = ascii(value)
+    """A value in a message: short, not nested deeply, and without what a terminal would obey."""
+    text = reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -158,7 +159,7 @@ def _answer(given: Any, key: Key) -> Answer:
             raise ValueError(f"{question} is {_told(given[question])}; it must be left, right or tie.")
     if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds is {_told(seconds)}; it must be a number from 0 on.")
-    return Answer(pair, *sides, tuple(given[question] for question in QUESTIONS), min(float(seconds), 1e6))
+    return Answer(pair, *sides, tuple(given[question] for question in QUESTIONS), float(min(seconds, 1e6)))
 
 
 def one_each(raters: Sequence[tuple[Path, Rater]]) -> tuple[list[Rater], list[str]]:
