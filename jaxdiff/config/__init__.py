@@ -8,7 +8,10 @@ from jaxdiff.config.base import as_written, from_dict, load_json, naming, neares
 from jaxdiff.config.data import DataConfig
 from jaxdiff.config.networks import (
     CLIPTextConfig,
+    CLIPVisionConfig,
     ControlNetConfig,
+    ImageProcessorConfig,
+    IPAdapterConfig,
     SchedulerConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
@@ -21,11 +24,14 @@ from jaxdiff.config.train import DistributedConfig, MeshConfig, TrainConfig
 
 __all__ = [
     "CLIPTextConfig",
+    "CLIPVisionConfig",
     "ControlNetConfig",
     "DataConfig",
     "DiffusionTask",
     "DistributedConfig",
     "EMAConfig",
+    "IPAdapterConfig",
+    "ImageProcessorConfig",
     "MeshConfig",
     "OptimConfig",
     "SchedulerConfig",
