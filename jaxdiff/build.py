@@ -11,6 +11,7 @@ from jaxdiff.config import (
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
+    ImageNormalizerConfig,
     IPAdapterConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
@@ -20,6 +21,7 @@ from jaxdiff.config import (
 from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxdiff.models.clip_vision import CLIPVisionModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel
+from jaxdiff.models.image_normalizer import StableUnCLIPImageNormalizer
 from jaxdiff.models.ip_adapter import IPAdapter
 from jaxdiff.models.t2i_adapter import T2IAdapter
 from jaxdiff.models.tiny_vae import AutoencoderTiny
@@ -29,7 +31,14 @@ from jaxdiff.nn.layers import Remat
 from jaxdiff.types import Key, Params
 
 NetworkConfig = (
-    UNetConfig | VAEConfig | CLIPTextConfig | CLIPVisionConfig | IPAdapterConfig | T2IAdapterConfig | TinyVAEConfig
+    UNetConfig
+    | VAEConfig
+    | CLIPTextConfig
+    | CLIPVisionConfig
+    | ImageNormalizerConfig
+    | IPAdapterConfig
+    | T2IAdapterConfig
+    | TinyVAEConfig
 )
 
 
@@ -109,6 +118,9 @@ def _unet_fields(config: UNetConfig, dtype: DTypeLike, remat: Remat) -> dict[str
         center_input=config.center_input_sample,
         number_features=config.addition_time_embed_dim if config.addition_embed_type else None,
         guidance_features=config.time_cond_proj_dim,
+        embeds_pooled=config.class_embed_type is not None,
+        labels=config.labels,
+        only_context=config.per_level("only_cross_attention"),
         dtype=dtype,
         remat=remat,
     )
@@ -164,6 +176,11 @@ def image_encoder(config: CLIPVisionConfig, dtype: DTypeLike = jnp.float32) -> C
     )
 
 
+def image_normalizer(config: ImageNormalizerConfig, dtype: DTypeLike = jnp.float32) -> StableUnCLIPImageNormalizer:
+    """What adds noise to an image's embedding."""
+    return StableUnCLIPImageNormalizer(config.embedding_dim, dtype)
+
+
 def _clip(config: CLIPTextConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
@@ -185,6 +202,10 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
         more: dict[str, Any] = {}
         if config.addition_embed_type is not None:
             more = {"pooled": jnp.zeros((1, config.added_features)), "numbers": jnp.zeros((1, 0))}
+        if config.class_embed_type is not None:
+            more["pooled"] = jnp.zeros((1, config.added_features))
+        if config.labels is not None:
+            more["numbers"] = jnp.zeros((1, 1))
         if config.time_cond_proj_dim is not None:
             more["guidance"] = jnp.ones((1,))
         if isinstance(config, ControlNetConfig):
@@ -196,6 +217,8 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
         return (jnp.zeros((1, side, side, config.in_channels)),), {}
     if isinstance(config, TinyVAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, 3)),), {}
+    if isinstance(config, ImageNormalizerConfig):
+        return (*(jnp.zeros((1, config.embedding_dim)),) * 2, *(jnp.ones(()),) * 2), {}
     if isinstance(config, IPAdapterConfig):
         return (jnp.zeros((1, *(() if config.kind == "plain" else (1,)), config.image_features)),), {}
     if isinstance(config, CLIPVisionConfig):
