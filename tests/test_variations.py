@@ -126,6 +126,18 @@ def test_a_saved_folder_is_the_model(pipes, name, tmp_path):
     model.save(tmp_path / "model")  # over itself
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_denoiser_as_a_function_reads_it(pipes, name):
+    guesses = []
+    for image in (PHOTO, OTHER):
+        prompt, fields = asked(name, image)
+        given = {name: value for name, value in fields.items() if name != "steps"}
+        x = pipes[name].noise(size=(32, 40) if name == "upscaler" else None)
+        guesses.append(pipes[name].denoiser(prompt, **given)(x, 1.0))
+    assert np.abs(guesses[0] - guesses[1]).max() > 1e-3
+
+
 REFUSED = [
     ("variation", "a dog", {"image_prompt": PHOTO}, "reads an image and no prompt"),
     ("variation", "", {}, "give one as image_prompt"),

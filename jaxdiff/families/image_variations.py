@@ -47,6 +47,11 @@ class ImageVariation(LatentDiffusion):
         check_reads_no_vector(unet, "an image variation's")
 
     @property
+    def context_features(self) -> int:
+        """As many as the embedding has."""
+        return self.image_encoder.projection_dim
+
+    @property
     def text_layers(self) -> int:
         """Nothing can be left out of no text encoder."""
         return 1

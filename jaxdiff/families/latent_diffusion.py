@@ -168,6 +168,11 @@ class LatentDiffusion(ABC):
         return kinds.get(more)
 
     @property
+    def context_features(self) -> int:
+        """Features of a token of the context."""
+        return sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
+
+    @property
     def needs_image(self) -> bool:
         """Whether nothing is drawn from a prompt alone."""
         return self.beside is not None or bool(self.IMAGE_READERS)
@@ -326,12 +331,11 @@ class LatentDiffusion(ABC):
                 )
             return adapter
         net, own = build.controlnet(config, dtype), self.denoiser
-        width = sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
         sizes = {
             "block_out_channels": (net.channels, own.channels),
             "layers_per_block": (net.layers, own.layers),
             "in_channels": (config.in_channels, self.latent_channels),
-            "cross_attention_dim": (config.cross_attention_dim, width),
+            "cross_attention_dim": (config.cross_attention_dim, self.context_features),
             "pixels to a latent pixel": (config.factor, self.factor),
         }
         if other := {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}:
@@ -422,8 +426,7 @@ class LatentDiffusion(ABC):
             ValueError: where it is for another denoiser or another image encoder.
         """
         net = build.ip_adapter(config, dtype)
-        channels = tuple(own for _, own in cross_attentions(self.denoiser))
-        width = sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
+        channels, width = tuple(own for _, own in cross_attentions(self.denoiser)), self.context_features
         if config.cross_attention_dim != width or net.channels != channels:
             raise ValueError(
                 f"It is for another model: its tokens have {config.cross_attention_dim} features, and it has "

@@ -495,7 +495,8 @@ class Pipeline:
         requests = singles(self.requests(prompts, negative_prompt, **fields))
         drawing = make_drawing(requests, self.info)
         check_read(requests[0], [self.networks])
-        if drawing.mask is None and (unused := sorted(OF_INPAINTING & fields.keys())):
+        reads = drawing.edits or drawing.image_noise is not None
+        if drawing.mask is None and not reads and (unused := sorted(OF_INPAINTING & fields.keys())):
             raise ValueError(f"{unused[0]} changes a guess only where a mask keeps a part of an image; leave it out.")
         program = self.program(drawing.settings)
         inputs, _, _ = make_inputs(drawing, self.model.tokenizers, self.params, program)
