@@ -227,7 +227,7 @@ def beside_each_prompt(inputs: Inputs) -> Any:
     b, phases, prompts = jnp.shape(inputs.conditioning.context)[:3]
     parts = inputs.weights.shape[-4]
     which = np.minimum(np.arange(prompts), 1)  # the negative prompt's, then the others'
-    counts = jnp.asarray(np.arange(prompts) <= parts)[:, None, None]
+    counts = jnp.asarray(np.arange(prompts) <= parts)[None, None, :, None, None]
 
     def spread(x: Array) -> Array:
         return jnp.broadcast_to(x[:, None, which], (b, phases, prompts, *x.shape[2:]))
