@@ -215,9 +215,6 @@ def prompt_keys(params: Params, context: Context, dtype: DTypeLike) -> Params:
     return kept
 
 
-Images = tuple[Float[Array, "*b t c"], Float[Array, "*b t c"]]
-
-
 def cross_attentions(net: UNet2DConditionModel) -> list[tuple[tuple[str, ...], int]]:
     """Where the params tree has its cross-attentions, and how many channels each has: those on the way down, those on
     the way up, those in the middle."""
@@ -233,8 +230,8 @@ def cross_attentions(net: UNet2DConditionModel) -> list[tuple[tuple[str, ...], i
     ]
 
 
-def with_images(prompts: Params, net: UNet2DConditionModel, images: tuple[tuple[Images, ...], ...]) -> Params:
-    """The collection "prompt" with keys and values of images: for each cross-attention those of several images."""
+def with_images(prompts: Params, net: UNet2DConditionModel, images: tuple[Any, ...]) -> Params:
+    """The collection "prompt" with keys and values [*b, t, c] of images: for each cross-attention several pairs."""
     out = dict(prompts)
     for (path, _), own in zip(cross_attentions(net), images, strict=True):
         node = out
