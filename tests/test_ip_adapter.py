@@ -91,6 +91,7 @@ def test_without_an_image_the_program_is_that_of_the_model_alone(pipe):
     assert denoise.count == count
 
 
+@pytest.mark.slow
 def test_the_same_image_twice_is_the_image_once(pipe):
     """Attention over tokens that are there twice has the same mean."""
     once, twice = (pipe("a dog", steps=3, image_prompt=(PHOTO,) * n) for n in (1, 2))
