@@ -10,7 +10,10 @@ from jax.typing import DTypeLike
 from jaxdiff.config import (
     AdversaryConfig,
     CLIPTextConfig,
+    CLIPVisionConfig,
     ControlNetConfig,
+    ImageNormalizerConfig,
+    IPAdapterConfig,
     LPIPSConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
@@ -18,7 +21,10 @@ from jaxdiff.config import (
     VAEConfig,
 )
 from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from jaxdiff.models.clip_vision import CLIPVisionModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel
+from jaxdiff.models.image_normalizer import StableUnCLIPImageNormalizer
+from jaxdiff.models.ip_adapter import IPAdapter
 from jaxdiff.models.lpips import LPIPS, SMALLEST
 from jaxdiff.models.patchgan import PatchDiscriminator, smallest
 from jaxdiff.models.t2i_adapter import T2IAdapter
@@ -29,7 +35,16 @@ from jaxdiff.nn.layers import Remat
 from jaxdiff.types import Key, Params
 
 NetworkConfig = (
-    UNetConfig | VAEConfig | CLIPTextConfig | T2IAdapterConfig | TinyVAEConfig | LPIPSConfig | AdversaryConfig
+    UNetConfig
+    | VAEConfig
+    | CLIPTextConfig
+    | CLIPVisionConfig
+    | ImageNormalizerConfig
+    | IPAdapterConfig
+    | T2IAdapterConfig
+    | TinyVAEConfig
+    | LPIPSConfig
+    | AdversaryConfig
 )
 
 
@@ -53,6 +68,21 @@ def t2i_adapter(config: T2IAdapterConfig, dtype: DTypeLike = jnp.float32) -> T2I
     return T2IAdapter(
         config.adapter_type, config.channels, config.num_res_blocks, config.downscale_factor, dtype
     )  # fmt: skip
+
+
+def ip_adapter(config: IPAdapterConfig, dtype: DTypeLike = jnp.float32) -> IPAdapter:
+    """What makes an image a prompt of a denoising network."""
+    return IPAdapter(
+        kind=config.kind,
+        channels=config.channels,
+        dim=config.cross_attention_dim,
+        tokens=config.tokens,
+        hidden=config.hidden,
+        depth=config.depth,
+        inner=config.inner,
+        feedforward=config.feedforward,
+        dtype=dtype,
+    )
 
 
 def tiny_vae(config: TinyVAEConfig, dtype: DTypeLike = jnp.float32) -> AutoencoderTiny:
@@ -94,6 +124,9 @@ def _unet_fields(config: UNetConfig, dtype: DTypeLike, remat: Remat) -> dict[str
         center_input=config.center_input_sample,
         number_features=config.addition_time_embed_dim if config.addition_embed_type else None,
         guidance_features=config.time_cond_proj_dim,
+        embeds_pooled=config.class_embed_type is not None,
+        labels=config.labels,
+        only_context=config.per_level("only_cross_attention"),
         dtype=dtype,
         remat=remat,
     )
@@ -133,6 +166,27 @@ def text_encoder_2(
     )
 
 
+def image_encoder(config: CLIPVisionConfig, dtype: DTypeLike = jnp.float32) -> CLIPVisionModelWithProjection:
+    """The reader of images that stand beside a prompt, or in its place."""
+    return CLIPVisionModelWithProjection(
+        hidden_size=config.hidden_size,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        activation=config.hidden_act,
+        eps=config.layer_norm_eps,
+        projection_dim=config.projection_dim,
+        dtype=dtype,
+    )
+
+
+def image_normalizer(config: ImageNormalizerConfig, dtype: DTypeLike = jnp.float32) -> StableUnCLIPImageNormalizer:
+    """What adds noise to an image's embedding."""
+    return StableUnCLIPImageNormalizer(config.embedding_dim, dtype)
+
+
 def _clip(config: CLIPTextConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
@@ -169,6 +223,10 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
         more: dict[str, Any] = {}
         if config.addition_embed_type is not None:
             more = {"pooled": jnp.zeros((1, config.added_features)), "numbers": jnp.zeros((1, 0))}
+        if config.class_embed_type is not None:
+            more["pooled"] = jnp.zeros((1, config.added_features))
+        if config.labels is not None:
+            more["numbers"] = jnp.zeros((1, 1))
         if config.time_cond_proj_dim is not None:
             more["guidance"] = jnp.ones((1,))
         if isinstance(config, ControlNetConfig):
@@ -183,6 +241,12 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
         return (image, image) if isinstance(config, LPIPSConfig) else (image,), {}
     if isinstance(config, TinyVAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, 3)),), {}
+    if isinstance(config, ImageNormalizerConfig):
+        return (*(jnp.zeros((1, config.embedding_dim)),) * 2, *(jnp.ones(()),) * 2), {}
+    if isinstance(config, IPAdapterConfig):
+        return (jnp.zeros((1, *(() if config.kind == "plain" else (1,)), config.image_features)),), {}
+    if isinstance(config, CLIPVisionConfig):
+        return (jnp.zeros((1, config.image_size, config.image_size, config.num_channels)),), {}
     if isinstance(config, VAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),), {}
     return (jnp.zeros((1, config.max_position_embeddings), jnp.int32),), {}

@@ -8,7 +8,11 @@ from jaxdiff.config.base import as_written, from_dict, load_json, naming, neares
 from jaxdiff.config.data import DataConfig
 from jaxdiff.config.networks import (
     CLIPTextConfig,
+    CLIPVisionConfig,
     ControlNetConfig,
+    ImageNormalizerConfig,
+    ImageProcessorConfig,
+    IPAdapterConfig,
     SchedulerConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
@@ -22,11 +26,15 @@ from jaxdiff.config.train import DistributedConfig, MeshConfig, TrainConfig
 __all__ = [
     "AdversaryConfig",
     "CLIPTextConfig",
+    "CLIPVisionConfig",
     "ControlNetConfig",
     "DataConfig",
     "DiffusionTask",
     "DistributedConfig",
     "EMAConfig",
+    "IPAdapterConfig",
+    "ImageNormalizerConfig",
+    "ImageProcessorConfig",
     "LPIPSConfig",
     "MeshConfig",
     "OptimConfig",

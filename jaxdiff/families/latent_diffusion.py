@@ -15,16 +15,35 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, ControlNetConfig, T2IAdapterConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from jaxdiff.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ControlNetConfig,
+    IPAdapterConfig,
+    T2IAdapterConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from jaxdiff.models.clip_vision import CLIPVisionModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel, embed, times
+from jaxdiff.models.ip_adapter import IPAdapter
 from jaxdiff.models.t2i_adapter import T2IAdapter
 from jaxdiff.models.tiny_vae import AutoencoderTiny
-from jaxdiff.models.unet import Added, UNet2DConditionModel, perturbed, prompt_keys, structured
+from jaxdiff.models.unet import (
+    Added,
+    UNet2DConditionModel,
+    cross_attentions,
+    perturbed,
+    prompt_keys,
+    structured,
+    with_images,
+)
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.types import Conditioning, Params, Tokens
 
 Size = tuple[int, int]
-Beside = Literal["mask", "image", "depth"]
+Beside = Literal["mask", "image", "depth", "small image"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,8 @@ class LatentDiffusion(ABC):
     """The roles of the networks that read prompts."""
     READS: ClassVar[frozenset[str]] = frozenset()
     """What requests say of images that the denoiser reads as numbers: see `sizes`."""
+    IMAGE_READERS: ClassVar[tuple[str, ...]] = ()
+    """The roles of the networks that read an image in a prompt's place, or beside it; see `read_image`."""
     PIPELINE: ClassVar[str]
     """The class in diffusers that draws with such a model."""
 
@@ -62,18 +83,19 @@ class LatentDiffusion(ABC):
         assert isinstance(vae, VAEConfig)
         texts: list[CLIPTextConfig] = [configs[role] for role in cls.TEXT_ENCODERS]
         latent = vae.latent_channels
-        if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1, 2 * latent, latent + 1):
+        kinds = (latent, 2 * latent + 1, 2 * latent, latent + 1) if unet.labels is None else (latent + 3,)
+        if unet.out_channels != latent or unet.in_channels not in kinds:
             raise ValueError(
                 f"The denoiser takes {unet.in_channels} channels and gives {unet.out_channels}, and the autoencoder's "
                 f"latents have {latent}; it must give {latent}, and take {latent}, or {2 * latent + 1} for inpainting, "
-                f"{2 * latent} to edit images, {latent + 1} with a depth map."
+                f"{2 * latent} to edit images, {latent + 1} with a depth map, {latent + 3} with labels of noise levels "
+                "to enlarge images."
             )
-        widths = [text.hidden_size for text in texts]
-        if unet.cross_attention_dim != sum(widths):
-            told = f"encoder's hidden_size {widths[0]}" if len(texts) == 1 else f"encoders' hidden_sizes {widths}"
+        width, told = cls.context_width(configs)
+        if unet.cross_attention_dim != width:
             raise ValueError(
-                f"The denoiser's cross_attention_dim is {unet.cross_attention_dim} and the text {told}; "
-                f"{'they must be equal' if len(texts) == 1 else 'it must be their sum'}."
+                f"The denoiser's cross_attention_dim is {unet.cross_attention_dim} and the {told}; "
+                f"{'it must be their sum' if len(texts) > 1 else 'they must be equal'}."
             )
         cls.check_added(unet, texts)
         return cls(
@@ -81,8 +103,16 @@ class LatentDiffusion(ABC):
             vae=build.vae(vae, dtype),
             latent_scale=vae.scaling_factor,
             in_channels=unet.in_channels,
-            **{role: getattr(build, role)(configs[role], dtype) for role in cls.TEXT_ENCODERS},
+            **{role: getattr(build, role)(configs[role], dtype) for role in (*cls.TEXT_ENCODERS, *cls.IMAGE_READERS)},
         )
+
+    @classmethod
+    def context_width(cls, configs: Mapping[str, Any]) -> tuple[int, str]:
+        """Features of a token of the context, and a sentence's words for where they are from."""
+        widths = [configs[role].hidden_size for role in cls.TEXT_ENCODERS]
+        if len(widths) == 1:
+            return widths[0], f"text encoder's hidden_size {widths[0]}"
+        return sum(widths), f"text encoders' hidden_sizes {widths}"
 
     @classmethod
     @abstractmethod
@@ -129,10 +159,23 @@ class LatentDiffusion(ABC):
     @property
     def beside(self) -> Beside | None:
         """What the denoiser takes beside the noisy latent: a mask and the masked image's latent (9 channels), the
-        latent of the image that it edits (8 channels), or a depth map (5 channels)."""
+        latent of the image that it edits (8 channels), a depth map (5 channels), or the pixels of the image that it
+        enlarges (7 channels)."""
+        if self.denoiser.labels is not None:
+            return "small image"
         more, latent = self.in_channels - self.latent_channels, self.latent_channels
         kinds: dict[int, Beside] = {latent + 1: "mask", latent: "image", 1: "depth"}
         return kinds.get(more)
+
+    @property
+    def context_features(self) -> int:
+        """Features of a token of the context."""
+        return sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether nothing is drawn from a prompt alone."""
+        return self.beside is not None or bool(self.IMAGE_READERS)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -154,7 +197,13 @@ class LatentDiffusion(ABC):
         """
 
     def numbers(
-        self, size: Size, original_size: Size, crop: tuple[int, int], aesthetic_score: float, guidance: float
+        self,
+        size: Size,
+        original_size: Size,
+        crop: tuple[int, int],
+        aesthetic_score: float,
+        guidance: float,
+        noise_level: int = 0,
     ) -> Float32[np.ndarray, "2 k"] | None:
         """`Conditioning.extra` of a negative prompt and of a prompt; None where the denoiser reads no numbers.
 
@@ -164,7 +213,10 @@ class LatentDiffusion(ABC):
             crop: the left and top edge at which it is to look cut, in pixels.
             aesthetic_score: how well people are to like it, about 0 to 10.
             guidance: the guidance scale.
+            noise_level: of the image that is enlarged.
         """
+        if self.denoiser.labels is not None:
+            return np.full((2, 1), noise_level, np.float32)
         numbers = self.sizes(size, original_size, crop, aesthetic_score)
         if not self.embeds_guidance:
             return numbers
@@ -177,11 +229,44 @@ class LatentDiffusion(ABC):
         """Of `numbers`, those that say what images are to look like."""
         return None
 
+    # Images that the denoiser reads -----------------------------------------------------------------------------------
+
+    def image_noise(self, shape: tuple[int, int, int]) -> tuple[int, ...] | None:
+        """The shape of the noise for the image that the denoiser reads, beside latents of this shape; None without."""
+        return (*shape[:2], 3) if self.beside == "small image" else None
+
+    def read_image(
+        self,
+        params: Sequence[Params],
+        pixels: Float[Array, "b s s 3"],
+        noise: Float[Array, "b d"] | None,
+        level: Float[Array, ""],
+        alpha_bar: Float[Array, ""],
+    ) -> Float[Array, "b d2"]:
+        """What `with_image` is to put into a conditioning.
+
+        Args:
+            params: those of `IMAGE_READERS`.
+            pixels: images as the image encoder reads them.
+            noise: of the shape `image_noise`.
+            level: how much noise there is to be, as a training step.
+            alpha_bar: the share of the image in the variance there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no images.")
+
+    def with_image(self, conditioning: Conditioning, vectors: Float[Array, "b d"]) -> Conditioning:
+        """The conditioning [b, phases, prompts, ...], with what `read_image` gave."""
+        raise NotImplementedError(f"{type(self).__name__} reads no images.")
+
     # Denoiser ---------------------------------------------------------------------------------------------------------
 
     def prepare(self, params: Params, conditioning: Conditioning) -> Params:
         """What the denoiser computes from the prompts alone, once for all steps: cross-attention's keys and values."""
         return prompt_keys(params, conditioning.context, self.denoiser.dtype)
+
+    def beside_prompts(self, prepared: Params, images: Any) -> Params:
+        """What `prepare` gave, and images beside the prompts: what `image_prompts` gave, in the same rows."""
+        return with_images(prepared, self.denoiser, images)
 
     def predict(
         self,
@@ -246,12 +331,11 @@ class LatentDiffusion(ABC):
                 )
             return adapter
         net, own = build.controlnet(config, dtype), self.denoiser
-        width = sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
         sizes = {
             "block_out_channels": (net.channels, own.channels),
             "layers_per_block": (net.layers, own.layers),
             "in_channels": (config.in_channels, self.latent_channels),
-            "cross_attention_dim": (config.cross_attention_dim, width),
+            "cross_attention_dim": (config.cross_attention_dim, self.context_features),
             "pixels to a latent pixel": (config.factor, self.factor),
         }
         if other := {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}:
@@ -327,6 +411,78 @@ class LatentDiffusion(ABC):
         added: Any = net.apply(variables, x, t, conditioning.context, features=features, **told)
         return times(added, scale, guess and not net.pools)
 
+    # Images as prompts ------------------------------------------------------------------------------------------------
+
+    def image_encoder_net(
+        self, config: CLIPVisionConfig, dtype: DTypeLike = jnp.float32
+    ) -> CLIPVisionModelWithProjection:
+        """The module of a network that reads images for `image_prompts`."""
+        return build.image_encoder(config, dtype)
+
+    def ip_adapter(self, config: IPAdapterConfig, encoder: CLIPVisionConfig, dtype: DTypeLike = jnp.float32) -> Any:
+        """The module of an IP-Adapter.
+
+        Raises:
+            ValueError: where it is for another denoiser or another image encoder.
+        """
+        net = build.ip_adapter(config, dtype)
+        channels, width = tuple(own for _, own in cross_attentions(self.denoiser)), self.context_features
+        if config.cross_attention_dim != width or net.channels != channels:
+            raise ValueError(
+                f"It is for another model: its tokens have {config.cross_attention_dim} features, and it has "
+                f"{len(net.channels)} layers of {_kinds(net.channels)} channels; this model's prompts have {width} and "
+                f"its cross-attentions are {len(channels)}, of {_kinds(channels)}."
+            )
+        given = encoder.projection_dim if config.kind == "plain" else encoder.hidden_size
+        if config.image_features != given:
+            raise ValueError(
+                f"It is for another image encoder: it reads {config.image_features} features, and this one gives "
+                f"{given}; those for Stable Diffusion 1, and those with vit-h in their names, want CLIP's ViT-H, "
+                "others of Stable Diffusion XL its ViT-bigG."
+            )
+        return net
+
+    def image_prompts(
+        self,
+        encoder: CLIPVisionModelWithProjection,
+        encoder_params: Params,
+        adapters: Sequence[tuple[IPAdapter, Params]],
+        pixels: Sequence[Float[Array, "b n s s 3"]],
+        scales: Sequence[Float[Array, ""]],
+    ) -> Any:
+        """Keys and values of images, once for all steps, for `beside_prompts`.
+
+        Args:
+            encoder: what reads images.
+            encoder_params: its params.
+            adapters: IP-Adapters with their params.
+            pixels: for each of them, the n images of each row as the encoder reads them.
+            scales: how much each counts.
+
+        Returns:
+            For each cross-attention and each adapter keys and values [b, 2, n * tokens, c]: what stands beside a
+            negative prompt, and beside a prompt.
+        """
+
+        def features(net: IPAdapter, images: Array) -> Array:
+            found: Any = encoder.apply({"params": encoder_params}, images)
+            return found.embedding if net.kind == "plain" else found.penultimate
+
+        found = []
+        for (net, params), images, scale in zip(adapters, pixels, scales, strict=True):
+            b, n = images.shape[:2]
+            own = features(net, images.reshape(b * n, *images.shape[2:]))
+            # No image is an embedding of zeros, or what the encoder makes of zeros.
+            none = jnp.zeros_like(own[:1]) if net.kind == "plain" else features(net, jnp.zeros_like(images[0, :1]))
+            layers: Any = net.apply({"params": params}, jnp.concatenate([none, own]))
+
+            def both(x: Array, b: int = b, n: int = n) -> Array:
+                negative = jnp.broadcast_to(x[:1, None], (b, n, *x.shape[1:]))
+                return jnp.stack([negative, x[1:].reshape(negative.shape)], axis=1).reshape(b, 2, -1, x.shape[-1])
+
+            found.append([(both(k), both(v * scale.astype(v.dtype))) for k, v in layers])
+        return tuple(zip(*found, strict=True))
+
     # Previews ---------------------------------------------------------------------------------------------------------
 
     def preview_net(self, config: TinyVAEConfig, dtype: DTypeLike = jnp.float32) -> AutoencoderTiny:
@@ -353,6 +509,21 @@ class LatentDiffusion(ABC):
     def decode(self, params: Params, latent: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """Latents at unit variance to images, which may overshoot [-1, 1]."""
         return self.vae.apply({"params": params}, latent / self.latent_scale, method="decode")  # pyright: ignore
+
+
+def check_reads_no_vector(unet: UNetConfig, whose: str) -> None:
+    """Whether a denoiser reads no vector beside time and context.
+
+    Raises:
+        ValueError: where it does.
+    """
+    for name in ("addition_embed_type", "class_embed_type"):
+        if (kind := getattr(unet, name)) is not None:
+            raise ValueError(f"The denoiser's {name} is {kind!r}; {whose} is null.")
+
+
+def _kinds(channels: Sequence[int]) -> str:
+    return ", ".join(map(str, dict.fromkeys(channels)))
 
 
 def weighed(

@@ -25,7 +25,7 @@ _NAMES = {"ControlNetModel": NAME, "T2IAdapter": "t2i_adapter"}
 _PREFIX = "control_model."
 _EMBEDDING = "controlnet_cond_embedding."
 _ORIGINAL = "input_hint_block."
-_ONLY = {**UNET_ONLY, "encoder_hid_dim": (None,), "num_class_embeds": (None,)}
+_ONLY = {**UNET_ONLY, "encoder_hid_dim": (None,)}
 _STEM = "diffusion_pytorch_model"
 
 
@@ -97,7 +97,7 @@ def _params(path: Path, tensors: Mapping[str, np.ndarray]) -> Params:
 def _original(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Any, Params]:
     """The config and the params of a file with original names; what it has beside is left out, as `lora_` or `ema`."""
     found = ldm.from_ldm(tensors, ldm.control_table(*ldm.control_sizes(tensors)))
-    ours = {name: array for name, (_, array) in found.items()}
+    ours = {name: np.asarray(array) for name, (_, array) in found.items()}
     return _config_of(path, ours), _params(path, ours)
 
 

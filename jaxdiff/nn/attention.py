@@ -266,7 +266,8 @@ class Attention(nn.Module):
     """Multi-head attention of `x` over `context` (itself if None), with diffusers' names for the projections.
 
     `norm_groups` above 0 puts a GroupNorm first, as the autoencoder wants it. Keys and values are taken from the
-    collection "prompt" where it holds any (`jaxdiff.models.unet.prompt_keys`). The collection "rows" may say whose
+    collection "prompt" where it holds any (`jaxdiff.models.unet.prompt_keys`); what it holds as `images`, pairs of keys
+    and values (`jaxdiff.models.ip_adapter`), is attended to as well, and added. The collection "rows" may say whose
     queries and keys each row takes (`source`), and in which rows each pixel sees itself alone (`identity`).
     """
 
@@ -297,6 +298,9 @@ class Attention(nn.Module):
             rows = self.get_variable("rows", "source")
             q, k = q[rows], k[rows]
         y = attend(q, k, v)
+        if self.has_variable("prompt", "images"):
+            for keys, values in self.get_variable("prompt", "images"):
+                y += attend(q, *(x.reshape(b, -1, self.heads, c // self.heads) for x in (keys, values)))
         if self.has_variable("rows", "identity"):
             y = jnp.where(self.get_variable("rows", "identity")[:, None, None, None], v, y)
         return Dense(c, dtype=self.dtype, name="to_out_0")(y.reshape(b, t, c))
@@ -363,14 +367,20 @@ def _in_parts(net: Callable[[Params, Array], Array], tokens: int) -> Callable[[P
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention on the prompt, feed-forward; each behind a norm, each added."""
+    """Self-attention, cross-attention on the prompt, feed-forward; each behind a norm, each added.
+
+    With `only_context` the first attends to the prompt, as the second does.
+    """
 
     heads: int
     dtype: DTypeLike = jnp.float32
+    only_context: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"], context: Context) -> Float[Array, "b t c"]:
-        x += Attention(self.heads, dtype=self.dtype, name="attn1")(LayerNorm(dtype=self.dtype, name="norm1")(x))
+        x += Attention(self.heads, dtype=self.dtype, name="attn1")(
+            LayerNorm(dtype=self.dtype, name="norm1")(x), context if self.only_context else None
+        )
         x += Attention(self.heads, dtype=self.dtype, name="attn2")(
             LayerNorm(dtype=self.dtype, name="norm2")(x), context
         )
@@ -385,6 +395,7 @@ class Transformer2D(nn.Module):
     groups: int
     linear_projection: bool
     dtype: DTypeLike = jnp.float32
+    only_context: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], context: Context) -> Float[Array, "b h w c"]:
@@ -395,7 +406,8 @@ class Transformer2D(nn.Module):
         else:
             y = Conv1x1(c, dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)
         for i in range(self.depth):
-            y = BasicTransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{i}")(y, context)
+            block = BasicTransformerBlock(self.heads, self.dtype, self.only_context, name=f"transformer_blocks_{i}")
+            y = block(y, context)
         if self.linear_projection:
             y = Dense(c, dtype=self.dtype, name="proj_out")(y).reshape(b, h, w, c)
         else:
