@@ -7,9 +7,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxdiff.config import CLIPTextConfig, ControlNetConfig, T2IAdapterConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from jaxdiff.config import (
+    CLIPTextConfig,
+    ControlNetConfig,
+    Dinov2Config,
+    T2IAdapterConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel
+from jaxdiff.models.dinov2 import Dinov2Model
 from jaxdiff.models.t2i_adapter import T2IAdapter
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
@@ -17,7 +26,7 @@ from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.nn.layers import Remat
 from jaxdiff.types import Key, Params
 
-NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig | T2IAdapterConfig | TinyVAEConfig
+NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig | Dinov2Config | T2IAdapterConfig | TinyVAEConfig
 
 
 def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> UNet2DConditionModel:
@@ -133,6 +142,23 @@ def _clip(config: CLIPTextConfig) -> dict[str, Any]:
     }
 
 
+def dinov2(config: Dinov2Config, dtype: DTypeLike = jnp.float32) -> Dinov2Model:
+    """A reader of images that was trained without texts, for features to compare sets of images by."""
+    return Dinov2Model(
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        mlp_ratio=config.mlp_ratio,
+        patch_size=config.patch_size,
+        activation=config.hidden_act,
+        swiglu=config.use_swiglu_ffn,
+        qkv_bias=config.qkv_bias,
+        registers=config.num_register_tokens,
+        eps=config.layer_norm_eps,
+        dtype=dtype,
+    )
+
+
 def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The smallest inputs that a network's `__call__` takes: enough to find the shapes of its parameters."""
     if isinstance(config, UNetConfig):
@@ -152,6 +178,8 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
         return (jnp.zeros((1, side, side, config.in_channels)),), {}
     if isinstance(config, TinyVAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, 3)),), {}
+    if isinstance(config, Dinov2Config):
+        return (jnp.zeros((1, config.image_size, config.image_size, 3)),), {}
     if isinstance(config, VAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),), {}
     return (jnp.zeros((1, config.max_position_embeddings), jnp.int32),), {}

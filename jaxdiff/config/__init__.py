@@ -9,6 +9,7 @@ from jaxdiff.config.data import DataConfig
 from jaxdiff.config.networks import (
     CLIPTextConfig,
     ControlNetConfig,
+    Dinov2Config,
     SchedulerConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "ControlNetConfig",
     "DataConfig",
     "DiffusionTask",
+    "Dinov2Config",
     "DistributedConfig",
     "EMAConfig",
     "MeshConfig",
