@@ -11,6 +11,7 @@ from jaxdiff.evaluation import frechet, mmd, two_sample
 from jaxdiff.evaluation.extractor import Extractor, Seen
 from jaxdiff.evaluation.neighbours import DENSITY_BALL, support
 from jaxdiff.evaluation.pairwise import check_sets
+from jaxdiff.evaluation.pixel_adversary import pixel_test
 from jaxdiff.evaluation.pixels import SpectrumSum, psnr, ssim
 from jaxdiff.evaluation.scores import inception_score
 from jaxdiff.evaluation.sets import ImageSet, Pixels
@@ -85,6 +86,7 @@ def compare(
     pairs: Pairs = "none",
     dimensions: int | None = None,
     bootstrap: int = 20,
+    pixels: bool = False,
     seed: int = 0,
 ) -> Comparison:
     """Looks at both sets and measures A against B.
@@ -97,6 +99,7 @@ def compare(
         dimensions: principal components of B that the Frechet distance is measured in; all if None.
         bootstrap: replicates for the Frechet distance's standard errors; 0 leaves them out, which saves most of the
             time where there are many images.
+        pixels: also trains a network to tell the images apart, for which they must have one size.
         seed: of splits, permutations and what else is left to chance.
 
     Raises:
@@ -118,6 +121,8 @@ def compare(
         out.rows.append(Row("power of fine waves, A/B", share, note=f"1/4 to 1/2 cycles a pixel{note}"))
     if pairs == "copies":
         out.rows.extend(_copies(a, b))
+    if pixels:
+        out.rows.append(_pixel_row(a, b, pairs != "none", seed))
     return out
 
 
@@ -190,13 +195,28 @@ def _adversary_rows(x: np.ndarray, y: np.ndarray, paired: bool, seed: int) -> It
         ("told apart by 1-NN", two_sample.nearest_neighbour_test),
         ("told apart by regression", two_sample.logistic_test),
     ):
-        found = test(x, y, paired=paired, seed=seed)
-        least = two_sample.detectable(found.tested)
-        auc = "" if np.isnan(found.auc) else f"AUC {found.auc:.3f}; "
-        note = f"accuracy on {found.tested}; {auc}{least:.2f} would be found in 8 of 10 tries"
-        yield Row(name, found.accuracy, None, found.p, note)
+        yield _told_apart(name, test(x, y, paired=paired, seed=seed))
     test = mmd.mmd_test(x, y, paired=paired, seed=seed)
     yield Row("MMD, sigma learnt", test.statistic, test.error, test.p, f"on {test.count} of each")
+
+
+def _told_apart(name: str, found: two_sample.Verdict) -> Row:
+    least = two_sample.detectable(found.tested)
+    auc = "" if np.isnan(found.auc) else f"AUC {found.auc:.3f}; "
+    note = f"accuracy on {found.tested}; {auc}{least:.2f} would be found in 8 of 10 tries"
+    return Row(name, found.accuracy, None, found.p, note)
+
+
+def _pixel_row(a: ImageSet, b: ImageSet, paired: bool, seed: int) -> Row:
+    """Of the first images of each, which are read once more."""
+    n = min(a.count, b.count, MOST_TOLD_APART)
+    sets = []
+    for images in (a, b):
+        found = [images.image(i) for i in range(n)]
+        if len(sizes := {image.shape for image in found}) > 1:
+            raise ValueError(f"{images.name} has images of {len(sizes)} sizes; the network on pixels needs one size.")
+        sets.append(np.stack(found))
+    return _told_apart("told apart by pixels", pixel_test(*sets, paired=paired, seed=seed))
 
 
 def _look(images: ImageSet, look: Extractor) -> tuple[Seen, SpectrumSum | None]:

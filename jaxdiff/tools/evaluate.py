@@ -196,6 +196,7 @@ def images(
     guidance: float | None = None,
     dimensions: int | None = None,
     bootstrap: int = 20,
+    pixels: bool = False,
     data_dir: Path = Path("data"),
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
@@ -220,6 +221,7 @@ def images(
         guidance: scale of classifier-free guidance; the model's own if left out.
         dimensions: principal components of B that the Frechet distance is measured in; all if left out.
         bootstrap: replicates for the Frechet distance's intervals; 0 leaves them out.
+        pixels: trains a small network to tell the images apart by their pixels, too; images must have one size.
         data_dir: where `prepare` put the features' network.
         json_file: a file that is written with everything.
     """
@@ -234,7 +236,9 @@ def images(
     judged, real = open_set(a, drawing, n), open_set(b, drawing, n)
     if through is not None:
         real = decoded(load(through), real)
-    found = compare(judged, real, look, pairs=pairs, dimensions=dimensions, bootstrap=bootstrap, seed=seed)
+    found = compare(
+        judged, real, look, pairs=pairs, dimensions=dimensions, bootstrap=bootstrap, pixels=pixels, seed=seed
+    )
     print(found.table())
     if json_file is not None:
         write_bytes(json_file, json.dumps(found.record(), indent=2).encode())
