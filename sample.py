@@ -133,6 +133,11 @@ class Flags(Request):
     """The share of the steps before which it is not followed; by default 0."""
     control_end: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
     """The share of the steps after which it is not followed any more; by default 1."""
+    image_prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """An image that stands beside the prompt, by the adapter of --ip-adapter; give it again for each further adapter,
+    or for more images of a single one."""
+    image_prompt_scale: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
+    """How much it counts beside the prompt, by default 1; 0 is not at all. Once for all adapters, or once for each."""
     regions: Annotated[tuple[RegionFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="region")] = ()
     """A prompt for a part of the image: left, top, right and bottom in shares of the sides."""
 
@@ -171,6 +176,10 @@ class Args:
     for more of them."""
     controls: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="control")] = ()
     """A ControlNet or T2I-Adapter, a folder or a file, for --control-image. Give it again for more of them."""
+    ip_adapters: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="ip-adapter")] = ()
+    """An IP-Adapter's file, for --image-prompt. Give it again for more of them."""
+    image_encoder: Path | None = None
+    """The folder of CLIP's vision tower that they read images by; without it, image_encoder beside the first one."""
     out: Path = Path("samples")
     """The folder for the images."""
     request: Annotated[Flags, tyro.conf.arg(name="")] = field(default_factory=Flags)
@@ -229,7 +238,7 @@ def main(args: Args) -> int:
     devices = jax.local_devices()
     several = devices if min(len(devices), n) > 1 else None
     more: dict[str, Any] = {"loras": args.loras, "embeddings": args.embeddings, "refiner": args.refiner}
-    more |= {"controls": args.controls}
+    more |= {"controls": args.controls, "ip_adapters": args.ip_adapters, "image_encoder": args.image_encoder}
     pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **more, **vars(args.file))
     if args.like is not None:
         check_like(args, pipe)
@@ -357,6 +366,9 @@ def draw_file(args: Args, pipe: Pipeline, wanted: list[Job], part: int, parts: i
         batch["loras"] = [list(one.values.values()) for one in args.loras]
     if args.controls:
         batch["controls"] = list(map(str, args.controls))
+    if pipe.model.ip_adapters and pipe.model.image_encoder is not None:
+        batch["ip_adapters"] = list(map(str, args.ip_adapters))
+        batch["image_encoder"] = str(pipe.model.image_encoder.path)
     if args.embeddings:
         batch["embeddings"] = [[str(one.path), one.word] for one in args.embeddings]
     bad: set[int] = set()
@@ -406,6 +418,9 @@ def like(path: Path) -> Args:
         loras = carried_list(carried, "loras", "files and strengths", dict, carried_lora)
         embeddings = carried_list(carried, "embeddings", "files and words", dict, carried_embedding)
         controls = carried_list(carried, "controls", "files", str, Path)
+        ip_adapters = carried_list(carried, "ip_adapters", "files", str, Path)
+        if not isinstance(image_encoder := carried.get("image_encoder"), str | None):
+            raise ValueError("its image_encoder is no folder.")
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: {error}") from error
     return Args(
@@ -416,6 +431,8 @@ def like(path: Path) -> Args:
         loras=loras,
         embeddings=embeddings,
         controls=controls,
+        ip_adapters=ip_adapters,
+        image_encoder=None if image_encoder is None else Path(image_encoder),
         request=Flags(**{**vars(request), "prompt": ""}),
     )
 

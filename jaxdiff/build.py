@@ -9,16 +9,20 @@ from jax.typing import DTypeLike
 
 from jaxdiff.config import (
     CLIPTextConfig,
+    CLIPVisionConfig,
     ControlNetConfig,
     Dinov2Config,
+    IPAdapterConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
 from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from jaxdiff.models.clip_vision import CLIPVisionModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel
 from jaxdiff.models.dinov2 import Dinov2Model
+from jaxdiff.models.ip_adapter import IPAdapter
 from jaxdiff.models.t2i_adapter import T2IAdapter
 from jaxdiff.models.tiny_vae import AutoencoderTiny
 from jaxdiff.models.unet import UNet2DConditionModel
@@ -26,7 +30,16 @@ from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.nn.layers import Remat
 from jaxdiff.types import Key, Params
 
-NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig | Dinov2Config | T2IAdapterConfig | TinyVAEConfig
+NetworkConfig = (
+    UNetConfig
+    | VAEConfig
+    | CLIPTextConfig
+    | CLIPVisionConfig
+    | Dinov2Config
+    | IPAdapterConfig
+    | T2IAdapterConfig
+    | TinyVAEConfig
+)
 
 
 def unet(config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none") -> UNet2DConditionModel:
@@ -49,6 +62,21 @@ def t2i_adapter(config: T2IAdapterConfig, dtype: DTypeLike = jnp.float32) -> T2I
     return T2IAdapter(
         config.adapter_type, config.channels, config.num_res_blocks, config.downscale_factor, dtype
     )  # fmt: skip
+
+
+def ip_adapter(config: IPAdapterConfig, dtype: DTypeLike = jnp.float32) -> IPAdapter:
+    """What makes an image a prompt of a denoising network."""
+    return IPAdapter(
+        kind=config.kind,
+        channels=config.channels,
+        dim=config.cross_attention_dim,
+        tokens=config.tokens,
+        hidden=config.hidden,
+        depth=config.depth,
+        inner=config.inner,
+        feedforward=config.feedforward,
+        dtype=dtype,
+    )
 
 
 def tiny_vae(config: TinyVAEConfig, dtype: DTypeLike = jnp.float32) -> AutoencoderTiny:
@@ -129,17 +157,20 @@ def text_encoder_2(
     )
 
 
-def _clip(config: CLIPTextConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "max_positions": config.max_position_embeddings,
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "activation": config.hidden_act,
-        "eps": config.layer_norm_eps,
-    }
+def image_encoder(config: CLIPVisionConfig, dtype: DTypeLike = jnp.float32) -> CLIPVisionModelWithProjection:
+    """The reader of images that stand beside a prompt, or in its place."""
+    return CLIPVisionModelWithProjection(
+        hidden_size=config.hidden_size,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        activation=config.hidden_act,
+        eps=config.layer_norm_eps,
+        projection_dim=config.projection_dim,
+        dtype=dtype,
+    )
 
 
 def dinov2(config: Dinov2Config, dtype: DTypeLike = jnp.float32) -> Dinov2Model:
@@ -157,6 +188,19 @@ def dinov2(config: Dinov2Config, dtype: DTypeLike = jnp.float32) -> Dinov2Model:
         eps=config.layer_norm_eps,
         dtype=dtype,
     )
+
+
+def _clip(config: CLIPTextConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "max_positions": config.max_position_embeddings,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "activation": config.hidden_act,
+        "eps": config.layer_norm_eps,
+    }
 
 
 def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -180,6 +224,10 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
         return (jnp.zeros((1, config.factor, config.factor, 3)),), {}
     if isinstance(config, Dinov2Config):
         return (jnp.zeros((1, config.image_size, config.image_size, 3)),), {}
+    if isinstance(config, IPAdapterConfig):
+        return (jnp.zeros((1, *(() if config.kind == "plain" else (1,)), config.image_features)),), {}
+    if isinstance(config, CLIPVisionConfig):
+        return (jnp.zeros((1, config.image_size, config.image_size, config.num_channels)),), {}
     if isinstance(config, VAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),), {}
     return (jnp.zeros((1, config.max_position_embeddings), jnp.int32),), {}

@@ -34,6 +34,10 @@ from jaxdiff.io.folder import (
     tokenizer_folder,
     write_folder,
 )
+from jaxdiff.io.image_encoder import NAME as ENCODER
+from jaxdiff.io.image_encoder import ImageEncoder, read_image_encoder
+from jaxdiff.io.ip_adapter import NAME as IP_ADAPTER
+from jaxdiff.io.ip_adapter import IPAdapter, encoder_beside, read_ip_adapter
 from jaxdiff.io.lora import LoRA, merge_loras
 from jaxdiff.io.mapped import check_unchanged
 from jaxdiff.io.preview import NAME as TINY
@@ -92,6 +96,10 @@ class Model:
 
     controls: tuple[ControlNet, ...] = ()
     """Networks that images steer the denoiser by."""
+    ip_adapters: tuple[IPAdapter, ...] = ()
+    """Networks that make images prompts."""
+    image_encoder: ImageEncoder | None = None
+    """What they read images by."""
     preview: TinyVAE | None = None
     """A tiny autoencoder for previews."""
     tokenizer_2: Tokenizer | None = None
@@ -215,6 +223,42 @@ class Model:
                 control._replace(params=check_network(control.name, control.config, control.params, control.path))
             )
         return replace(self, controls=(*self.controls, *found))
+
+    def with_ip_adapters(self, adapters: Iterable[Any], image_encoder: str | Path | None = None) -> "Model":
+        """The same model with IP-Adapters beside it, which are not saved with it.
+
+        Args:
+            adapters: their files.
+            image_encoder: the folder of the image encoder of all of them; None is what the model has already, or the
+                folder `image_encoder` beside the first of them.
+
+        Raises:
+            ValueError: where one is damaged or for another model, or there is no image encoder.
+        """
+        wanted = tuple(adapters)
+        for path in wanted:
+            if not isinstance(path, str | Path):
+                raise ValueError(f"An IP-Adapter is {path!r}; give its file.")
+        found = [read_ip_adapter(path) for path in wanted]
+        if not found:
+            raise ValueError("image_encoder is for IP-Adapters; give one (ip_adapters=, --ip-adapter), or leave "
+                             "image_encoder out.")  # fmt: skip
+        encoder = self.image_encoder
+        if image_encoder is not None or encoder is None:
+            folder = encoder_beside(found[0].path) if image_encoder is None else image_encoder
+            if folder is None:
+                raise ValueError(
+                    f"{found[0].path} has no folder {ENCODER!r} beside it, by which IP-Adapters read images; give one "
+                    "by image_encoder= (--image-encoder)."
+                )
+            encoder = read_image_encoder(folder)
+            encoder = encoder._replace(params=check_network(ENCODER, encoder.config, encoder.params, encoder.path))
+        family, own = self.modules(), []
+        for adapter in (*self.ip_adapters, *found):
+            with naming(adapter.path):
+                family.ip_adapter(adapter.config, encoder.config)
+            own.append(adapter._replace(params=check_network(IP_ADAPTER, adapter.config, adapter.params, adapter.path)))
+        return replace(self, ip_adapters=tuple(own), image_encoder=encoder)
 
     def with_preview(self, path: str | Path) -> "Model":
         """The same model with a tiny autoencoder beside it, the folder of a TAESD, which is not saved with it.

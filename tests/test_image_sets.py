@@ -13,7 +13,7 @@ from jaxdiff import build
 from jaxdiff.config import Dinov2Config, to_dict
 from jaxdiff.evaluation import features
 from jaxdiff.evaluation.comparison import compare
-from jaxdiff.evaluation.extractor import Extractor
+from jaxdiff.evaluation.extractor import Extractor, resized
 from jaxdiff.evaluation.sets import Drawing, ImageSet, open_set, through
 from jaxdiff.io.convert import to_torch
 from jaxdiff.io.weights import stored, write_safetensors
@@ -49,7 +49,9 @@ def folders(tmp_path_factory):
 
 def mean_colour(size: int = 4) -> Extractor:
     """Features that need no weights: the mean of each channel, plus a number."""
-    return Extractor("mean", "0", size, "clean", lambda p, x: (x.mean((1, 2)) + p["add"], None), {"add": jnp.ones(3)})
+    return Extractor(
+        "mean", "0", resized(size, "clean"), lambda p, x: (x.mean((1, 2)) + p["add"], None), {"add": jnp.ones(3)}
+    )
 
 
 def test_features_of_an_image_do_not_depend_on_its_batch_and_may_come_in_any_size():
@@ -132,7 +134,7 @@ def test_positions_for_the_own_grid_stay_and_for_others_a_plain_table_stays_plai
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, dinov2):
     with pytest.raises(ValueError, match=r"need Conv2d_1a_3x3\.bn\.weight \[32\]; it is missing"):
         inception_params({})
-    with pytest.raises(ValueError, match="choose efficientnet-lite0, inception, dinov2"):
+    with pytest.raises(ValueError, match="choose efficientnet-lite0, inception, dinov2, clip"):
         features.open_network("vgg", tmp_path)
     with pytest.raises(ValueError, match="is not there"):
         features.open_network("dinov2", tmp_path / "nowhere")

@@ -1,15 +1,27 @@
 """The small models that tests share."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, DiffusionTask, SchedulerConfig, UNetConfig, VAEConfig
+from jaxdiff.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    DiffusionTask,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+    to_dict,
+)
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.families import StableDiffusion, StableDiffusionXL
+from jaxdiff.io.convert import torch_views
+from jaxdiff.io.weights import stored, write_safetensors
 from jaxdiff.model import Model, Network
 from jaxdiff.types import Params
 
@@ -39,6 +51,15 @@ TEXT_ENCODER = CLIPTextConfig(
     num_hidden_layers=2,
     num_attention_heads=2,
     max_position_embeddings=24,
+)
+IMAGE_ENCODER = CLIPVisionConfig(
+    hidden_size=16,
+    intermediate_size=32,
+    projection_dim=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
 )
 CONFIGS: dict[str, Any] = {"denoiser": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}
 """A model of 16x16 pixels, by role."""
@@ -109,6 +130,16 @@ def xl_model(seed: int = 0, zero_empty: bool = True) -> Model:
         networks, SCHEDULER, first, StableDiffusionXL, name="tiny-xl", tokenizer_2=first.padded_with(0),
         zero_empty=zero_empty,
     )  # fmt: skip
+
+
+def write_image_encoder(folder: Path, config: CLIPVisionConfig = IMAGE_ENCODER, seed: int = 0) -> Path:
+    """A vision tower's folder as transformers writes it; returns the folder."""
+    folder.mkdir(exist_ok=True)
+    values = to_dict(config) | {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModelWithProjection"]}
+    (folder / "config.json").write_text(json.dumps(values))
+    params = random_params("image_encoder", config, np.random.default_rng(seed))
+    write_safetensors(folder / "model.safetensors", stored(torch_views(params)))
+    return folder
 
 
 def off(a: np.ndarray, b: np.ndarray) -> int:

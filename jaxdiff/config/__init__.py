@@ -8,8 +8,11 @@ from jaxdiff.config.base import as_written, from_dict, load_json, naming, neares
 from jaxdiff.config.data import DataConfig
 from jaxdiff.config.networks import (
     CLIPTextConfig,
+    CLIPVisionConfig,
     ControlNetConfig,
     Dinov2Config,
+    ImageProcessorConfig,
+    IPAdapterConfig,
     SchedulerConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
@@ -22,12 +25,15 @@ from jaxdiff.config.train import DistributedConfig, MeshConfig, TrainConfig
 
 __all__ = [
     "CLIPTextConfig",
+    "CLIPVisionConfig",
     "ControlNetConfig",
     "DataConfig",
     "DiffusionTask",
     "Dinov2Config",
     "DistributedConfig",
     "EMAConfig",
+    "IPAdapterConfig",
+    "ImageProcessorConfig",
     "MeshConfig",
     "OptimConfig",
     "SchedulerConfig",

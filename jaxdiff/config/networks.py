@@ -323,6 +323,11 @@ class TinyVAEConfig(Checked):
         return 2 ** (len(self.decoder_block_out_channels) - 1)
 
 
+MOST_PIXELS = 4096
+"""Along a side of what a vision tower reads."""
+CLIPActivation = Literal["quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "relu"]
+
+
 @dataclass(frozen=True)
 class CLIPTextConfig(Checked):
     """`text_encoder/config.json`."""
@@ -333,7 +338,7 @@ class CLIPTextConfig(Checked):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
-    hidden_act: Literal["quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "relu"] = "quick_gelu"
+    hidden_act: CLIPActivation = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 768
     bos_token_id: int | None = 49406
@@ -358,6 +363,111 @@ class CLIPTextConfig(Checked):
             f"CLIPTextConfig.hidden_size {self.hidden_size} is "
             f"not a multiple of num_attention_heads {self.num_attention_heads}.",
         )
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(Checked):
+    """`config.json` of CLIP's vision tower, which reads images of `image_size` pixels along each side."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: CLIPActivation = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def _check(self) -> None:
+        positive(
+            self,
+            "hidden_size",
+            "intermediate_size",
+            "projection_dim",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "image_size",
+            "patch_size",
+            "layer_norm_eps",
+        )
+        at_most(self, MOST_LAYERS, "num_hidden_layers")
+        at_most(self, MOST_PIXELS, "image_size")
+        one_of("CLIPVisionConfig.num_channels", self.num_channels, (3,))
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"CLIPVisionConfig.hidden_size {self.hidden_size} is "
+            f"not a multiple of num_attention_heads {self.num_attention_heads}.",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"CLIPVisionConfig.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Feature vectors of an image: one for each patch, and the class token's before them."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class IPAdapterConfig(Checked):
+    """The sizes of an IP-Adapter, which its file shows."""
+
+    kind: Literal["plain", "plus", "full"] = "plain"
+    channels: tuple[int, ...] = ()
+    """Of each cross-attention, in the order of a UNet's way down, its way up and its middle."""
+    cross_attention_dim: int = 768
+    image_features: int = 1024
+    """What an image encoder gives: of "plain" its projection's, else its layers'."""
+    tokens: int = 4
+    """Vectors that an image becomes; of "full" as many as the image encoder gives."""
+    hidden: int = 0
+    """This and what follows is the resampler's, of "plus"."""
+    depth: int = 0
+    inner: int = 0
+    """Channels of all heads of its attention."""
+    feedforward: int = 0
+
+    def _check(self) -> None:
+        own = ("hidden", "depth", "inner", "feedforward") if self.kind == "plus" else ()
+        positive(self, "channels", "cross_attention_dim", "image_features", "tokens", *own)
+        at_most(self, MOST_LAYERS, "depth")
+        require(len(self.channels) > 0, "IPAdapterConfig.channels is empty; give the channels of each layer.")
+        require(
+            self.inner % 64 == 0, f"IPAdapterConfig.inner is {self.inner}; it must be a multiple of 64, a head's size."
+        )
+
+
+@dataclass(frozen=True)
+class ImageProcessorConfig(Checked):
+    """`preprocessor_config.json`: how an image becomes what a vision tower reads. The defaults are CLIP's."""
+
+    size: tuple[int, ...] = (224,)
+    """What the shorter side becomes; or height and width."""
+    crop_size: tuple[int, ...] = (224, 224)
+    """Height and width of the middle that is left of it."""
+    do_resize: bool = True
+    do_center_crop: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    resample: int = 3
+    """Pillow's number of a filter; 3 is bicubic."""
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    def _check(self) -> None:
+        positive(self, "size", "crop_size", "rescale_factor", "image_std")
+        at_most(self, MOST_PIXELS, "size", "crop_size")
+        one_of("ImageProcessorConfig.resample", self.resample, tuple(range(6)))
+        for name, lengths in (("size", (1, 2)), ("crop_size", (2,)), ("image_mean", (3,)), ("image_std", (3,))):
+            value = getattr(self, name)
+            require(
+                len(value) in lengths,
+                f"ImageProcessorConfig.{name} is {value}; it must have {' or '.join(map(str, lengths))} numbers.",
+            )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxdiff.evaluation import frechet, mmd, two_sample
 from jaxdiff.evaluation.extractor import Extractor, Seen
+from jaxdiff.evaluation.features import CLIP
 from jaxdiff.evaluation.neighbours import DENSITY_BALL, support
 from jaxdiff.evaluation.pairwise import check_sets
 from jaxdiff.evaluation.pixel_adversary import pixel_test
@@ -115,6 +116,9 @@ def compare(
     width = seen_a.features.shape[1]
     out = Comparison(a.name, b.name, a.count, b.count, look.title, width, pairs)
     out.rows.extend(measures(seen_a, seen_b, pairs=pairs, dimensions=dimensions, bootstrap=bootstrap, seed=seed))
+    if look.name == CLIP:
+        found = mmd.cmmd(seen_a.features, seen_b.features)
+        out.rows.append(Row("CMMD", found, note="times 1000, biased, as the paper has it"))
     if spectrum_a and spectrum_b:
         share = spectrum_a.result().top_octave / max(spectrum_b.result().top_octave, 1e-30)
         note = "" if spectrum_a.size == spectrum_b.size else "; the sizes differ, so do these waves"

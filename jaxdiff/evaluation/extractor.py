@@ -24,6 +24,18 @@ class Seen(NamedTuple):
     """Of classes, where it is a classifier."""
 
 
+class Prepare(NamedTuple):
+    """How an image becomes what a network reads."""
+
+    title: str
+    one: Callable[[UInt8[np.ndarray, "h w 3"]], Float32[np.ndarray, "s s 3"]]
+
+
+def resized(size: int, rule: Rule) -> Prepare:
+    """To 0 to 255 in size x size pixels, by a rule of `jaxdiff.evaluation.resize`."""
+    return Prepare(f"{size} px, {rule}", lambda image: resize(image[None], size, rule)[0])
+
+
 class Extractor:
     """A network that looks at images. What it makes of an image depends on that alone, not on its batch.
 
@@ -35,8 +47,7 @@ class Extractor:
         self,
         name: str,
         digest: str,
-        size: int,
-        rule: Rule,
+        prepare: Prepare,
         run: Callable[[Params, jax.Array], Any],
         params: Params,
     ) -> None:
@@ -45,13 +56,13 @@ class Extractor:
         Args:
             name: the network's.
             digest: the first digits of its weights' hash.
-            size: pixels along each side of what it looks at.
-            rule: how images are resized.
-            run: from params and images in 0 to 255 [b s s 3] to features [b d] and logits [b c] or None.
+            prepare: how images become what the network reads.
+            run: from params and what it reads [b s s 3] to features [b d] and logits [b c] or None.
             params: the network's.
         """
-        self.title = f"{name} (weights {digest}), {size} px, {rule}"
-        self.size, self.rule = size, rule
+        self.name = name
+        self.title = f"{name} (weights {digest}), {prepare.title}"
+        self._prepare = prepare.one
         devices = jax.local_devices()
         mesh = make_mesh(devices=devices)
         self._spread = jax.NamedSharding(mesh, BATCH)
@@ -77,7 +88,7 @@ class Extractor:
         shown = tqdm(total=count, desc="Features", unit=" images", disable=(count or 0) < 10 * self._batch)
         with shown:
             for batch in _batches(images, self._batch):
-                resized = np.concatenate([resize(image[None], self.size, self.rule) for image in batch])
+                resized = np.stack([self._prepare(image) for image in batch])
                 # The last batch is filled up, so that one program serves all.
                 filled = np.pad(resized, ((0, self._batch - len(batch)), (0, 0), (0, 0), (0, 0)))
                 found, classes = self._run(self._params, jax.device_put(filled, self._spread))

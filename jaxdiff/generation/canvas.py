@@ -72,7 +72,7 @@ def canvas_of(request: Request, family: Family, own: Size | None) -> Canvas | No
     if request.image is None:
         return None
     size = _canvas_size(request, family, own)
-    image, mask = _read(request.image), None
+    image, mask = pixels_of(request.image), None
     height, width = image.shape[:2]
     if request.mask is not None:
         if isinstance(request.mask, np.ndarray):
@@ -98,7 +98,7 @@ def control_images(request: Request, size: Size) -> list[UInt8[np.ndarray, "h w 
     Raises:
         ValueError: where a file cannot be read.
     """
-    images = map(_read, request.control_image)
+    images = map(pixels_of, request.control_image)
     return [
         image
         if image.shape[1::-1] == size
@@ -109,7 +109,7 @@ def control_images(request: Request, size: Size) -> list[UInt8[np.ndarray, "h w 
 
 def depth_map(depth: Pixels, sides: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
     """A depth map at a latent's height and width, from -1 to 1; one that is the same everywhere is 0."""
-    given = _read(depth).mean(-1) if isinstance(depth, str | Path) else depth
+    given = pixels_of(depth).mean(-1) if isinstance(depth, str | Path) else depth
     found = bicubic(np.asarray(given, np.float32), sides)
     low, high = found.min(), found.max()
     return np.zeros_like(found) if low == high else 2 * (found - low) / (high - low) - 1
@@ -186,7 +186,7 @@ def _size_of(image: Pixels) -> Size:
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
     size = _header(str(image), _changed(str(image)))
-    return size if all(size) else _read(image).shape[1::-1]  # which says what is wrong with the file
+    return size if all(size) else pixels_of(image).shape[1::-1]  # which says what is wrong with the file
 
 
 def _of_control(request: Request, family: Family, own: Size | None) -> Size | None:
@@ -204,7 +204,12 @@ def _of_latents(request: Request, family: Family) -> Size | None:
     return request.latents.shape[1] * family.factor, request.latents.shape[0] * family.factor
 
 
-def _read(image: Pixels) -> UInt8[np.ndarray, "h w 3"]:
+def pixels_of(image: Pixels) -> UInt8[np.ndarray, "h w 3"]:
+    """An image's pixels, of a file as they are read.
+
+    Raises:
+        ValueError: where it cannot be read.
+    """
     return image if isinstance(image, np.ndarray) else read_image(image)
 
 

@@ -14,9 +14,16 @@ from jaxtyping import Array, Bool, Float, Float32, UInt8
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.generation.drawing import Drawing
 from jaxdiff.generation.network import AnyArray, Inputs
-from jaxdiff.generation.programs import Program, denoise, encode_images, encode_prompts, keys_and_noise
+from jaxdiff.generation.programs import (
+    Program,
+    denoise,
+    encode_image_prompts,
+    encode_images,
+    encode_prompts,
+    keys_and_noise,
+)
 from jaxdiff.generation.request import SEEDS, Region, Request, floats
-from jaxdiff.generation.weights import Weights
+from jaxdiff.generation.weights import IMAGE_ENCODER, IP_ADAPTER, Weights
 from jaxdiff.prompts.encode import Prompts, Words, alike, encode, fill
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.programs import kept
@@ -43,6 +50,8 @@ def make_inputs(
     inputs, source = prompt_inputs(drawing, tokenizers, params, program)
     keys, noise, step_noise = starting_noise(drawing)
     inputs = inputs._replace(step_noise=step_noise, hints=drawing.hints or None)
+    if drawing.prompt_pixels:
+        inputs = inputs._replace(image_prompts=image_prompts(drawing, params, program))
     known = None if drawing.image is None else encode_latents(drawing.image, params["vae"], program)
     if known is not None and settings.latent_upscale > 1:
         known = _stretch(known, (b, *drawing.shape))
@@ -90,7 +99,8 @@ def _inverted(drawing: Drawing, source: Inputs, known: Array, keys: Array, param
     """The states that clean latents would have been drawn from, without guidance."""
     up = backwards(drawing.sigmas, drawing.steps)
     ends = np.int32(0), np.int32(drawing.steps - drawing.start)
-    inverse = replace(program, invert=drawing.settings.invert, control_nets=(), control_guess=False)
+    inverse = replace(program, invert=drawing.settings.invert, control_nets=(), control_guess=False,
+                      image_reader=None)  # fmt: skip
     return denoise(params, source, begin_all(known), keys, up, *ends, None, np.float32(0), program=inverse)
 
 
@@ -183,6 +193,16 @@ def prompt_inputs(
         raise ValueError("source_prompt may have no prompt editing; say what is in the image.")
     source = jax.tree.map(lambda leaf: leaf[:, :1, [0, 0]], rows(first))
     return inputs, Inputs(source, np.ones((b, 1, 1, 1, 1, 1), np.float32), levels[prompts.starts[first:, :1]])
+
+
+def image_prompts(drawing: Drawing, params: Weights, program: Program) -> Any:
+    """The images that stand beside the prompts, as the denoiser reads them."""
+    pixels = tuple(map(jnp.asarray, drawing.prompt_pixels))
+    scales = tuple(jnp.asarray(scale, jnp.float32) for scale in drawing.prompt_scales)
+    # The encoder first: with little memory, no more than one network is there.
+    own = params[IMAGE_ENCODER], tuple(params[f"{IP_ADAPTER}{i}"] for i in range(len(pixels)))
+    arguments = *own, pixels, scales
+    return kept(encode_image_prompts, *arguments, program=program)(*arguments)
 
 
 def _zeros_for_negatives(conditioning: Conditioning, rows: Bool[np.ndarray, " b"]) -> Conditioning:

@@ -1,7 +1,7 @@
 """Where requests meet a model: what a model's defaults fill in, what does not fit it, and the sizes that follow."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,16 @@ from jaxdiff.diffusion.denoiser import sigma_to_t
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.schedule import make_schedule
 from jaxdiff.families import Family
-from jaxdiff.generation.canvas import Size, canvas_of, check_size, control_images, depth_map, image_size, latent_shape
+from jaxdiff.generation.canvas import (
+    Size,
+    canvas_of,
+    check_size,
+    control_images,
+    depth_map,
+    image_size,
+    latent_shape,
+    pixels_of,
+)
 from jaxdiff.generation.programs import INVERSIONS
 from jaxdiff.generation.request import DEFAULTS, PER_IMAGE, Request
 from jaxdiff.runtime.memory import memory_bytes
@@ -48,6 +57,10 @@ class ModelInfo:
     """The modules of the control networks that it was loaded with."""
     zero_empty: bool = False
     """Whether an empty negative prompt is zeros, and not what the text encoders make of it."""
+    ip_adapters: int = 0
+    """IP-Adapters that it was loaded with."""
+    image_pixels: Callable[[UInt8[np.ndarray, "h w 3"]], Float32[np.ndarray, "s s 3"]] | None = None
+    """Makes images what its image encoder reads."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,10 @@ class Drawing:
     mask: Float32[np.ndarray, "b h w"] | None
     hints: tuple[UInt8[np.ndarray, "b h w 3"], ...] = ()
     """Control images, for each control network."""
+    prompt_pixels: tuple[Float32[np.ndarray, "b n s s 3"], ...] = ()
+    """Images beside the prompts, as the image encoder reads them, for each IP-Adapter."""
+    prompt_scales: tuple[float, ...] = ()
+    """How much each IP-Adapter counts."""
     numbers: Float32[np.ndarray, "2 k"] | None = None
     """What the denoiser is told beside a negative prompt, and beside a prompt; None is nothing."""
     zero_empty: bool = False
@@ -220,6 +237,7 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
             raise ValueError(
                 f"There are {len(one.control_image)} of control_image, and the model was loaded with {nets}."
             )
+    _check_image_prompts(requests, model.ip_adapters)
     size = image_size(common, family, model.size)
     canvases = [canvas_of(one, family, model.size) for one in requests]
     images = [canvas.image for canvas in canvases if canvas is not None]
@@ -264,12 +282,47 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         image=np.stack(images) if images else None,
         mask=np.stack(masks) if masks else None,
         hints=tuple(np.stack(some) for some in zip(*hints, strict=True)),
+        prompt_pixels=_prompt_pixels(requests, model),
+        prompt_scales=_for_each(common.image_prompt_scale, model.ip_adapters),
         numbers=numbers,
         zero_empty=model.zero_empty,
         edits=family.beside == "image",
         depth=np.stack(depths) if depths else None,
         embeds_guidance=family.embeds_guidance,
     )
+
+
+def _check_image_prompts(requests: Sequence[Request], adapters: int) -> None:
+    """Whether there are as many images and scales as IP-Adapters want.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    counts = [len(one.image_prompt) for one in requests]
+    if len(set(counts)) > 1:
+        raise ValueError(f"Requests that are drawn together have {min(counts)} and {max(counts)} of image_prompt; give "
+                         "all as many.")  # fmt: skip
+    if counts[0] and not adapters:
+        raise ValueError("image_prompt is given, and the model was loaded with no IP-Adapter; give it by ip_adapters= "
+                         "(--ip-adapter).")  # fmt: skip
+    if counts[0] and adapters > 1 and counts[0] != adapters:
+        raise ValueError(f"There are {counts[0]} of image_prompt for {adapters} IP-Adapters; give one for each.")
+    scales = len(requests[0].image_prompt_scale)
+    if scales not in (1, adapters):
+        raise ValueError(f"There are {scales} of image_prompt_scale for {adapters} IP-Adapters; give one, or one each.")
+
+
+def _for_each(values: tuple[float, ...], n: int) -> tuple[float, ...]:
+    """`n` values, of which one may stand for all."""
+    return values * n if len(values) == 1 else values
+
+
+def _prompt_pixels(requests: Sequence[Request], model: ModelInfo) -> tuple[Float32[np.ndarray, "b n s s 3"], ...]:
+    """The images of all requests for each IP-Adapter."""
+    if model.image_pixels is None or not requests[0].image_prompt:
+        return ()
+    found = np.stack([[model.image_pixels(pixels_of(image)) for image in one.image_prompt] for one in requests])
+    return (found,) if model.ip_adapters == 1 else tuple(found[:, i : i + 1] for i in range(model.ip_adapters))
 
 
 def _check_beside(request: Request, family: Family) -> None:

@@ -62,6 +62,8 @@ class Inputs(NamedTuple):
 
     hints: tuple[UInt8[AnyArray, "*b h2 w2 3"], ...] | None = None
     """Control images, one for each control network."""
+    image_prompts: Any = None
+    """Keys and values [*b, 2, tokens, c] of images as prompts, by `Family.image_prompts`."""
 
 
 class Control(NamedTuple):

@@ -32,9 +32,18 @@ from jaxdiff.generation.drawing import (
     settled,
 )
 from jaxdiff.generation.network import Control, Inputs, Prepared
-from jaxdiff.generation.programs import Program, decode, decode_preview, denoise, guess, prepare_once
-from jaxdiff.generation.request import PER_IMAGE, Request, by_current_names, floats, seed_number, shown
-from jaxdiff.generation.weights import CONTROL, PREVIEW, Memory, Weights, check_memory, step_roles
+from jaxdiff.generation.programs import ImageReader, Program, decode, decode_preview, denoise, guess, prepare_once
+from jaxdiff.generation.request import PER_IMAGE, SEVERAL, Request, by_current_names, floats, seed_number, shown
+from jaxdiff.generation.weights import (
+    CONTROL,
+    IMAGE_ENCODER,
+    IP_ADAPTER,
+    PREVIEW,
+    Memory,
+    Weights,
+    check_memory,
+    step_roles,
+)
 from jaxdiff.io.images import feathered
 from jaxdiff.io.single_file import is_single
 from jaxdiff.model import EMBEDDED, Adapter, FileOptions, Model, check_dtype, merge_adapters, read_model
@@ -64,6 +73,8 @@ def load(
     loras: Iterable[str | Path | tuple[str | Path, float]] = (),
     embeddings: Iterable[str | Path | tuple[str | Path, str]] = (),
     controls: Iterable[str | Path] = (),
+    ip_adapters: Iterable[str | Path] = (),
+    image_encoder: str | Path | None = None,
     preview: str | Path | None = None,
     refiner: str | Path | None = None,
 ) -> "Pipeline":
@@ -87,6 +98,9 @@ def load(
         embeddings: textual inversions, files or pairs of a file and what its word is called in prompts, such as
             ("learned_embeds.bin", "<my-cat>"); without a name it is the file's own.
         controls: ControlNets and T2I-Adapters, folders or files, which a request's `control_image` steers the model by.
+        ip_adapters: files of IP-Adapters, by which a request's `image_prompt` stands beside its prompt.
+        image_encoder: the folder of CLIP's vision tower that they read images by; None is the folder `image_encoder`
+            beside the first of them.
         preview: the folder of a tiny autoencoder (TAESD), by which `Pipeline.preview` makes images.
         refiner: a model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner; see
             `Request.refiner_start`.
@@ -108,12 +122,16 @@ def load(
         raise ValueError(f"embeddings is {shown(embeddings)}; give a list of files, or of pairs of a file and a word.")
     if isinstance(controls, str | Path):
         raise ValueError(f"controls is {shown(controls)}; give a list of folders or files.")
+    if isinstance(ip_adapters, str | Path):
+        raise ValueError(f"ip_adapters is {shown(ip_adapters)}; give a list of files.")
     if loras := tuple(loras):
         model = model.with_loras(loras)
     if embeddings := tuple(embeddings):
         model = model.with_embeddings(embeddings)
     if controls := tuple(controls):
         model = model.with_controls(controls)
+    if (ip_adapters := tuple(ip_adapters)) or image_encoder is not None:
+        model = model.with_ip_adapters(ip_adapters, image_encoder)
     if preview is not None:
         model = model.with_preview(preview)
     second = None
@@ -145,9 +163,12 @@ class Pipeline:
         """The settings that stand in for those that a request leaves out."""
         self.networks = model.modules(self._jax_dtype)
         self._nets = tuple(self.networks.control_net(control.config, self._jax_dtype) for control in model.controls)
+        self._reader = self._image_reader()
         self._mesh = None if devices is None or len(devices) < 2 else make_mesh(devices=devices)
         everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
         params = model.params | {f"{CONTROL}{i}": control.params for i, control in enumerate(model.controls)}
+        params |= {f"{IP_ADAPTER}{i}": adapter.params for i, adapter in enumerate(model.ip_adapters)}
+        params |= {} if model.image_encoder is None else {IMAGE_ENCODER: model.image_encoder.params}
         tiny = model.preview
         self._tiny = None if tiny is None else self.networks.preview_net(tiny.config, self._jax_dtype)
         params |= {} if tiny is None else {PREVIEW: tiny.params}
@@ -173,6 +194,8 @@ class Pipeline:
             self.defaults,
             self._nets,
             model.zero_empty,
+            len(model.ip_adapters),
+            None if model.image_encoder is None else model.image_encoder.pixels,
         )
         """What requests need to know of the model."""
 
@@ -312,7 +335,7 @@ class Pipeline:
     ) -> State:
         """The last steps of another model's drawing, on its noise levels."""
         size = drawing.shape[1] * self.networks.factor, drawing.shape[0] * self.networks.factor
-        own = make_drawing([request.without_control(size) for request in drawing.requests], self.info)
+        own = make_drawing([request.without_adapters(size) for request in drawing.requests], self.info)
         own = replace(own, sigmas=drawing.sigmas, at_sigma=drawing.at_sigma, steps=drawing.steps)
         if own.mask is None:  # what the image said is in the state
             own = replace(own, image=None)
@@ -341,8 +364,17 @@ class Pipeline:
         registered = None if SAMPLERS[name] is BUILT_IN.get(name) else SAMPLERS[name]
         nets = self._nets if request.control_image else ()
         return Program(
-            self.networks, self.model.scheduler, name, tile, registered, None, nets, request.control_guess
+            self.networks, self.model.scheduler, name, tile, registered, None, nets, request.control_guess,
+            self._reader if request.image_prompt else None,
         )  # fmt: skip
+
+    def _image_reader(self) -> ImageReader | None:
+        """The modules that make images prompts, where the model was loaded with any."""
+        encoder, adapters = self.model.image_encoder, self.model.ip_adapters
+        if encoder is None or not adapters:
+            return None
+        nets = tuple(self.networks.ip_adapter(one.config, encoder.config, self._jax_dtype) for one in adapters)
+        return ImageReader(self.networks.image_encoder_net(encoder.config, self._jax_dtype), nets)
 
     def _denoise(
         self,
@@ -643,9 +675,9 @@ def _depth(value: Any) -> int:
 
 def _one_each(name: str, value: Any, b: int) -> list[Any]:
     """A field's value for each of b images: one for all, or one each."""
-    single = {"image": 3, "control_image": 3, "mask": 2, "depth": 2, "latents": 3}.get(name, 0)
+    single = {"image": 3, "control_image": 3, "image_prompt": 3, "mask": 2, "depth": 2, "latents": 3}.get(name, 0)
     depth = _depth(value)
-    if name == "control_image" and isinstance(value, tuple):  # one for each network
+    if name in SEVERAL and isinstance(value, tuple):  # one for each network
         return [value] * b
     if isinstance(value, str | bytes | Path | None) or depth == single or not isinstance(value, Iterable):
         return [value] * b

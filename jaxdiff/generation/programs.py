@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from jaxdiff.config import SchedulerConfig
@@ -38,6 +39,13 @@ INVERSIONS = {"ddim": ("ddim", ddim_inversion), "exact": ("edict", edict_inversi
 """How an image's noise is found: the sampler that draws from it, and the sampler that finds it."""
 
 
+class ImageReader(NamedTuple):
+    """The modules that make images prompts."""
+
+    encoder: Any
+    ip_adapters: tuple[Any, ...]
+
+
 @dataclass(frozen=True)
 class Program:
     """What programs are compiled for; everything else is an argument of theirs."""
@@ -57,6 +65,8 @@ class Program:
     """The modules of the control networks in use."""
     control_guess: bool = False
     """Whether they see the prompt alone, and say what it does not."""
+    image_reader: ImageReader | None = None
+    """What reads images beside the prompts, where there are any."""
 
     def sampler_fn(self, eta: Float[Array, ""] | float) -> Any:
         """The sampler with its options."""
@@ -85,6 +95,22 @@ def encode_prompts(
 ) -> Conditioning:
     """Texts [*n], as each of the text encoders reads them, to the denoiser's conditioning [*n, ...]."""
     return program.family.encode_prompts(params, tokens, clip_skip)
+
+
+@partial(Compiled, static_argnames="program")
+def encode_image_prompts(
+    encoder_params: Params,
+    params: tuple[Params, ...],
+    pixels: tuple[Float[Array, "b n s s 3"], ...],
+    scales: tuple[Float[Array, ""], ...],
+    *,
+    program: Program,
+) -> Any:
+    """Images as prompts: what `Inputs.image_prompts` holds; see `Family.image_prompts`."""
+    reader = program.image_reader
+    assert reader is not None, "what reads images"
+    nets = tuple(zip(reader.ip_adapters, params, strict=True))
+    return program.family.image_prompts(reader.encoder, encoder_params, nets, pixels, scales)
 
 
 @partial(Compiled, least_memory=True, static_argnames="program")
@@ -171,7 +197,26 @@ def prepare(
 
     nets = program.control_nets
     prepared = tuple(own(*one) for one in zip(nets, controls, inputs.hints or (), strict=True))
-    return Prepared(family.prepare(params, conditioning), prepared), Steering(nets, controls, program.control_guess)
+    prompts = family.prepare(params, conditioning)
+    if inputs.image_prompts is not None:
+        prompts = family.beside_prompts(prompts, beside_each_prompt(inputs))
+    return Prepared(prompts, prepared), Steering(nets, controls, program.control_guess)
+
+
+def beside_each_prompt(inputs: Inputs) -> Any:
+    """Keys and values of images for every prompt of every phase; a source prompt has none."""
+    b, phases, prompts = jnp.shape(inputs.conditioning.context)[:3]
+    parts = inputs.weights.shape[-4]
+    which = np.minimum(np.arange(prompts), 1)  # the negative prompt's, then the others'
+    counts = jnp.asarray(np.arange(prompts) <= parts)[:, None, None]
+
+    def spread(x: Array) -> Array:
+        return jnp.broadcast_to(x[:, None, which], (b, phases, prompts, *x.shape[2:]))
+
+    def pair(keys: Array, values: Array) -> tuple[Array, Array]:
+        return spread(keys), spread(values) * counts.astype(values.dtype)
+
+    return tuple(tuple(pair(*one) for one in layer) for layer in inputs.image_prompts)
 
 
 @partial(Compiled, static_argnames="program")

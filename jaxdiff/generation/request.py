@@ -341,6 +341,11 @@ class Request:
     """The share of the steps after which it is not followed any more."""
     control_guess: Annotated[bool, Field(flag, needs=("control_image",))] = False
     """Follow it where the prompt says little or nothing: the networks see the prompt's half of guidance alone."""
+    image_prompt: Annotated[tuple[Pixels, ...], Field(images_of, per_image=True)] = ()
+    """An image that stands beside the prompt, by an IP-Adapter: one or several for one adapter; of several adapters, a
+    tuple with one for each."""
+    image_prompt_scale: Annotated[tuple[float, ...], Field(numbers, needs=("image_prompt",))] = (1.0,)
+    """How much it counts beside the prompt: 0 is not at all; one for all IP-Adapters, or one each."""
     latents: Annotated[np.ndarray | None, Field(unit_noise, per_image=True)] = None
     """Unit normal noise [h, w, c] in place of the seed's."""
     steps: Annotated[int | None, Field(count)] = None
@@ -506,13 +511,14 @@ class Request:
         found = [getattr(self, name) for name in CONTROL_NUMBERS]
         return [values * n if len(values) == 1 else values for values in found]
 
-    def without_control(self, size: tuple[int, int]) -> "Request":
-        """The request without control images, from the first of which the result may have its size."""
-        if not self.control_image:
+    def without_adapters(self, size: tuple[int, int]) -> "Request":
+        """The request without images for control networks, from the first of which the result may have its size, and
+        for IP-Adapters."""
+        if not self.control_image and not self.image_prompt:
             return self
-        names = ("control_image", *CONTROL_NUMBERS, "control_guess")
+        names = ("control_image", *CONTROL_NUMBERS, "control_guess", "image_prompt", "image_prompt_scale")
         rest = {one.name: one.default for one in fields(self) if one.name in names}
-        return replace(self, **rest, **({"size": size} if self.image is None else {}))
+        return replace(self, **rest, **({"size": size} if self.image is None and self.control_image else {}))
 
     def windows(self, n: int) -> list[tuple[float, float] | None]:
         """The shares of the steps at which each of `n` control networks starts and ends; None is all of them."""
@@ -546,13 +552,14 @@ class Request:
     def values(self) -> dict[str, Any]:
         """All fields by name as JSON holds them; `of` reads them back. Arrays are left out."""
         own = {one.name: getattr(self, one.name) for one in fields(self)}
-        own["control_image"] = [image for image in self.control_image if not isinstance(image, np.ndarray)]
+        own |= {name: [image for image in own[name] if not isinstance(image, np.ndarray)] for name in SEVERAL}
         own["regions"] = [{"prompt": prompt, "box": box} for prompt, box in self.regions if isinstance(box, tuple)]
         return json.loads(json.dumps({name: value for name, value in own.items() if not isinstance(value, np.ndarray)}))
 
 
-PICTURES = ("image", "mask", "depth", "control_image")
-"""Fields that are files or arrays, of one image or several."""
+SEVERAL = ("control_image", "image_prompt")
+PICTURES = ("image", "mask", "depth", *SEVERAL)
+"""Fields that are files or arrays, of one image or `SEVERAL`."""
 CONTROL_NUMBERS = ("control_scale", "control_start", "control_end")
 PROMPTS = ("prompt", "negative_prompt", "source_prompt", "to_prompt")
 """Texts that may be empty."""
@@ -570,7 +577,8 @@ ELSEWHERE = {
     "controlnet_conditioning_scale": "control_scale", "control_guidance_start": "control_start",
     "control_guidance_end": "control_end", "guess_mode": "control_guess", "adapter_conditioning_scale": "control_scale",
     "adapter_conditioning_factor": "control_end", "controlnet": "control_image, and the network an argument of load",
-    "cfg_scale": "guidance", "denoising_strength": "strength", "batch_size": "n",
+    "ip_adapter_image": "image_prompt", "ip_adapter_scale": "image_prompt_scale", "cfg_scale": "guidance",
+    "denoising_strength": "strength", "batch_size": "n",
 }  # fmt: skip
 """Names of diffusers and others."""
 

@@ -25,6 +25,11 @@ STEPS = "denoiser"
 CONTROL = "control"
 """What roles of networks begin with that are called at the same steps: control0 and so on."""
 
+IMAGE_ENCODER = "image_encoder"
+"""The role of a network that reads images beside prompts."""
+IP_ADAPTER = "ip_adapter"
+"""What roles begin with of networks that make images prompts: ip_adapter0 and so on."""
+
 PREVIEW = "preview"
 """The role of a tiny autoencoder, which stays beside the networks of the steps."""
 

@@ -11,6 +11,14 @@ from jaxdiff.config import from_dict
 
 logger = logging.getLogger(__name__)
 
+# What transformers' configs say that has no part in what a network computes.
+TRANSFORMERS_IGNORED = frozenset({
+    "architectures", "dtype", "torch_dtype", "transformers_version", "initializer_factor", "initializer_range",
+    "return_dict", "use_cache", "attention_dropout", "dropout", "chunk_size_feed_forward", "length_penalty",
+    "max_length", "num_beams", "num_return_sequences", "output_attentions", "repetition_penalty", "temperature",
+    "tie_word_embeddings", "top_k", "top_p", "typical_p", "diversity_penalty", "problem_type", "id2label", "label2id",
+    "encoder_no_repeat_ngram_size", "use_bfloat16", "num_beam_groups",
+})  # fmt: skip
 _OF_ADDED = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
 
 

@@ -5,19 +5,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxdiff.config import Dinov2Config, load_json
-from jaxdiff.io.configs import read_values
+from jaxdiff.io.configs import TRANSFORMERS_IGNORED, read_values
 from jaxdiff.io.convert import from_torch
 from jaxdiff.io.weights import open_weights
 from jaxdiff.types import Params
 
 _TYPES = ("dinov2", "dinov2_with_registers")
 _ONLY = {"num_channels": (3,), "model_type": _TYPES}
-# What is for training, for other uses of its layers, or says who wrote the file.
-_IGNORED = frozenset({
-    "architectures", "attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range", "layerscale_value",
-    "drop_path_rate", "apply_layernorm", "reshape_hidden_states", "use_mask_token", "out_features", "out_indices",
-    "stage_names", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id",
-})  # fmt: skip
+# What is for training, or for other uses of its layers.
+_IGNORED = TRANSFORMERS_IGNORED | {
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "layerscale_value", "drop_path_rate", "apply_layernorm",
+    "reshape_hidden_states", "use_mask_token", "out_features", "out_indices", "stage_names",
+}  # fmt: skip
 
 
 class Dinov2(NamedTuple):

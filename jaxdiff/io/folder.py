@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, naming, to_dict
-from jaxdiff.io.configs import one_spelling, read_values
+from jaxdiff.io.configs import TRANSFORMERS_IGNORED, one_spelling, read_values
 from jaxdiff.io.convert import from_torch, torch_views
 from jaxdiff.io.scheduler import MARK, read_scheduler, scheduler_class, scheduler_values
 from jaxdiff.io.single_file import SingleFile, is_single, open_single
@@ -77,13 +77,6 @@ UNET_IGNORED = frozenset({
     "upcast_attention", "dropout", "addition_embed_type_num_heads", "resnet_skip_time_act", "resnet_out_scale_factor",
     "cross_attention_norm", "mid_block_only_cross_attention",
 })  # fmt: skip
-_TEXT_IGNORED = frozenset({
-    "architectures", "dtype", "torch_dtype", "transformers_version", "initializer_factor", "initializer_range",
-    "return_dict", "use_cache", "attention_dropout", "dropout", "chunk_size_feed_forward", "length_penalty",
-    "max_length", "num_beams", "num_return_sequences", "output_attentions", "repetition_penalty", "temperature",
-    "tie_word_embeddings", "top_k", "top_p", "typical_p", "diversity_penalty", "problem_type", "id2label", "label2id",
-    "encoder_no_repeat_ngram_size", "use_bfloat16", "num_beam_groups",
-})  # fmt: skip
 _TEXT_LEFT_OUT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512}
 NETWORKS = {
     "unet": _Network(UNetConfig, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", UNET_ONLY,
@@ -92,10 +85,10 @@ NETWORKS = {
                     # Of these diffusers' pipeline for Stable Diffusion takes no notice.
                     frozenset({"force_upcast", "shift_factor", "latents_mean", "latents_std"}),
                     {"layers_per_block": 1}),
-    "text_encoder": _Network(CLIPTextConfig, "transformers", "CLIPTextModel", "model", _TEXT_ONLY, _TEXT_IGNORED,
+    "text_encoder": _Network(CLIPTextConfig, "transformers", "CLIPTextModel", "model", _TEXT_ONLY, TRANSFORMERS_IGNORED,
                              _TEXT_LEFT_OUT),
     "text_encoder_2": _Network(CLIPTextConfig, "transformers", "CLIPTextModelWithProjection", "model", _TEXT_ONLY,
-                               _TEXT_IGNORED, _TEXT_LEFT_OUT),
+                               TRANSFORMERS_IGNORED, _TEXT_LEFT_OUT),
 }  # fmt: skip
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """The folder of each text encoder's tokenizer."""

@@ -13,10 +13,11 @@ from jaxdiff.nn.linear import Dense, Embed, add
 
 
 class CLIPAttention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention, of each token over those before it and itself, or where not `causal` over all."""
 
     heads: int
     dtype: DTypeLike = jnp.float32
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -25,7 +26,8 @@ class CLIPAttention(nn.Module):
         def project(name: str) -> Array:
             return Dense(d, dtype=self.dtype, name=name)(x).reshape(b, t, self.heads, d // self.heads)
 
-        y = attend(project("q_proj"), project("k_proj"), project("v_proj"), jnp.tril(jnp.ones((t, t), bool)))
+        mask = jnp.tril(jnp.ones((t, t), bool)) if self.causal else None
+        y = attend(project("q_proj"), project("k_proj"), project("v_proj"), mask)
         return Dense(d, dtype=self.dtype, name="out_proj")(y.reshape(b, t, d))
 
 
@@ -50,11 +52,12 @@ class CLIPEncoderLayer(nn.Module):
     activation: str
     eps: float
     dtype: DTypeLike = jnp.float32
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         h = LayerNorm(eps=self.eps, dtype=self.dtype, name="layer_norm1")(x)
-        x += CLIPAttention(self.heads, self.dtype, name="self_attn")(h)
+        x += CLIPAttention(self.heads, self.dtype, self.causal, name="self_attn")(h)
         h = LayerNorm(eps=self.eps, dtype=self.dtype, name="layer_norm2")(x)
         return x + CLIPMLP(self.intermediate_size, self.activation, self.dtype, name="mlp")(h)
 
@@ -84,13 +87,15 @@ class CLIPEncoder(nn.Module):
     eps: float
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], ...]:
         layer = remat(CLIPEncoderLayer, self.remat)
+        sizes = self.heads, self.intermediate_size, self.activation, self.eps, self.dtype, self.causal
         features = [x]
         for i in range(max(self.after)):
-            x = layer(self.heads, self.intermediate_size, self.activation, self.eps, self.dtype, name=f"layers_{i}")(x)
+            x = layer(*sizes, name=f"layers_{i}")(x)
             features.append(x)
         return tuple(features[n] for n in self.after)
 

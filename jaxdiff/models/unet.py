@@ -203,6 +203,36 @@ def prompt_keys(params: Params, context: Context, dtype: DTypeLike) -> Params:
     return kept
 
 
+Images = tuple[Float[Array, "*b t c"], Float[Array, "*b t c"]]
+
+
+def cross_attentions(net: UNet2DConditionModel) -> list[tuple[tuple[str, ...], int]]:
+    """Where the params tree has its cross-attentions, and how many channels each has: those on the way down, those on
+    the way up, those in the middle."""
+    last = len(net.channels) - 1
+    stages = [(f"down_blocks_{i}", net.layers[i], net.down_depths[i], i) for i in range(last + 1)]
+    stages += [(f"up_blocks_{last - i}", net.layers[i] + 1, net.up_depths[i], i) for i in range(last, -1, -1)]
+    stages.append(("mid_block", 1, net.mid_depth, last))
+    return [
+        ((stage, f"attentions_{j}", f"transformer_blocks_{k}", "attn2"), net.channels[level])
+        for stage, layers, depth, level in stages
+        for j in range(layers)
+        for k in range(depth)
+    ]
+
+
+def with_images(prompts: Params, net: UNet2DConditionModel, images: tuple[tuple[Images, ...], ...]) -> Params:
+    """The collection "prompt" with keys and values of images: for each cross-attention those of several images."""
+    out = dict(prompts)
+    for (path, _), own in zip(cross_attentions(net), images, strict=True):
+        node = out
+        for name in path:
+            node[name] = dict(node[name])
+            node = node[name]
+        node["images"] = own
+    return out
+
+
 def perturbed(params: Params, rows: Bool[Array, " n"]) -> Params:
     """The collection "rows" in which these rows' self-attention in the middle is the identity (Ahn et al. 2024, PAG,
     eq. 15, in the layers that they find best)."""

@@ -266,7 +266,8 @@ class Attention(nn.Module):
     """Multi-head attention of `x` over `context` (itself if None), with diffusers' names for the projections.
 
     `norm_groups` above 0 puts a GroupNorm first, as the autoencoder wants it. Keys and values are taken from the
-    collection "prompt" where it holds any (`jaxdiff.models.unet.prompt_keys`). The collection "rows" may say whose
+    collection "prompt" where it holds any (`jaxdiff.models.unet.prompt_keys`); what it holds as `images`, pairs of keys
+    and values (`jaxdiff.models.ip_adapter`), is attended to as well, and added. The collection "rows" may say whose
     queries and keys each row takes (`source`), and in which rows each pixel sees itself alone (`identity`).
     """
 
@@ -297,6 +298,9 @@ class Attention(nn.Module):
             rows = self.get_variable("rows", "source")
             q, k = q[rows], k[rows]
         y = attend(q, k, v)
+        if self.has_variable("prompt", "images"):
+            for keys, values in self.get_variable("prompt", "images"):
+                y += attend(q, *(x.reshape(b, -1, self.heads, c // self.heads) for x in (keys, values)))
         if self.has_variable("rows", "identity"):
             y = jnp.where(self.get_variable("rows", "identity")[:, None, None, None], v, y)
         return Dense(c, dtype=self.dtype, name="to_out_0")(y.reshape(b, t, c))

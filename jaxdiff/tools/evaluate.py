@@ -183,7 +183,7 @@ def concepts(
 def images(
     a: Annotated[Path, tyro.conf.Positional],
     b: Annotated[Path, tyro.conf.Positional],
-    features: Literal["efficientnet-lite0", "inception", "dinov2"] = "efficientnet-lite0",
+    features: Literal["efficientnet-lite0", "inception", "dinov2", "clip"] = "efficientnet-lite0",
     weights: Path | None = None,
     resize: Rule = "clean",
     pairs: Pairs = "none",
@@ -207,8 +207,8 @@ def images(
             file of prompts (.txt, .jsonl, .csv, .tsv), which `--model` draws.
         b: as `a`.
         features: the network that looks at the images.
-        weights: its weights: of `inception` the file pt_inception-2015-12-05-6726825d.pth, of `dinov2` a folder of
-            transformers; of `efficientnet-lite0` the folder that `python -m jaxdiff.tools.prepare features` filled,
+        weights: its weights: of `inception` the file pt_inception-2015-12-05-6726825d.pth; of `dinov2` and `clip` a
+            folder of transformers; of `efficientnet-lite0` the folder that `python -m jaxdiff.tools.prepare features` filled,
             DATA_DIR/features if left out.
         resize: how images get the network's size.
         pairs: whether image i of A and of B have one prompt, or are even copies of each other, which adds PSNR, SSIM.

@@ -177,7 +177,7 @@ class _Writer:
 
 def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
     """How an image was made, as JSON values: all that is needed to make it again, but the model, images, and the files
-    of LoRAs, textual inversions and control networks.
+    of LoRAs, textual inversions, control networks and IP-Adapters.
 
     The images that it was made from are there by their path, and with their SHA-256, which tells whether they changed.
 
@@ -201,6 +201,10 @@ def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
         values["embeddings"] = [{"file": one.path.as_posix(), "word": one.word} for one in pipe.model.embeddings]
     if request.control_image:
         values["controls"] = [control.path.as_posix() for control in pipe.model.controls]
+    if request.image_prompt:
+        values["ip_adapters"] = [adapter.path.as_posix() for adapter in pipe.model.ip_adapters]
+        assert pipe.model.image_encoder is not None, "what IP-Adapters read"
+        values["image_encoder"] = pipe.model.image_encoder.path.as_posix()
     return values | {
         "width": image.shape[1],
         "height": image.shape[0],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxdiff.config import nearest
-from jaxdiff.generation.request import PICTURES, Request, current_name
+from jaxdiff.generation.request import PICTURES, SEVERAL, Request, current_name
 
 MAX_LINE = 1_000_000
 """A line of more bytes than this is refused."""
@@ -192,9 +192,10 @@ def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         return str(folder / given)
 
     found = {name: values[name] for name in PICTURES if name in values}
-    if isinstance(several := found.get("control_image"), str) and several.startswith("["):  # as CSV has a list
-        with suppress(ValueError, RecursionError):
-            found["control_image"] = json.loads(several)
+    for name in SEVERAL:
+        if isinstance(several := found.get(name), str) and several.startswith("["):  # as CSV has a list
+            with suppress(ValueError, RecursionError):
+                found[name] = json.loads(several)
     return values | {name: resolved(name, given) for name, given in found.items()}
 
 

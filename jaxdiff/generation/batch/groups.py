@@ -116,6 +116,7 @@ def program_key(request: Request, shape: Hashable) -> Hashable:
     features = (
         windows,
         request.control_guess,
+        len(request.image_prompt),
         bool(request.regions),
         request.keep_layout > 0,
         request.cache_interval > 1,
