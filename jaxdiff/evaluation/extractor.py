@@ -88,9 +88,9 @@ class Extractor:
         shown = tqdm(total=count, desc="Features", unit=" images", disable=(count or 0) < 10 * self._batch)
         with shown:
             for batch in _batches(images, self._batch):
-                resized = np.stack([self._prepare(image) for image in batch])
+                pixels = np.stack([self._prepare(image) for image in batch])
                 # The last batch is filled up, so that one program serves all.
-                filled = np.pad(resized, ((0, self._batch - len(batch)), (0, 0), (0, 0), (0, 0)))
+                filled = np.pad(pixels, ((0, self._batch - len(batch)), (0, 0), (0, 0), (0, 0)))
                 found, classes = self._run(self._params, jax.device_put(filled, self._spread))
                 features.append(np.asarray(found)[: len(batch)])
                 if classes is not None:

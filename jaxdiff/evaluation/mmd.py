@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64, Int
 
 from jaxdiff.evaluation.pairwise import Block, Features, Others, blocks, check_sets
 
-Kernel = Callable[[Block], Float64[np.ndarray, "r c"]]
+Kernel = Callable[[Block], Float[np.ndarray, "r c"]]
 """From a block of products to the kernel's values."""
 
 SUBSETS, SUBSET_SIZE = 100, 1000
@@ -21,7 +21,7 @@ MOST_PERMUTED = 2000
 def polynomial(dimensions: int) -> Kernel:
     """(x.y / d + 1)^3, KID's (Binkowski et al. 2018, section 3.1)."""
 
-    def kernel(block: Block) -> Float64[np.ndarray, "r c"]:
+    def kernel(block: Block) -> Float[np.ndarray, "r c"]:
         k = block.products / dimensions
         k += 1
         return k * k * k  # a power takes ten times as long

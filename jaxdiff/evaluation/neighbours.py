@@ -3,10 +3,10 @@
 A set's support is guessed as balls round its features, each reaching to the k-th nearest other feature of the set.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float
 
 from jaxdiff.evaluation.pairwise import Features, Others, blocks, check_sets, slices
 
@@ -30,6 +30,8 @@ class Support(NamedTuple):
 def support(judged: Features, real: Others, ball: int = BALL, density_ball: int = DENSITY_BALL) -> Support:
     """All four. Swapped sets have precision and recall swapped.
 
+    Distances are in the features' own type; which is nearer is left to chance where float32 cannot tell.
+
     Args:
         judged: features of the images that a model made.
         real: features of real ones.
@@ -42,11 +44,12 @@ def support(judged: Features, real: Others, ball: int = BALL, density_ball: int 
     if min(ball, density_ball) < 1:
         raise ValueError(f"The balls reach to neighbours {ball} and {density_ball}; they must be at least 1.")
     check_sets(judged, real, max(ball, density_ball) + 1)
-    real_radii = radii(real, ball, density_ball)
-    judged_radii = radii(judged, ball)[0]
+    exact = {"dtype": np.result_type(judged, real), "centre": real.mean(0)}
+    real_radii = radii(real, ball, density_ball, **exact)
+    judged_radii = radii(judged, ball, **exact)[0]
     precise, recalled, covered = np.zeros(len(judged), bool), np.zeros(len(real), bool), np.zeros(len(real), bool)
     within = 0
-    for block in blocks(real, judged):
+    for block in blocks(real, judged, **exact):
         rows, columns, d = block.rows, block.columns, block.squared_distances
         precise[columns] |= (d <= real_radii[0][rows, None]).any(0)
         recalled[rows] |= (d <= judged_radii[columns]).any(1)
@@ -57,11 +60,11 @@ def support(judged: Features, real: Others, ball: int = BALL, density_ball: int 
     return Support(float(precise.mean()), float(recalled.mean()), density, float(covered.mean()))
 
 
-def radii(x: Features, *neighbours: int) -> list[Float64[np.ndarray, " n"]]:
-    """For each k the squared distance of every feature to its k-th nearest other one."""
+def radii(x: Features, *neighbours: int, **exact: Any) -> list[Float[np.ndarray, " n"]]:
+    """For each k the squared distance of every feature to its k-th nearest other one; `exact` as `blocks` has it."""
     most = max(neighbours)
-    nearest = np.full((len(x), most), np.inf)
-    for block in blocks(x):
+    nearest = np.full((len(x), most), np.inf, exact.get("dtype", np.float64))
+    for block in blocks(x, **exact):
         d = block.squared_distances
         if block.rows == block.columns:
             np.fill_diagonal(d, np.inf)
@@ -72,7 +75,7 @@ def radii(x: Features, *neighbours: int) -> list[Float64[np.ndarray, " n"]]:
     return [nearest[:, k - 1].copy() for k in neighbours]
 
 
-def _keep(nearest: Float64[np.ndarray, "n k"], rows: slice, d: Float64[np.ndarray, "r c"], k: int) -> None:
+def _keep(nearest: Float[np.ndarray, "n k"], rows: slice, d: Float[np.ndarray, "r c"], k: int) -> None:
     """Lets the smallest of what is there and what is new stay."""
     found = np.concatenate([nearest[rows], np.partition(d, k - 1, axis=1)[:, :k] if d.shape[1] > k else d], axis=1)
     nearest[rows] = np.partition(found, k - 1, axis=1)[:, :k]

@@ -208,8 +208,8 @@ def images(
         b: as `a`.
         features: the network that looks at the images.
         weights: its weights: of `inception` the file pt_inception-2015-12-05-6726825d.pth; of `dinov2` and `clip` a
-            folder of transformers; of `efficientnet-lite0` the folder that `python -m jaxdiff.tools.prepare features` filled,
-            DATA_DIR/features if left out.
+            folder of transformers; of `efficientnet-lite0` the folder that `python -m jaxdiff.tools.prepare features`
+            filled, DATA_DIR/features if left out.
         resize: how images get the network's size.
         pairs: whether image i of A and of B have one prompt, or are even copies of each other, which adds PSNR, SSIM.
         prompts: a file of prompts, for models.
