@@ -14,7 +14,7 @@ from jaxdiff.evaluation.neighbours import DENSITY_BALL, support
 from jaxdiff.evaluation.pairwise import check_sets
 from jaxdiff.evaluation.pixel_adversary import pixel_test
 from jaxdiff.evaluation.pixels import SpectrumSum, psnr, ssim
-from jaxdiff.evaluation.scores import inception_score
+from jaxdiff.evaluation.scores import clip_score, inception_score
 from jaxdiff.evaluation.sets import ImageSet, Pixels
 
 Pairs = Literal["none", "prompts", "copies"]
@@ -119,6 +119,18 @@ def compare(
     if look.name == CLIP:
         found = mmd.cmmd(seen_a.features, seen_b.features)
         out.rows.append(Row("CMMD", found, note="times 1000, biased, as the paper has it"))
+        for name, images, seen in (("A", a, seen_a), ("B", b, seen_b)):
+            if look.texts is not None and images.prompts is not None:
+                scores = clip_score(seen.features, look.texts(images.prompts))
+                error = float(scores.std(ddof=1)) / len(scores) ** 0.5
+                out.rows.append(
+                    Row(
+                        f"CLIP score of {name}",
+                        float(scores.mean()),
+                        error,
+                        note="2.5 times the cosine of image and text",
+                    )
+                )
     if spectrum_a and spectrum_b:
         share = spectrum_a.result().top_octave / max(spectrum_b.result().top_octave, 1e-30)
         note = "" if spectrum_a.size == spectrum_b.size else "; the sizes differ, so do these waves"

@@ -1,6 +1,6 @@
 """From images to features: each is resized on the host by a rule that has a name, and a network looks at batches."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +50,7 @@ class Extractor:
         prepare: Prepare,
         run: Callable[[Params, jax.Array], Any],
         params: Params,
+        texts: Callable[[Sequence[str]], Float32[np.ndarray, "n d"]] | None = None,
     ) -> None:
         """Puts the params on all devices of this process.
 
@@ -59,8 +60,9 @@ class Extractor:
             prepare: how images become what the network reads.
             run: from params and what it reads [b s s 3] to features [b d] and logits [b c] or None.
             params: the network's.
+            texts: from texts to vectors that the features can be compared with, where it has learnt that.
         """
-        self.name = name
+        self.name, self.texts = name, texts
         self.title = f"{name} (weights {digest}), {prepare.title}"
         self._prepare = prepare.one
         devices = jax.local_devices()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float32, UInt8
 
 from jaxdiff import build
 from jaxdiff.config import naming
+from jaxdiff.evaluation.clip import has_texts, text_embeddings
 from jaxdiff.evaluation.extractor import Extractor, Prepare, resized
 from jaxdiff.evaluation.resize import Rule
 from jaxdiff.io.dinov2 import read_dinov2
@@ -138,7 +140,8 @@ def _open_clip(weights: Path, rule: Rule) -> Extractor:
         return module.apply({"params": params}, images).embedding, None  # pyright: ignore[reportAttributeAccessIssue]
 
     prepare = Prepare(f"{net.config.image_size} px, its own resizing", net.pixels)
-    return Extractor(CLIP, _digest(net.path), prepare, run, params)
+    texts = partial(text_embeddings, net.path) if has_texts(net.path) else None
+    return Extractor(CLIP, _digest(net.path), prepare, run, params, texts)
 
 
 CLIP = "CLIP"

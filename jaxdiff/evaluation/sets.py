@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from jaxdiff.data.bad import BadRecord
 from jaxdiff.data.folders import list_images
 from jaxdiff.evaluation import check_count
 from jaxdiff.generation.batch.draw import draw_all
@@ -31,6 +32,8 @@ class ImageSet:
     count: int
     image: Callable[[int], Pixels]
     """The one of this number, from 0."""
+    prompts: tuple[str, ...] | None = None
+    """Of each image what it shows, where that is known of all."""
 
     def __iter__(self) -> Iterator[Pixels]:
         return (self.image(i) for i in range(self.count))
@@ -76,17 +79,21 @@ def open_set(path: Path, drawing: Drawing = Drawing(), n: int | None = None) -> 
 
 
 def folder_set(path: Path, n: int | None = None) -> ImageSet:
-    """The images of a folder and the folders in it.
+    """The images of a folder and the folders in it, and their captions where all have one.
 
     Raises:
         ValueError: where there are none; when one cannot be read.
     """
     listing = list_images(path)
-    names = [item.name for item in listing.items if not item.malformed][:n]
-    if not names:
+    items = [item for item in listing.items if not item.malformed][:n]
+    if not items:
         others = f", only {listing.others()}" if listing.left_out else ""
         raise ValueError(f"{path} has no images{others}.")
-    return ImageSet(str(path), len(names), lambda i: read_image(path / names[i]))
+    try:
+        prompts = tuple(item.read_caption(path).full() for item in items)
+    except BadRecord:
+        prompts = None
+    return ImageSet(str(path), len(items), lambda i: read_image(path / items[i].name), prompts)
 
 
 def _drawn(path: Path, model: Path | None, prompts: Path, drawing: Drawing, n: int | None) -> ImageSet:
@@ -103,7 +110,7 @@ def _drawn(path: Path, model: Path | None, prompts: Path, drawing: Drawing, n: i
 
     draw_all(pipe, jobs, keep)
     images = [found[job.index] for job in jobs]
-    return ImageSet(str(path), len(images), images.__getitem__)
+    return ImageSet(str(path), len(images), images.__getitem__, tuple(job.request.prompt for job in jobs))
 
 
 def through(pipe: Pipeline, images: ImageSet, batch: int = 16) -> ImageSet:
@@ -118,4 +125,4 @@ def through(pipe: Pipeline, images: ImageSet, batch: int = 16) -> ImageSet:
         part = [images.image(i) for i in range(first, min(first + batch, images.count))]
         sized = [np.asarray(Image.fromarray(x).resize(pipe.size, Image.Resampling.BICUBIC)) for x in part]
         found += list(pipe.decode(pipe.encode(np.stack(sized))))
-    return ImageSet(f"{images.name} through {pipe.name}", len(found), found.__getitem__)
+    return ImageSet(f"{images.name} through {pipe.name}", len(found), found.__getitem__, images.prompts)

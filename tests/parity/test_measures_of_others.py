@@ -10,14 +10,23 @@ import numpy as np
 import pytest
 import torch
 from pairs import randomise
-from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
 
 from jaxdiff.evaluation import frechet, mmd, pixels
 from jaxdiff.evaluation.features import open_network
 from jaxdiff.evaluation.frechet import Gaussian, Moments
 from jaxdiff.evaluation.neighbours import support
 from jaxdiff.evaluation.resize import resize
-from jaxdiff.evaluation.scores import inception_score
+from jaxdiff.evaluation.scores import clip_score, inception_score
+from jaxdiff.io.folder import CLIP
 
 CLOSE = 1e-10
 
@@ -208,3 +217,28 @@ def test_dinov2_of_random_weights(tmp_path, figures, kind):
     error = np.linalg.norm(open_network("dinov2", tmp_path)(images) - want) / np.linalg.norm(want)
     figures[f"DINOv2, {kind}"] = error
     assert error < 1e-5
+
+
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_clip_scores_of_random_weights(tmp_path, figures, own_tokenizer):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 24, "patch_size": 6}, projection_dim=20)
+    torch.manual_seed(0)
+    net = randomise(CLIPModel(config), 1)
+    net.save_pretrained(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP)
+    if own_tokenizer:
+        tokenizer.save_pretrained(tmp_path)
+    texts = ["a red apple", "a dog on a blue background, noto style", "word " * 100]
+    tokens = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3)).astype(np.uint8)
+    look = open_network("clip", tmp_path)
+    with torch.no_grad():
+        pooled = net.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
+        theirs = net.text_projection(pooled).numpy()
+    ours = look.texts(texts)
+    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    figures[f"CLIP's text half, {own_tokenizer=}"] = error
+    assert error < 1e-5
+    cosine = torch.nn.functional.cosine_similarity(torch.tensor(look(images)), torch.tensor(theirs))
+    np.testing.assert_allclose(clip_score(look(images), ours, 100), 100 * cosine.clip(0).numpy(), atol=1e-3)
