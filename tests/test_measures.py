@@ -88,7 +88,11 @@ def test_the_limit_of_a_distance_is_that_of_the_distributions_where_the_distance
 
 def test_the_standard_error_is_the_spread_of_other_draws():
     found = [frechet.frechet(drawn(300, 4, 2 * i, 0.5), drawn(300, 4, 2 * i + 1)) for i in range(200)]
-    errors = [frechet.standard_error(frechet.frechet, drawn(300, 4, 2 * i, 0.5), drawn(300, 4, 2 * i + 1), 40, i)
+
+    def distance(a, b):
+        return [frechet.frechet(a, b)]
+
+    errors = [frechet.standard_errors(distance, drawn(300, 4, 2 * i, 0.5), drawn(300, 4, 2 * i + 1), 40, i)
               for i in range(10)]  # fmt: skip
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.3)
 
