@@ -112,7 +112,7 @@ def test_precision_and_recall_of_torch_fidelity(sets):
     judged, real = sets
     module = oracle("torch_fidelity.metric_prc")
     want = module.prc_features_to_metric(
-        *map(torch.tensor, (judged, real)), prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=False, verbose=False
+        *map(torch.tensor, (real, judged)), prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=False, verbose=False
     )
     ours = support(judged, real, 3, 5)
     assert (ours.precision, ours.recall) == pytest.approx((want["precision"], want["recall"]), rel=CLOSE)
@@ -157,23 +157,11 @@ def test_the_rules_of_torch_fidelity_and_clean_fid(size):
     np.testing.assert_allclose(resize(image, size, "legacy-tf"), want.permute(0, 2, 3, 1).numpy(), atol=2e-3)
 
 
-@pytest.mark.parametrize("rule", ["clean", "legacy-torch"])
-def test_inception_of_random_weights(tmp_path, figures, rule):
-    module = oracle("pytorch_fid.inception")
-    torch.manual_seed(0)
-    net = module._inception_v3(num_classes=1008, aux_logits=False, weights=None)
-    for name, block in {
-        "Mixed_5b": module.FIDInceptionA(192, pool_features=32),
-        "Mixed_5c": module.FIDInceptionA(256, pool_features=64),
-        "Mixed_5d": module.FIDInceptionA(288, pool_features=64),
-        "Mixed_6b": module.FIDInceptionC(768, channels_7x7=128),
-        "Mixed_6c": module.FIDInceptionC(768, channels_7x7=160),
-        "Mixed_6d": module.FIDInceptionC(768, channels_7x7=160),
-        "Mixed_6e": module.FIDInceptionC(768, channels_7x7=192),
-        "Mixed_7b": module.FIDInceptionE_1(1280),
-        "Mixed_7c": module.FIDInceptionE_2(2048),
-    }.items():
-        setattr(net, name, block)
+@pytest.fixture(scope="module")
+def inception():
+    """FID's network with random weights, and pytorch-fid's module."""
+    module, networks = oracle("pytorch_fid.inception"), oracle("torchvision.models")
+    net = networks.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     generator = torch.Generator().manual_seed(1)
     for layer in net.modules():
         if isinstance(layer, torch.nn.Conv2d):
@@ -183,19 +171,33 @@ def test_inception_of_random_weights(tmp_path, figures, rule):
             layer.bias.data.normal_(0, 0.3, generator=generator)
             layer.running_mean.normal_(0, 0.3, generator=generator)
             layer.running_var.uniform_(0.5, 1.5, generator=generator)
-    net.eval()
-    torch.save(net.state_dict(), tmp_path / "pt_inception.pth")
-    images = np.random.default_rng(0).integers(0, 256, (2, 299, 299, 3)).astype(np.uint8)
+    weights = net.state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: weights)  # in place of a download
+        yield module, module.fid_inception_v3().eval(), weights
+
+
+@pytest.mark.parametrize("rule", ["clean", "legacy-torch"])
+def test_inception_of_random_weights(inception, tmp_path, figures, rule):
+    module, net, weights = inception
+    path = tmp_path / "pt_inception.pth"
+    torch.save(weights, path)
+    size = 299 if rule == "clean" else 120
+    images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3)).astype(np.uint8)
     given = torch.tensor(images).permute(0, 3, 1, 2).float()
+    seen = open_network("inception", path, rule).look(images)
     with torch.no_grad():
-        x = given / 127.5 - 1 if rule == "legacy-torch" else (given - 128) / 128
-        pooled = {}
-        net.avgpool.register_forward_hook(lambda _, __, out: pooled.update(features=out[:, :, 0, 0]))
-        logits = net(x)
-    seen = open_network("inception", tmp_path / "pt_inception.pth", rule).look(images)
-    for name, ours, theirs in (("features", seen.features, pooled["features"]), ("logits", seen.logits, logits)):
+        if rule == "clean":
+            pooled = {}
+            hook = net.avgpool.register_forward_hook(lambda _, __, out: pooled.update(features=out[:, :, 0, 0]))
+            pairs = [(seen.logits, net((given - 128) / 128))]
+            hook.remove()
+            pairs.append((seen.features, pooled["features"]))
+        else:  # all that pytorch-fid does, with its resizing
+            pairs = [(seen.features, module.InceptionV3().eval()(given / 255)[0][:, :, 0, 0])]
+    for ours, theirs in pairs:
         error = np.linalg.norm(ours - theirs.numpy()) / np.linalg.norm(theirs.numpy())
-        figures[f"InceptionV3, {rule}: {name}"] = error
+        figures[f"InceptionV3, {rule}: {ours.shape[1]} numbers"] = error
         assert error < 1e-5
 
 
