@@ -11,8 +11,10 @@ from PIL import Image
 
 from jaxdiff import build
 from jaxdiff.config import Dinov2Config, to_dict
-from jaxdiff.evaluation import features
+from jaxdiff.evaluation import features, frechet
 from jaxdiff.evaluation.comparison import compare
+from jaxdiff.evaluation.denoising import Heldout
+from jaxdiff.evaluation.drawn import DrawnMeasures
 from jaxdiff.evaluation.extractor import Extractor, resized
 from jaxdiff.evaluation.sets import Drawing, ImageSet, open_set, through
 from jaxdiff.io.convert import to_torch
@@ -163,6 +165,25 @@ def test_the_command_prints_a_table_and_writes_json(folders, dinov2, tmp_path, c
     same = {row["name"]: row["value"] for row in json.loads((tmp_path / "same.json").read_text())["rows"]}
     assert same["FD"] < 1e-6 * values["FD"]
     assert same["precision"] == same["recall"] == same["coverage"] == 1
+
+
+def test_what_is_drawn_for_held_out_captions_is_measured_the_same_every_time(pipe):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (22, 16, 16, 3), dtype=np.uint8)
+    captions = ["a dog", "(a red apple", "blue"] * 7 + ["a dog"]
+    data = Heldout(images, (), {"full": captions})
+    measure = DrawnMeasures(("fd", "kid", "support", "told_apart"), data, mean_colour())
+    found = measure(pipe, steps=2)
+    assert found.keys() == {"fd", "kid", "kid_error", "kid_p", "precision", "recall", "density", "coverage",
+                            "told_apart", "told_apart_p"}  # fmt: skip
+    assert found == pytest.approx(measure(pipe, steps=2))
+    drawn = [pipe(caption, seed=i, steps=2, literal=True)[0] for i, caption in enumerate(captions)]
+    want = frechet.frechet(mean_colour()(np.stack(drawn)), mean_colour()(images))
+    assert found["fd"] == pytest.approx(want, rel=0.01)
+    with pytest.raises(ValueError, match="need 20"):
+        DrawnMeasures(("fd",), Heldout(images[:5], (), {"full": captions[:5]}), mean_colour())
+    with pytest.raises(ValueError, match="no measure 'fid'; choose fd"):
+        DrawnMeasures(("fid",), data, mean_colour())
 
 
 @pytest.mark.parametrize(
