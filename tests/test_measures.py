@@ -13,6 +13,7 @@ from jaxdiff.evaluation.comparison import Comparison, measures
 from jaxdiff.evaluation.extractor import Seen
 from jaxdiff.evaluation.frechet import Gaussian, Moments, frechet_distance, frechet_infinity
 from jaxdiff.evaluation.neighbours import nearest_neighbour, radii, support
+from jaxdiff.evaluation.pairwise import check_sets
 from jaxdiff.evaluation.resize import resize, resize_matrix
 from jaxdiff.evaluation.scores import clip_score, inception_score
 
@@ -153,15 +154,17 @@ def test_a_set_and_itself_have_no_biased_discrepancy_and_blocks_change_nothing()
 
 def test_the_discrepancy_of_two_normal_distributions_is_the_closed_form():
     d, sigma, shift, scale = 3, 1.2, 0.7, 1.4
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2500, d)), shift + scale * rng.normal(size=(2500, d))
+    rng, found = np.random.default_rng(0), []
+    for _ in range(20):
+        x, y = rng.normal(size=(400, d)), shift + scale * rng.normal(size=(400, d))
+        found.append(mmd.mmd2(x, y, mmd.gaussian(sigma)))
 
     def expected(variance, apart):
         total = sigma**2 + variance
         return (sigma**2 / total) ** (d / 2) * exp(-apart / (2 * total))
 
     want = expected(2, 0) + expected(2 * scale**2, 0) - 2 * expected(1 + scale**2, d * shift**2)
-    assert mmd.mmd2(x, y, mmd.gaussian(sigma)) == pytest.approx(want, rel=0.05)
+    assert abs(np.mean(found) - want) < 3 * np.std(found) / len(found) ** 0.5 < 0.1 * want
 
 
 def test_cmmd_minds_directions_alone_and_is_the_papers_formula():
@@ -176,19 +179,19 @@ def test_cmmd_minds_directions_alone_and_is_the_papers_formula():
 
 
 def test_the_bootstrap_of_kid_has_the_spread_of_other_draws():
-    found = [mmd.kid(drawn(100, 4, 2 * i, 0.5), drawn(100, 4, 2 * i + 1)) for i in range(200)]
+    found = [mmd.kid(drawn(100, 4, 2 * i, 0.5), drawn(100, 4, 2 * i + 1)) for i in range(150)]
     kernel = mmd.polynomial(4)
     errors = [mmd.permutation_test(drawn(100, 4, 2 * i, 0.5), drawn(100, 4, 2 * i + 1), kernel, permutations=10).error
-              for i in range(20)]  # fmt: skip
+              for i in range(10)]  # fmt: skip
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.3)
 
 
 def test_a_difference_is_found_and_prompts_in_pairs_hide_none():
     rng = np.random.default_rng(0)
     prompts = 3 * rng.normal(size=(80, 4))  # what is drawn differs far more than how it is drawn
-    x, y = prompts + 0.3 * rng.normal(size=(80, 4)), prompts + 0.3 * rng.normal(size=(80, 4)) + 0.2
-    assert mmd.permutation_test(x, y, mmd.gaussian(3.0)).p > 0.1
-    assert mmd.permutation_test(x, y, mmd.gaussian(3.0), paired=True).p < 0.01
+    x, y = prompts + 0.3 * rng.normal(size=(80, 4)), prompts + 0.3 * rng.normal(size=(80, 4)) + 0.3
+    assert mmd.permutation_test(x, y, mmd.gaussian(10.0)).p > 0.1
+    assert mmd.permutation_test(x, y, mmd.gaussian(10.0), paired=True).p < 0.01
     assert mmd.mmd_test(drawn(200, 4, 1), drawn(200, 4, 2, 0.6)).p < 0.01
     with pytest.raises(ValueError, match="80 and 79 images"):
         mmd.permutation_test(x, y[:-1], mmd.gaussian(1.0), paired=True)
@@ -311,8 +314,6 @@ def test_resizing_keeps_sizes_and_plain_colours_and_the_legacy_rules_are_where_t
         np.testing.assert_allclose(resize(plain, 13, rule), 77, atol=1e-4)
     np.testing.assert_allclose(resize_matrix(2, 4, "legacy-tf") @ [0, 1], [0, 0.5, 1, 1])
     np.testing.assert_allclose(resize_matrix(2, 4, "legacy-torch") @ [0, 1], [0, 0.25, 0.75, 1])
-    with pytest.raises(ValueError, match="choose clean, legacy-torch"):
-        resize(image, 8, "bilinear")  # pyright: ignore
 
 
 # All of it ------------------------------------------------------------------------------------------------------------
@@ -346,6 +347,5 @@ def test_a_comparison_is_a_table_and_json(pairs):
     ],
 )
 def test_sets_that_cannot_be_compared_are_refused(a, b, problem):
-    for measure in (frechet.frechet, mmd.kid):
-        with pytest.raises(ValueError, match=problem):
-            measure(a, b)
+    with pytest.raises(ValueError, match=problem):
+        check_sets(a, b)

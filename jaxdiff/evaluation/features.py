@@ -166,8 +166,6 @@ def open_network(name: str, weights: Path, rule: Rule = "clean") -> Extractor:
     """
     if name not in NETWORKS:
         raise ValueError(f"The features are {name!r}; choose {', '.join(NETWORKS)}.")
-    if not weights.exists():
-        raise ValueError(f"{weights}, the weights of {name}, is not there.")
     return NETWORKS[name](weights, rule)
 
 

@@ -27,7 +27,12 @@ _OPTIMISER = optax.adamw(optax.cosine_decay_schedule(RATE, STEPS), weight_decay=
 
 
 def pixel_test(
-    first: Images, second: Images, *, paired: bool = False, permutations: int = PERMUTATIONS, seed: int = 0
+    first: Images,
+    second: UInt8[np.ndarray, "m h2 w2 3"],
+    *,
+    paired: bool = False,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
 ) -> Verdict:
     """The network learns from one half of the images, mirrored and in parts, and is tested on the other.
 
@@ -105,5 +110,6 @@ def _step(state: Any, images: UInt8[Array, "b s s 3"], labels: Float[Array, " b"
     def loss(params: Params) -> Array:
         return optax.sigmoid_binary_cross_entropy(_forward(params, images), labels).mean()
 
-    updates, optimiser = _OPTIMISER.update(jax.grad(loss)(params), optimiser, params)
-    return optax.apply_updates(params, updates), optimiser
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its counts
+        updates, optimiser = _OPTIMISER.update(jax.grad(loss)(params), optimiser, params)
+        return optax.apply_updates(params, updates), optimiser

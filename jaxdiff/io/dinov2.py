@@ -47,11 +47,12 @@ def read_dinov2(path: Path | str) -> Dinov2:
     defaults = {"num_register_tokens": 4} if kind == "dinov2_with_registers" else {}
     config = read_values(file, values, Dinov2Config, _ONLY, _IGNORED, defaults)
     try:
+        # Under a name of its own nothing passes for a text encoder's. The mask stands for patches in training alone.
         tensors = {
-            name.removeprefix("dinov2.").removeprefix("dinov2_with_registers."): array
+            f"dinov2.{name.removeprefix('dinov2.').removeprefix('dinov2_with_registers.')}": array
             for name, array in open_weights(path, "model").items()
-            if not name.endswith("mask_token")  # stands for patches that are hidden, in training alone
+            if not name.endswith("mask_token")
         }
-        return Dinov2(path, config, from_torch(tensors.items()))
+        return Dinov2(path, config, from_torch(tensors.items()).get("dinov2", {}))
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
