@@ -1,4 +1,4 @@
-"""Measures of the same features, and networks of the same weights, are those of other libraries run live.
+"""Measures of the same features, and FID's network of the same weights, are those of other libraries run live.
 
 torchmetrics and prdc are in the parity extra. pytorch-fid, clean-fid and torch-fidelity want torchvision, whose build
 must be torch's own, and are not: where they are not installed, their tests are skipped.
@@ -9,24 +9,13 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from pairs import randomise
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTokenizer,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-)
 
 from jaxdiff.evaluation import frechet, mmd, pixels
 from jaxdiff.evaluation.features import open_network
 from jaxdiff.evaluation.frechet import Gaussian, Moments
 from jaxdiff.evaluation.neighbours import support
 from jaxdiff.evaluation.resize import resize
-from jaxdiff.evaluation.scores import clip_score, inception_score
-from jaxdiff.io.folder import CLIP
+from jaxdiff.evaluation.scores import inception_score
 
 CLOSE = 1e-10
 
@@ -112,10 +101,11 @@ def test_precision_and_recall_of_torch_fidelity(sets):
     judged, real = sets
     module = oracle("torch_fidelity.metric_prc")
     want = module.prc_features_to_metric(
-        *map(torch.tensor, (real, judged)), prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=False, verbose=False
+        *map(torch.tensor, (judged, real)), prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=False, verbose=False
     )
     ours = support(judged, real, 3, 5)
-    assert (ours.precision, ours.recall) == pytest.approx((want["precision"], want["recall"]), rel=CLOSE)
+    # Its shares are means in float32 of 300 zeros and ones.
+    assert (ours.precision, ours.recall) == pytest.approx([round(300 * want[x]) / 300 for x in ("precision", "recall")])
 
 
 def test_the_inception_score(sets):
@@ -132,8 +122,11 @@ def test_ssim_and_psnr():
     a = rng.integers(0, 256, (3, 20, 30, 3)).astype(np.uint8)
     b = (a * 0.7 + rng.uniform(0, 70, a.shape)).astype(np.uint8)
     pair = [torch.tensor(x).permute(0, 3, 1, 2).double() for x in (a, b)]
-    want = functional.structural_similarity_index_measure(*pair, data_range=255.0, reduction="none")
-    np.testing.assert_allclose(pixels.ssim(a, b), want.numpy(), rtol=1e-8)
+    _, full = functional.structural_similarity_index_measure(
+        *pair, data_range=255.0, reduction="none", return_full_image=True
+    )
+    inside = full[..., 5:-5, 5:-5].mean((1, 2, 3))  # torchmetrics reflects images at their edges, as the paper does not
+    np.testing.assert_allclose(pixels.ssim(a, b), inside.numpy(), rtol=1e-8)
     want = [functional.peak_signal_noise_ratio(x, y, data_range=255.0).item() for x, y in zip(*pair, strict=True)]
     np.testing.assert_allclose(pixels.psnr(a, b), want, rtol=1e-6)  # the range becomes float32 in torchmetrics
 
@@ -199,48 +192,3 @@ def test_inception_of_random_weights(inception, tmp_path, figures, rule):
         error = np.linalg.norm(ours - theirs.numpy()) / np.linalg.norm(theirs.numpy())
         figures[f"InceptionV3, {rule}: {ours.shape[1]} numbers"] = error
         assert error < 1e-5
-
-
-@pytest.mark.parametrize("kind", ["plain", "swiglu", "registers", "another grid"])
-def test_dinov2_of_random_weights(tmp_path, figures, kind):
-    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14, "image_size": 224}
-    if kind == "another grid":
-        sizes["image_size"] = 518  # as published
-    torch.manual_seed(0)
-    if kind == "registers":
-        net = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, num_register_tokens=3))
-    else:
-        net = Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=kind == "swiglu"))
-    randomise(net, 1).eval().save_pretrained(tmp_path)
-    images = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3)).astype(np.uint8)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    with torch.no_grad():
-        want = net(((torch.tensor(images) / 255 - mean) / std).permute(0, 3, 1, 2)).pooler_output.numpy()
-    error = np.linalg.norm(open_network("dinov2", tmp_path)(images) - want) / np.linalg.norm(want)
-    figures[f"DINOv2, {kind}"] = error
-    assert error < 1e-5
-
-
-@pytest.mark.parametrize("own_tokenizer", [False, True])
-def test_clip_scores_of_random_weights(tmp_path, figures, own_tokenizer):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 24, "patch_size": 6}, projection_dim=20)
-    torch.manual_seed(0)
-    net = randomise(CLIPModel(config), 1)
-    net.save_pretrained(tmp_path)
-    tokenizer = CLIPTokenizer.from_pretrained(CLIP)
-    if own_tokenizer:
-        tokenizer.save_pretrained(tmp_path)
-    texts = ["a red apple", "a dog on a blue background, noto style", "word " * 100]
-    tokens = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3)).astype(np.uint8)
-    look = open_network("clip", tmp_path)
-    with torch.no_grad():
-        pooled = net.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
-        theirs = net.text_projection(pooled).numpy()
-    ours = look.texts(texts)
-    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-    figures[f"CLIP's text half, {own_tokenizer=}"] = error
-    assert error < 1e-5
-    cosine = torch.nn.functional.cosine_similarity(torch.tensor(look(images)), torch.tensor(theirs))
-    np.testing.assert_allclose(clip_score(look(images), ours, 100), 100 * cosine.clip(0).numpy(), atol=1e-3)
