@@ -147,7 +147,7 @@ def _open_clip(weights: Path, rule: Rule) -> Extractor:
 CLIP = "CLIP"
 _DINOV2_SIZE = 224
 # Of ImageNet's pixels, in 0 to 1; every channel has its own.
-_MEAN, _STD = np.float32([[[[0.485, 0.456, 0.406]]]]), np.float32([[[[0.229, 0.224, 0.225]]]])
+_MEAN, _STD = (np.array(x, np.float32).reshape(1, 1, 1, 3) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 NETWORKS: dict[str, Callable[[Path, Rule], Extractor]] = {
     "efficientnet-lite0": open_features,

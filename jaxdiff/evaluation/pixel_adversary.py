@@ -60,7 +60,7 @@ def pixel_test(
 
     def train(learnt: Int[np.ndarray, " t"]) -> Float32[np.ndarray, " n"]:
         rng = np.random.default_rng([seed, 1])
-        params = Adversary().init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))["params"]
+        params = dict(Adversary().init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))["params"])
         state = params, _OPTIMISER.init(params)
         for _ in range(STEPS):
             chosen = learnt[rng.integers(len(learnt), size=BATCH)]
