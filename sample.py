@@ -135,7 +135,7 @@ class Flags(Request):
     """The share of the steps after which it is not followed any more; by default 1."""
     image_prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """An image that stands beside the prompt, by the adapter of --ip-adapter; give it again for each further adapter,
-    or for more images of a single one."""
+    or for more images of a single one. For models that read an image themselves (variations, unCLIP), that image."""
     image_prompt_scale: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
     """How much it counts beside the prompt, by default 1; 0 is not at all. Once for all adapters, or once for each."""
     regions: Annotated[tuple[RegionFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="region")] = ()

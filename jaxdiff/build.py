@@ -12,6 +12,7 @@ from jaxdiff.config import (
     CLIPVisionConfig,
     ControlNetConfig,
     Dinov2Config,
+    ImageNormalizerConfig,
     IPAdapterConfig,
     T2IAdapterConfig,
     TinyVAEConfig,
@@ -22,6 +23,7 @@ from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxdiff.models.clip_vision import CLIPVisionModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel
 from jaxdiff.models.dinov2 import Dinov2Model
+from jaxdiff.models.image_normalizer import StableUnCLIPImageNormalizer
 from jaxdiff.models.ip_adapter import IPAdapter
 from jaxdiff.models.t2i_adapter import T2IAdapter
 from jaxdiff.models.tiny_vae import AutoencoderTiny
@@ -36,6 +38,7 @@ NetworkConfig = (
     | CLIPTextConfig
     | CLIPVisionConfig
     | Dinov2Config
+    | ImageNormalizerConfig
     | IPAdapterConfig
     | T2IAdapterConfig
     | TinyVAEConfig
@@ -118,6 +121,9 @@ def _unet_fields(config: UNetConfig, dtype: DTypeLike, remat: Remat) -> dict[str
         center_input=config.center_input_sample,
         number_features=config.addition_time_embed_dim if config.addition_embed_type else None,
         guidance_features=config.time_cond_proj_dim,
+        embeds_pooled=config.class_embed_type is not None,
+        labels=config.labels,
+        only_context=config.per_level("only_cross_attention"),
         dtype=dtype,
         remat=remat,
     )
@@ -190,6 +196,11 @@ def dinov2(config: Dinov2Config, dtype: DTypeLike = jnp.float32) -> Dinov2Model:
     )
 
 
+def image_normalizer(config: ImageNormalizerConfig, dtype: DTypeLike = jnp.float32) -> StableUnCLIPImageNormalizer:
+    """What adds noise to an image's embedding."""
+    return StableUnCLIPImageNormalizer(config.embedding_dim, dtype)
+
+
 def _clip(config: CLIPTextConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
@@ -211,6 +222,10 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
         more: dict[str, Any] = {}
         if config.addition_embed_type is not None:
             more = {"pooled": jnp.zeros((1, config.added_features)), "numbers": jnp.zeros((1, 0))}
+        if config.class_embed_type is not None:
+            more["pooled"] = jnp.zeros((1, config.added_features))
+        if config.labels is not None:
+            more["numbers"] = jnp.zeros((1, 1))
         if config.time_cond_proj_dim is not None:
             more["guidance"] = jnp.ones((1,))
         if isinstance(config, ControlNetConfig):
@@ -224,6 +239,8 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
         return (jnp.zeros((1, config.factor, config.factor, 3)),), {}
     if isinstance(config, Dinov2Config):
         return (jnp.zeros((1, config.image_size, config.image_size, 3)),), {}
+    if isinstance(config, ImageNormalizerConfig):
+        return (*(jnp.zeros((1, config.embedding_dim)),) * 2, *(jnp.ones(()),) * 2), {}
     if isinstance(config, IPAdapterConfig):
         return (jnp.zeros((1, *(() if config.kind == "plain" else (1,)), config.image_features)),), {}
     if isinstance(config, CLIPVisionConfig):

@@ -23,7 +23,10 @@ from jaxdiff.io.embeddings import HOW, Embedding, Vectors, read_embedding, with_
 from jaxdiff.io.folder import (
     DEFAULTS,
     FORCE_ZEROS,
+    NOISINGS,
+    PROCESSOR,
     TOKENIZERS,
+    Part,
     Unmapped,
     check_latents,
     clip_tokenizer,
@@ -35,20 +38,22 @@ from jaxdiff.io.folder import (
     write_folder,
 )
 from jaxdiff.io.image_encoder import NAME as ENCODER
-from jaxdiff.io.image_encoder import ImageEncoder, read_image_encoder
+from jaxdiff.io.image_encoder import ImageEncoder, processor_values, read_image_encoder, read_processor
 from jaxdiff.io.ip_adapter import NAME as IP_ADAPTER
 from jaxdiff.io.ip_adapter import IPAdapter, encoder_beside, read_ip_adapter
 from jaxdiff.io.lora import LoRA, merge_loras
 from jaxdiff.io.mapped import check_unchanged
 from jaxdiff.io.preview import NAME as TINY
 from jaxdiff.io.preview import TinyVAE, read_tiny_vae
-from jaxdiff.io.scheduler import read_sampler, read_scheduler
+from jaxdiff.io.scheduler import noising_values, read_noising, read_sampler, read_scheduler
 from jaxdiff.io.single_file import SingleFile, is_single, open_single
 from jaxdiff.io.weights import check_params
 from jaxdiff.runtime.programs import remembered
 from jaxdiff.types import Params
 
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
+UPSCALER = "StableDiffusionUpscalePipeline"
+"""The class in diffusers that draws with Stable Diffusion whose denoiser enlarges images."""
 DTYPES = ("float32", "bfloat16")
 
 # From the params by role to others. LoRAs have a way of their own, `Model.with_loras`.
@@ -82,8 +87,8 @@ class Model:
     """By role: "denoiser", "vae" and "text_encoder"; of Stable Diffusion XL "text_encoder_2", too."""
     scheduler: SchedulerConfig
     """The noise schedule that it was trained with."""
-    tokenizer: Tokenizer
-    """The first text encoder's."""
+    tokenizer: Tokenizer | None
+    """The first text encoder's, where there is any."""
     family: type[Family] = FAMILIES[0]
     """How the networks are called."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -99,7 +104,9 @@ class Model:
     ip_adapters: tuple[IPAdapter, ...] = ()
     """Networks that make images prompts."""
     image_encoder: ImageEncoder | None = None
-    """What they read images by."""
+    """What they read images by, or the model itself does."""
+    noising: SchedulerConfig | None = None
+    """The noise schedule of an image that the denoiser reads."""
     preview: TinyVAE | None = None
     """A tiny autoencoder for previews."""
     tokenizer_2: Tokenizer | None = None
@@ -131,7 +138,7 @@ class Model:
     @property
     def tokenizers(self) -> tuple[Tokenizer, ...]:
         """Each text encoder's, in the order of the family's `TEXT_ENCODERS`."""
-        return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
+        return tuple(one for one in (self.tokenizer, self.tokenizer_2) if one is not None)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -239,6 +246,8 @@ class Model:
         for path in wanted:
             if not isinstance(path, str | Path):
                 raise ValueError(f"An IP-Adapter is {path!r}; give its file.")
+        if self.family.IMAGE_READERS:
+            raise ValueError("The model reads an image anyway (image_prompt); leave out IP-Adapters.")
         found = [read_ip_adapter(path) for path in wanted]
         if not found:
             raise ValueError("image_encoder is for IP-Adapters; give one (ip_adapters=, --ip-adapter), or leave "
@@ -296,18 +305,33 @@ class Model:
         networks: Any = {self.family.FOLDERS[role]: (config, params) for role, (config, params) in named}
         write_folder(
             path, networks, self.scheduler, self.tokenizer, self.defaults, dtype, unmapped, self.tokenizer_2,
-            self.about,
+            self.about, self.parts,
         )  # fmt: skip
 
     @property
     def about(self) -> dict[str, Any]:
         """What `model_index.json` says of it, beside its parts."""
         about: dict[str, Any] = {"_class_name": self.family.PIPELINE}
-        if not issubclass(self.family, StableDiffusion):
+        if self.noising is not None and not self.family.IMAGE_READERS:
+            about["_class_name"] = UPSCALER
+        if issubclass(self.family, StableDiffusionXLRefiner):
             about[FORCE_ZEROS] = self.zero_empty
         if self.family is StableDiffusionXLRefiner:
             about["requires_aesthetics_score"] = True
         return about
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Folders of one JSON file that belong to it, beside its networks."""
+        parts = {}
+        if self.noising is not None:
+            name = NOISINGS[0 if self.family.IMAGE_READERS else 1]
+            values = noising_values(self.noising)
+            parts[name] = Part("diffusers", values["_class_name"], "scheduler_config.json", values)
+        if self.family.IMAGE_READERS and self.image_encoder is not None:
+            values = processor_values(self.image_encoder.processor)
+            parts[PROCESSOR] = Part("transformers", values["image_processor_type"], "preprocessor_config.json", values)
+        return parts
 
 
 def read_model(
@@ -343,6 +367,11 @@ def read_model(
     if family is not StableDiffusion:
         check_latents(folder / "vae")
     texts: list[Any] = [networks[role].config for role in family.TEXT_ENCODERS]
+    encoder = None
+    if ENCODER in networks:
+        own, place = networks[ENCODER], folder / ENCODER
+        encoder = ImageEncoder(place, own.config, own.params, read_processor(place, own.config))
+    noisings = [name for name in NOISINGS if index.get(name) not in (None, [None, None])]
     folders = [tokenizer_folder(folder, TOKENIZERS[family.FOLDERS[role]]) for role in family.TEXT_ENCODERS]
     tokenizers = [
         Tokenizer.load(own, declared_length(own, text.max_position_embeddings))
@@ -351,8 +380,10 @@ def read_model(
     return Model(
         networks=networks,
         scheduler=read_scheduler(folder),
-        tokenizer=tokenizers[0],
+        tokenizer=tokenizers[0] if tokenizers else None,
         tokenizer_2=tokenizers[1] if tokenizers[1:] else None,
+        image_encoder=encoder,
+        noising=read_noising(folder / noisings[0]) if noisings else None,
         zero_empty=bool(index.get(FORCE_ZEROS, family is StableDiffusionXL)),
         family=family,
         defaults=read_sampler(folder) | index.get(DEFAULTS, {}),

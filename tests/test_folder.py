@@ -412,7 +412,7 @@ def test_settings_that_diffusers_pipeline_overrides_are_told(bundle, tmp_path, c
 @pytest.mark.parametrize(
     ("file", "field", "value", "rule"),
     [
-        (UNET, "class_embed_type", "timestep", "null"),
+        (UNET, "class_embed_type", "timestep", "projection"),
         (UNET, "dual_cross_attention", True, "false"),
         (UNET, "mid_block_type", None, "text"),
         (UNET, "act_fn", "elu", "mish"),

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -43,12 +44,12 @@ def test_a_folder_is_read_and_embeds_images_whatever_stands_beside_them(folder):
 def test_a_patch_is_read_as_by_the_convolution_that_its_weights_are_named_for():
     params = tiny.random_params("image_encoder", CONFIG, np.random.default_rng(0))["vision_model"]["embeddings"]
     image = np.random.default_rng(1).normal(size=(1, 8, 8, 3)).astype(np.float32)
-    got = CLIPVisionEmbeddings(CONFIG.hidden_size, CONFIG.patch_size).apply({"params": params}, image)
+    got = CLIPVisionEmbeddings(CONFIG.hidden_size, CONFIG.patch_size).apply({"params": params}, jnp.asarray(image))
     kernel, positions = params["patch_embedding"]["kernel"], params["position_embedding"]["embedding"]
     expected = jax.lax.conv_general_dilated(
         image, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     ).reshape(1, 4, -1)
-    np.testing.assert_allclose(got[:, 1:], expected + positions[1:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[:, 1:], np.asarray(expected) + positions[1:], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got[:, 0], (params["class_embedding"] + positions[0])[None], rtol=1e-6)
 
 
@@ -59,7 +60,7 @@ def test_no_patch_waits_for_another():
     image = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
     image[1] = image[0]
     image[1, 4:, 4:] += 1
-    features = net.apply({"params": params}, image).penultimate
+    features = net.apply({"params": params}, jnp.asarray(image)).penultimate
     assert np.abs(features[0, 1] - features[1, 1]).max() > 1e-3
 
 

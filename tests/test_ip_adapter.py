@@ -11,7 +11,7 @@ import tiny
 from tiny import off
 
 from jaxdiff import build
-from jaxdiff.config import IPAdapterConfig
+from jaxdiff.config import IPAdapterConfig, UNetConfig
 from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.programs import denoise, encode_image_prompts
 from jaxdiff.generation.request import Request
@@ -91,6 +91,7 @@ def test_without_an_image_the_program_is_that_of_the_model_alone(pipe):
     assert denoise.count == count
 
 
+@pytest.mark.slow
 def test_the_same_image_twice_is_the_image_once(pipe):
     """Attention over tokens that are there twice has the same mean."""
     once, twice = (pipe("a dog", steps=3, image_prompt=(PHOTO,) * n) for n in (1, 2))
@@ -257,6 +258,13 @@ def test_what_is_missing_is_told(tmp_path, files):
         read_ip_adapter(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="give its file"):
         plain().with_ip_adapters([3])
+
+
+def test_files_of_published_models_have_as_many_layers():
+    """As IP-Adapter's files for Stable Diffusion 1: 16, numbered from 1 to 31."""
+    found = [channels for _, channels in cross_attentions(build.unet(UNetConfig()))]
+    down = [320] * 2 + [640] * 2 + [1280] * 2
+    assert found == down + [1280] * 3 + [640] * 3 + [320] * 3 + [1280]
 
 
 def test_cross_attentions_are_those_of_the_params():

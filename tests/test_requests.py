@@ -47,11 +47,14 @@ def test_a_request_is_json_and_back():
         "control_scale": lambda: chance.choice([0.5, (1.5,), (-0.5, 2.0)]),
         "control_start": lambda: chance.choice([0.25, (0.0, 0.5)]),
         "control_end": lambda: chance.choice([0.75, (1.0, 0.625)]),
+        "image_prompt": lambda: chance.choice(["a.png", ("a.png",), ("a.png", "b.jpg")]),
+        "image_prompt_scale": lambda: chance.choice([0.5, (1.5,), (-0.5, 2.0)]),
+        "noise_level": lambda: chance.randrange(999),
     }
     assert {*kinds, "latents"} == {one.name for one in fields(Request)}
     checked = set()
     for _ in range(2000):
-        names = chance.choice([(), ("image",), ("image", "invert"), ("control_image",)])
+        names = chance.choice([(), ("image",), ("image", "invert"), ("control_image",), ("image_prompt",)])
         wanted = {*names, *chance.sample(sorted(kinds), chance.randint(1, 5))}
         values = {name: kinds[name]() for name in sorted(wanted)}
         request = Request(**values)

@@ -238,6 +238,29 @@ def test_control_images_are_followed_and_told(sample, folder, tmp_path):
         assert (code, len(said.splitlines())) == (2, 1)
 
 
+@pytest.mark.slow
+def test_image_prompts_are_seen_and_told(sample, folder, tmp_path):
+    from test_ip_adapter import write_adapter
+
+    file = write_adapter(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(tmp_path / "p.png")
+    asked = ("--ip-adapter", file.name, "--image-prompt", "p.png", "--image-prompt-scale", 0.7)
+    code, (path,), _ = sample("a dog", *asked)
+    assert code == 0
+    pipe = jaxdiff.load(folder, ip_adapters=[file.name])
+    np.testing.assert_array_equal(opened(path), pipe("a dog", steps=3, image_prompt="p.png", image_prompt_scale=0.7)[0])
+    settings = read_settings(path)
+    assert (settings["ip_adapters"], settings["image_prompt"]) == ([file.name], ["p.png"])
+    code, (again,), _ = sample("--like", path)
+    assert code == 0
+    assert Path(again).read_bytes() == Path(path).read_bytes()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a dog", "image_prompt": ["p.png", "p.png"]}\n')
+    assert sample("--from-file", "p.jsonl", "--ip-adapter", file.name)[0] == 0
+    for words in (("--image-prompt", "none.png"), ("--image-prompt", "p.png"), ("--image-prompt-scale", 0.5)):
+        code, _, said = sample("a dog", *words)
+        assert (code, len(said.splitlines())) == (2, 1)
+
+
 def test_nothing_is_overwritten(sample):
     _, (first,), _ = sample("a dog")
     before = Path(first).read_bytes()

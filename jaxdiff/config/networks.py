@@ -52,6 +52,10 @@ class UNetConfig(Checked):
     """Features of the vector and of all numbers."""
     time_cond_proj_dim: int | None = None
     """Features that the guidance scale becomes, of a network that was distilled to read it (Luo et al. 2023, LCM)."""
+    class_embed_type: Literal["projection"] | None = None
+    """With "projection" the network reads a vector of `projection_class_embeddings_input_dim` features (unCLIP)."""
+    num_class_embeds: int | None = None
+    """Labels of which the network reads one, as of a noise level (upscalers)."""
 
     def _check(self) -> None:
         n = len(self.block_out_channels)
@@ -72,6 +76,7 @@ class UNetConfig(Checked):
             "addition_time_embed_dim",
             "projection_class_embeddings_input_dim",
             "time_cond_proj_dim",
+            "num_class_embeds",
         )
         require(
             not isinstance(self.sample_size, tuple) or len(self.sample_size) == 2,
@@ -96,7 +101,11 @@ class UNetConfig(Checked):
             one_of("UNetConfig.up_block_types", block, UP_BLOCKS)
         one_of("UNetConfig.mid_block_type", self.mid_block_type, ("UNetMidBlock2DCrossAttn",))
         one_of("UNetConfig.downsample_padding", self.downsample_padding, (1,))
-        one_of("UNetConfig.only_cross_attention", self.only_cross_attention, (False,))
+        only = self.only_cross_attention
+        require(
+            not isinstance(only, tuple) or len(only) == n,
+            f"UNetConfig.only_cross_attention is {only}; give one value, or one for each of the {n} levels.",
+        )
         require(
             self.mid_block_scale_factor != 0,
             "UNetConfig.mid_block_scale_factor is 0; sums are divided by it, so make it 1, or any number but 0.",
@@ -106,6 +115,12 @@ class UNetConfig(Checked):
             self.addition_embed_type is None or None not in sizes,
             f"UNetConfig.addition_embed_type is {self.addition_embed_type!r}, with addition_time_embed_dim {sizes[0]} "
             f"and projection_class_embeddings_input_dim {sizes[1]}; give both.",
+        )
+        require(
+            self.class_embed_type is None or (sizes[1] is not None and self.addition_embed_type is None),
+            f"UNetConfig.class_embed_type is {self.class_embed_type!r}, with addition_embed_type "
+            f"{self.addition_embed_type!r} and projection_class_embeddings_input_dim {sizes[1]}; it needs the latter, "
+            "and does not go with the former.",
         )
         half = self.block_out_channels[0] // 2
         require(
@@ -136,9 +151,15 @@ class UNetConfig(Checked):
         return (size[0], size[1]) if isinstance(size, tuple) else None if size is None else (size, size)
 
     @property
+    def labels(self) -> int | None:
+        """Labels of which the network reads one, as diffusers reads the two fields."""
+        return self.num_class_embeds if self.class_embed_type is None else None
+
+    @property
     def added_features(self) -> int:
         """Features of all that the network reads beside time and context: `Conditioning.pooled` and the numbers."""
-        return 0 if self.addition_embed_type is None else self.projection_class_embeddings_input_dim or 0
+        kinds = self.addition_embed_type, self.class_embed_type
+        return 0 if kinds == (None, None) else self.projection_class_embeddings_input_dim or 0
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -160,6 +181,8 @@ class ControlNetConfig(UNetConfig):
         super()._check()
         positive(self, "conditioning_channels", "conditioning_embedding_out_channels")
         one_of("ControlNetConfig.conditioning_channels", self.conditioning_channels, (3,))
+        one_of("ControlNetConfig.class_embed_type", self.class_embed_type, (None,))
+        one_of("ControlNetConfig.num_class_embeds", self.num_class_embeds, (None,))
         require(
             len(self.conditioning_embedding_out_channels) > 0,
             "ControlNetConfig.conditioning_embedding_out_channels is empty; give the channels of each level.",
@@ -409,6 +432,16 @@ class CLIPVisionConfig(Checked):
     def tokens(self) -> int:
         """Feature vectors of an image: one for each patch, and the class token's before them."""
         return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class ImageNormalizerConfig(Checked):
+    """`image_normalizer/config.json` of an unCLIP model."""
+
+    embedding_dim: int = 768
+
+    def _check(self) -> None:
+        positive(self, "embedding_dim")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ BATCH = 16
 
 
 def image_embeddings(
-    net: CLIPVisionModelWithProjection, encoder: ImageEncoder, images: Sequence[UInt8[np.ndarray, "h w 3"]]
+    net: CLIPVisionModelWithProjection, encoder: ImageEncoder, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
 ) -> Float32[np.ndarray, "n p"]:
     """The vectors of images, of any sizes, in the space that they share with texts; as long as the projection is.
 

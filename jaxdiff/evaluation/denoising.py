@@ -119,7 +119,7 @@ def denoising_errors(
         ValueError: where the model's denoiser takes more than a noisy latent, a prompt and an image's sizes.
     """
     networks = pipe.networks
-    if networks.beside or networks.embeds_guidance or "aesthetic_score" in networks.READS:
+    if networks.needs_image or networks.embeds_guidance or "aesthetic_score" in networks.READS:
         raise ValueError("The denoiser takes more than noisy latents, prompts and sizes, such as a mask or a score; "
                          "this measures those that take no more.")  # fmt: skip
     check_count("batch", batch)

@@ -43,7 +43,7 @@ from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.types import Conditioning, Params, Tokens
 
 Size = tuple[int, int]
-Beside = Literal["mask", "image", "depth"]
+Beside = Literal["mask", "image", "depth", "small image"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class LatentDiffusion(ABC):
     """The roles of the networks that read prompts."""
     READS: ClassVar[frozenset[str]] = frozenset()
     """What requests say of images that the denoiser reads as numbers: see `sizes`."""
+    IMAGE_READERS: ClassVar[tuple[str, ...]] = ()
+    """The roles of the networks that read an image in a prompt's place, or beside it; see `read_image`."""
     PIPELINE: ClassVar[str]
     """The class in diffusers that draws with such a model."""
 
@@ -81,18 +83,19 @@ class LatentDiffusion(ABC):
         assert isinstance(vae, VAEConfig)
         texts: list[CLIPTextConfig] = [configs[role] for role in cls.TEXT_ENCODERS]
         latent = vae.latent_channels
-        if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1, 2 * latent, latent + 1):
+        kinds = (latent, 2 * latent + 1, 2 * latent, latent + 1) if unet.labels is None else (latent + 3,)
+        if unet.out_channels != latent or unet.in_channels not in kinds:
             raise ValueError(
                 f"The denoiser takes {unet.in_channels} channels and gives {unet.out_channels}, and the autoencoder's "
                 f"latents have {latent}; it must give {latent}, and take {latent}, or {2 * latent + 1} for inpainting, "
-                f"{2 * latent} to edit images, {latent + 1} with a depth map."
+                f"{2 * latent} to edit images, {latent + 1} with a depth map, {latent + 3} with labels of noise levels "
+                "to enlarge images."
             )
-        widths = [text.hidden_size for text in texts]
-        if unet.cross_attention_dim != sum(widths):
-            told = f"encoder's hidden_size {widths[0]}" if len(texts) == 1 else f"encoders' hidden_sizes {widths}"
+        width, told = cls.context_width(configs)
+        if unet.cross_attention_dim != width:
             raise ValueError(
-                f"The denoiser's cross_attention_dim is {unet.cross_attention_dim} and the text {told}; "
-                f"{'they must be equal' if len(texts) == 1 else 'it must be their sum'}."
+                f"The denoiser's cross_attention_dim is {unet.cross_attention_dim} and the {told}; "
+                f"{'it must be their sum' if len(texts) > 1 else 'they must be equal'}."
             )
         cls.check_added(unet, texts)
         return cls(
@@ -100,8 +103,16 @@ class LatentDiffusion(ABC):
             vae=build.vae(vae, dtype),
             latent_scale=vae.scaling_factor,
             in_channels=unet.in_channels,
-            **{role: getattr(build, role)(configs[role], dtype) for role in cls.TEXT_ENCODERS},
+            **{role: getattr(build, role)(configs[role], dtype) for role in (*cls.TEXT_ENCODERS, *cls.IMAGE_READERS)},
         )
+
+    @classmethod
+    def context_width(cls, configs: Mapping[str, Any]) -> tuple[int, str]:
+        """Features of a token of the context, and a sentence's words for where they are from."""
+        widths = [configs[role].hidden_size for role in cls.TEXT_ENCODERS]
+        if len(widths) == 1:
+            return widths[0], f"text encoder's hidden_size {widths[0]}"
+        return sum(widths), f"text encoders' hidden_sizes {widths}"
 
     @classmethod
     @abstractmethod
@@ -148,10 +159,23 @@ class LatentDiffusion(ABC):
     @property
     def beside(self) -> Beside | None:
         """What the denoiser takes beside the noisy latent: a mask and the masked image's latent (9 channels), the
-        latent of the image that it edits (8 channels), or a depth map (5 channels)."""
+        latent of the image that it edits (8 channels), a depth map (5 channels), or the pixels of the image that it
+        enlarges (7 channels)."""
+        if self.denoiser.labels is not None:
+            return "small image"
         more, latent = self.in_channels - self.latent_channels, self.latent_channels
         kinds: dict[int, Beside] = {latent + 1: "mask", latent: "image", 1: "depth"}
         return kinds.get(more)
+
+    @property
+    def context_features(self) -> int:
+        """Features of a token of the context."""
+        return sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether nothing is drawn from a prompt alone."""
+        return self.beside is not None or bool(self.IMAGE_READERS)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -173,7 +197,13 @@ class LatentDiffusion(ABC):
         """
 
     def numbers(
-        self, size: Size, original_size: Size, crop: tuple[int, int], aesthetic_score: float, guidance: float
+        self,
+        size: Size,
+        original_size: Size,
+        crop: tuple[int, int],
+        aesthetic_score: float,
+        guidance: float,
+        noise_level: int = 0,
     ) -> Float32[np.ndarray, "2 k"] | None:
         """`Conditioning.extra` of a negative prompt and of a prompt; None where the denoiser reads no numbers.
 
@@ -183,7 +213,10 @@ class LatentDiffusion(ABC):
             crop: the left and top edge at which it is to look cut, in pixels.
             aesthetic_score: how well people are to like it, about 0 to 10.
             guidance: the guidance scale.
+            noise_level: of the image that is enlarged.
         """
+        if self.denoiser.labels is not None:
+            return np.full((2, 1), noise_level, np.float32)
         numbers = self.sizes(size, original_size, crop, aesthetic_score)
         if not self.embeds_guidance:
             return numbers
@@ -195,6 +228,35 @@ class LatentDiffusion(ABC):
     ) -> Float32[np.ndarray, "2 k"] | None:
         """Of `numbers`, those that say what images are to look like."""
         return None
+
+    # Images that the denoiser reads -----------------------------------------------------------------------------------
+
+    def image_noise(self, shape: tuple[int, int, int]) -> tuple[int, ...] | None:
+        """The shape of the noise for the image that the denoiser reads, beside latents of this shape; None without."""
+        return (*shape[:2], 3) if self.beside == "small image" else None
+
+    def read_image(
+        self,
+        params: Sequence[Params],
+        pixels: Float[Array, "b s s 3"],
+        noise: Float[Array, "b d"] | None,
+        level: Float[Array, ""],
+        alpha_bar: Float[Array, ""],
+    ) -> Float[Array, "b d2"]:
+        """What `with_image` is to put into a conditioning.
+
+        Args:
+            params: those of `IMAGE_READERS`.
+            pixels: images as the image encoder reads them.
+            noise: of the shape `image_noise`.
+            level: how much noise there is to be, as a training step.
+            alpha_bar: the share of the image in the variance there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no images.")
+
+    def with_image(self, conditioning: Conditioning, vectors: Float[Array, "b d"]) -> Conditioning:
+        """The conditioning [b, phases, prompts, ...], with what `read_image` gave."""
+        raise NotImplementedError(f"{type(self).__name__} reads no images.")
 
     # Denoiser ---------------------------------------------------------------------------------------------------------
 
@@ -269,12 +331,11 @@ class LatentDiffusion(ABC):
                 )
             return adapter
         net, own = build.controlnet(config, dtype), self.denoiser
-        width = sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
         sizes = {
             "block_out_channels": (net.channels, own.channels),
             "layers_per_block": (net.layers, own.layers),
             "in_channels": (config.in_channels, self.latent_channels),
-            "cross_attention_dim": (config.cross_attention_dim, width),
+            "cross_attention_dim": (config.cross_attention_dim, self.context_features),
             "pixels to a latent pixel": (config.factor, self.factor),
         }
         if other := {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}:
@@ -365,8 +426,7 @@ class LatentDiffusion(ABC):
             ValueError: where it is for another denoiser or another image encoder.
         """
         net = build.ip_adapter(config, dtype)
-        channels = tuple(own for _, own in cross_attentions(self.denoiser))
-        width = sum(getattr(self, role).hidden_size for role in self.TEXT_ENCODERS)
+        channels, width = tuple(own for _, own in cross_attentions(self.denoiser)), self.context_features
         if config.cross_attention_dim != width or net.channels != channels:
             raise ValueError(
                 f"It is for another model: its tokens have {config.cross_attention_dim} features, and it has "
@@ -449,6 +509,17 @@ class LatentDiffusion(ABC):
     def decode(self, params: Params, latent: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """Latents at unit variance to images, which may overshoot [-1, 1]."""
         return self.vae.apply({"params": params}, latent / self.latent_scale, method="decode")  # pyright: ignore
+
+
+def check_reads_no_vector(unet: UNetConfig, whose: str) -> None:
+    """Whether a denoiser reads no vector beside time and context.
+
+    Raises:
+        ValueError: where it does.
+    """
+    for name in ("addition_embed_type", "class_embed_type"):
+        if (kind := getattr(unet, name)) is not None:
+            raise ValueError(f"The denoiser's {name} is {kind!r}; {whose} is null.")
 
 
 def _kinds(channels: Sequence[int]) -> str:

@@ -27,6 +27,11 @@ class StableDiffusion(LatentDiffusion):
         Raises:
             ValueError: where it reads more.
         """
+        if unet.class_embed_type is not None:
+            raise ValueError(
+                f"The denoiser reads a vector beside a prompt (class_embed_type {unet.class_embed_type!r}), as that of "
+                "an unCLIP, whose image_encoder or image_normalizer is missing: the model is not whole."
+            )
         if unet.addition_embed_type is not None:
             raise ValueError(
                 f"The denoiser reads more than a prompt (addition_embed_type {unet.addition_embed_type!r}), as that of "

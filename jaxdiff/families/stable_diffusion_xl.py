@@ -42,6 +42,8 @@ class StableDiffusionXLRefiner(LatentDiffusion):
         Raises:
             ValueError: where it does not.
         """
+        if unet.labels is not None:
+            raise ValueError(f"The denoiser's num_class_embeds is {unet.labels}; Stable Diffusion XL's is null.")
         pooled, each = texts[-1].projection_dim, unet.addition_time_embed_dim
         if unet.addition_embed_type is None or each is None:
             raise ValueError("The denoiser reads no sizes (addition_embed_type is null), as Stable Diffusion XL's do.")

@@ -168,9 +168,12 @@ def fitted_size(size: Size, family: Family, own: Size | None) -> Size:
 
 
 def _canvas_size(request: Request, family: Family, own: Size | None) -> Size:
-    """The size at which the image is taken: an array's own; a file's is made to fit."""
+    """The size at which the image is taken: an array's own; a file's is made to fit. One that the model enlarges is
+    taken as it is, and drawn at this size."""
     assert request.image is not None
     size = _size_of(request.image)
+    if family.beside == "small image":
+        return size[0] * family.factor, size[1] * family.factor
     if request.upscale is not None or request.latent_upscale > 1:
         times = request.upscale or 1
         return size[0] * times, size[1] * times

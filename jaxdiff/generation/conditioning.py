@@ -21,16 +21,18 @@ from jaxdiff.generation.programs import (
     encode_images,
     encode_prompts,
     keys_and_noise,
+    noise_beside,
+    read_images,
 )
 from jaxdiff.generation.request import SEEDS, Region, Request, floats
 from jaxdiff.generation.weights import IMAGE_ENCODER, IP_ADAPTER, Weights
-from jaxdiff.prompts.encode import Prompts, Words, alike, encode, fill
+from jaxdiff.prompts.encode import Prompts, Words, alike, encode, fill, nothing
 from jaxdiff.prompts.wildcards import Wildcards
 from jaxdiff.runtime.programs import kept
 from jaxdiff.sampling.inversion import backwards
 from jaxdiff.sampling.loop import State, begin
 from jaxdiff.sampling.samplers import first_state
-from jaxdiff.sampling.torch_noise import torch_latents
+from jaxdiff.sampling.torch_noise import torch_before, torch_latents
 from jaxdiff.types import Conditioning, Params, Tokens
 
 
@@ -48,9 +50,15 @@ def make_inputs(
     """
     settings, b = drawing.settings, len(drawing.requests)
     inputs, source = prompt_inputs(drawing, tokenizers, params, program)
+    image_noise = None if drawing.image_noise is None else noise_of_images(drawing)
+    if program.family.IMAGE_READERS:
+        vectors = read_image_prompts(drawing, image_noise, params, program)
+        inputs, source = (
+            one._replace(conditioning=program.family.with_image(one.conditioning, vectors)) for one in (inputs, source)
+        )
     keys, noise, step_noise = starting_noise(drawing)
     inputs = inputs._replace(step_noise=step_noise, hints=drawing.hints or None)
-    if drawing.prompt_pixels:
+    if drawing.prompt_pixels and not program.family.IMAGE_READERS:
         inputs = inputs._replace(image_prompts=image_prompts(drawing, params, program))
     known = None if drawing.image is None else encode_latents(drawing.image, params["vae"], program)
     if known is not None and settings.latent_upscale > 1:
@@ -60,6 +68,8 @@ def make_inputs(
         warn(["A mask selects nothing: all of it is black (0), so the image stays as it is; white (1) is drawn anew."])
     if drawing.depth is not None:
         inputs = inputs._replace(extra=drawing.depth[..., None])
+    if drawing.small is not None:
+        inputs = inputs._replace(extra=_noised(drawing, image_noise))
     if drawing.edits:
         assert known is not None, "what is edited is an image"
         inputs, known = inputs._replace(extra=known / program.family.latent_scale), None
@@ -145,6 +155,8 @@ def encoded(
         words += [words_of(request)._replace(prompt=request.to_prompt or "") for request in requests]
     if requests[0].invert is not None:
         words += [Words("", request.source_prompt) for request in requests]  # nothing is composed there
+    if not tokenizers:
+        return [nothing(len(words))], []
     found = [encode(words, tokenizer, steps, literal=requests[0].literal) for tokenizer in tokenizers]
     return alike([prompts for prompts, _ in found]), [told for _, some in found for told in some]
 
@@ -157,9 +169,10 @@ def prompt_inputs(
     by_tokenizer, warnings_ = encoded(drawing.requests, tokenizers, steps)
     warn(warnings_)
     prompts = by_tokenizer[0]
+    empty = [tokenizer([""])[0] for tokenizer in tokenizers] or [prompts.ids[0, 0, 0, 0]]
     tokens = tuple(
-        Tokens(jnp.asarray(one.ids), jnp.asarray(one.token_weights), jnp.asarray(tokenizer([""])[0]))
-        for one, tokenizer in zip(by_tokenizer, tokenizers, strict=True)
+        Tokens(jnp.asarray(one.ids), jnp.asarray(one.token_weights), jnp.asarray(own))
+        for one, own in zip(by_tokenizer, empty, strict=True)
     )
     arguments = tuple(params[role] for role in program.family.TEXT_ENCODERS), tokens
     static = {"program": program, "clip_skip": settings.clip_skip}
@@ -193,6 +206,22 @@ def prompt_inputs(
         raise ValueError("source_prompt may have no prompt editing; say what is in the image.")
     source = jax.tree.map(lambda leaf: leaf[:, :1, [0, 0]], rows(first))
     return inputs, Inputs(source, np.ones((b, 1, 1, 1, 1, 1), np.float32), levels[prompts.starts[first:, :1]])
+
+
+def read_image_prompts(drawing: Drawing, noise: AnyArray | None, params: Weights, program: Program) -> Array:
+    """What the model itself makes of the images in the prompts' places, or beside them."""
+    (pixels,), level = drawing.prompt_pixels, (jnp.asarray(one, jnp.float32) for one in drawing.noise_level)
+    own = tuple(params[role] for role in program.family.IMAGE_READERS)
+    arguments = own, jnp.asarray(pixels[:, 0]), None if noise is None else jnp.asarray(noise), *level
+    return kept(read_images, *arguments, program=program)(*arguments)
+
+
+def _noised(drawing: Drawing, noise: AnyArray | None) -> Float32[np.ndarray, "b h w 3"]:
+    """The images that are enlarged, from -1 to 1, with noise."""
+    assert drawing.small is not None
+    _, alpha_bar = np.float32(drawing.noise_level)
+    image = drawing.small.astype(np.float32) / 127.5 - 1
+    return np.sqrt(alpha_bar) * image + np.sqrt(1 - alpha_bar) * np.asarray(noise)
 
 
 def image_prompts(drawing: Drawing, params: Weights, program: Program) -> Any:
@@ -253,6 +282,7 @@ def warn(sentences: Iterable[str]) -> None:
 
 # Small programs of their own, so that given latents and seeds share the large one.
 _keys_and_noise = jax.jit(keys_and_noise, static_argnums=1)
+_image_noise = jax.jit(noise_beside, static_argnums=1)
 begin_all = jax.jit(jax.vmap(begin))
 _stretch = jax.jit(partial(jax.image.resize, method="bilinear"), static_argnums=1)
 
@@ -262,7 +292,7 @@ def starting_noise(
 ) -> tuple[Array, Float32[np.ndarray, "b h w c"], Float32[np.ndarray, "b n h w c"] | None]:
     """Keys, starting noise, and the steps' noise where it is not the keys'."""
     settings, seeds = drawing.settings, [request.seed for request in drawing.requests]
-    keys, noise = seeded(seeds, drawing.shape, settings.rng)
+    keys, noise = seeded(seeds, drawing.shape, settings.rng, drawing.image_noise)
     if settings.latents is not None:
         noise = np.stack([request.latents for request in drawing.requests])  # pyright: ignore
     if settings.to_seed is not None and settings.invert is None:
@@ -273,23 +303,35 @@ def starting_noise(
     steps, start = drawing.steps, drawing.start
     step_noise = np.zeros((len(seeds), 1 << (steps - 1).bit_length(), *drawing.shape), np.float32)
     for i, seed in enumerate(seeds):
-        step_noise[i, start:steps] = torch_latents(int(seed or 0), drawing.shape, 1 + steps - start)[1:]
+        drawn = torch_latents(int(seed or 0), drawing.shape, 1 + steps - start, drawing.image_noise)
+        step_noise[i, start:steps] = drawn[1:]
     return keys, noise, step_noise
 
 
+def noise_of_images(drawing: Drawing) -> Float32[np.ndarray, "b *d"]:
+    """Unit normal noise for the images that the denoiser reads, each of its seed alone."""
+    assert drawing.image_noise is not None
+    seeds, shape = [request.seed or 0 for request in drawing.requests], drawing.image_noise
+    if drawing.settings.rng == "torch":
+        return np.stack([torch_before(int(seed), shape) for seed in seeds])
+    return np.asarray(_image_noise(np.array([seed % SEEDS for seed in seeds], np.uint32), shape))
+
+
 def seeded(
-    seeds: Sequence[int | None], shape: tuple[int, int, int], rng: str
+    seeds: Sequence[int | None], shape: tuple[int, int, int], rng: str, before: tuple[int, ...] | None = None
 ) -> tuple[Array, Float32[np.ndarray, "b h w c"]]:
-    """Keys for the steps' noise, and the unit normal noise that sampling starts from, each of its seed alone."""
+    """Keys for the steps' noise, and the unit normal noise that sampling starts from, each of its seed alone; with
+    PyTorch's generator, after what is drawn `before`."""
     keys, noise = _keys_and_noise(np.array([(seed or 0) % SEEDS for seed in seeds], np.uint32), shape)
     if rng == "torch":
-        noise = [torch_latents(int(seed or 0), shape, 1)[0] for seed in seeds]
+        noise = [torch_latents(int(seed or 0), shape, 1, before)[0] for seed in seeds]
     return keys, np.asarray(noise)
 
 
 def _other_noise(drawing: Drawing) -> Float32[np.ndarray, "b h w c"]:
     """The noise of the second seeds."""
-    return seeded([request.to_seed for request in drawing.requests], drawing.shape, drawing.settings.rng)[1]
+    seeds = [request.to_seed for request in drawing.requests]
+    return seeded(seeds, drawing.shape, drawing.settings.rng, drawing.image_noise)[1]
 
 
 def _mix(drawing: Drawing) -> Float32[np.ndarray, " b"]:

@@ -38,6 +38,8 @@ AESTHETIC_SCORE = 6.0
 """What the refiner of Stable Diffusion XL is told, where a request does not say: people liked the image."""
 IMAGE_GUIDANCE = 1.5
 """How closely an edited image follows the one that it is made of, where a request does not say."""
+SMALL_NOISE = 20
+"""How much noise an image has that a model enlarges, as a training step, where a request does not say."""
 UPSCALE_STRENGTH = 0.35
 """How much of an enlarged image is drawn anew, where the request does not say."""
 
@@ -61,6 +63,8 @@ class ModelInfo:
     """IP-Adapters that it was loaded with."""
     image_pixels: Callable[[UInt8[np.ndarray, "h w 3"]], Float32[np.ndarray, "s s 3"]] | None = None
     """Makes images what its image encoder reads."""
+    noising: SchedulerConfig | None = None
+    """The noise schedule of an image that the denoiser reads."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Drawing:
     hints: tuple[UInt8[np.ndarray, "b h w 3"], ...] = ()
     """Control images, for each control network."""
     prompt_pixels: tuple[Float32[np.ndarray, "b n s s 3"], ...] = ()
-    """Images beside the prompts, as the image encoder reads them, for each IP-Adapter."""
+    """Images beside the prompts, as the image encoder reads them, for each IP-Adapter, or for the model itself."""
     prompt_scales: tuple[float, ...] = ()
     """How much each IP-Adapter counts."""
     numbers: Float32[np.ndarray, "2 k"] | None = None
@@ -92,6 +96,12 @@ class Drawing:
     """Whether the image is what the denoiser edits, and not what the noise is added to."""
     depth: Float32[np.ndarray, "b h2 w2"] | None = None
     """Depth maps in latent pixels, from -1 to 1."""
+    small: UInt8[np.ndarray, "b h2 w2 3"] | None = None
+    """Images that the denoiser enlarges, of the latent's height and width."""
+    image_noise: tuple[int, ...] | None = None
+    """The shape of the noise for an image that the denoiser reads."""
+    noise_level: tuple[float, float] = (0.0, 1.0)
+    """How much noise that image has: the training step, and the share of the image in the variance there."""
     embeds_guidance: bool = False
     """Whether the denoiser reads the guidance scale, and so needs no negative prompt."""
 
@@ -196,7 +206,7 @@ def settled(request: Request, model: ModelInfo) -> Request:
         filled["schedule"] = DEFAULTS["schedule"]  # the model's own is not for a sampler that the request names
     if request.image is not None and request.strength is None:
         whole = request.mask is not None or request.outpaint is not None or request.invert is not None
-        whole = whole or model.family.beside == "image"
+        whole = whole or model.family.beside in ("image", "small image")
         filled["strength"] = UPSCALE_STRENGTH if request.enlarges else 1.0 if whole else 0.8
     own = model.size
     if request.enlarges and request.tile is None and request.cache_interval == 1 and own is not None:
@@ -237,9 +247,15 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
             raise ValueError(
                 f"There are {len(one.control_image)} of control_image, and the model was loaded with {nets}."
             )
-    _check_image_prompts(requests, model.ip_adapters)
+    _check_image_prompts(requests, model)
     size = image_size(common, family, model.size)
-    canvases = [canvas_of(one, family, model.size) for one in requests]
+    enlarges = family.beside == "small image"
+    canvases = [None if enlarges else canvas_of(one, family, model.size) for one in requests]
+    small = [pixels_of(one.image) for one in requests if enlarges and one.image is not None]
+    if shapes := {image.shape for image in small} - {(size[1] // family.factor, size[0] // family.factor, 3)}:
+        height, width, _ = shapes.pop()
+        raise ValueError(f"Images that are drawn together must have one size; they have {size} and "
+                         f"{(width * family.factor, height * family.factor)}.")  # fmt: skip
     images = [canvas.image for canvas in canvases if canvas is not None]
     masks = [canvas.mask for canvas in canvases if canvas is not None and canvas.mask is not None]
     for one, image in zip(requests, images, strict=False):
@@ -267,6 +283,7 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         common.crop or (0, 0),
         AESTHETIC_SCORE if common.aesthetic_score is None else common.aesthetic_score,
         common.guidance or 0.0,
+        noise_level := _noise_level(common, model),
     )
     depths = [depth_map(one.depth, shape[:2]) for one in requests if one.depth is not None]
     _check_memory(family, len(requests), size, model.dtype)
@@ -284,6 +301,9 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
         hints=tuple(np.stack(some) for some in zip(*hints, strict=True)),
         prompt_pixels=_prompt_pixels(requests, model),
         prompt_scales=_for_each(common.image_prompt_scale, model.ip_adapters),
+        small=np.stack(small) if small else None,
+        image_noise=(noised := family.image_noise(shape)),
+        noise_level=(0.0, 1.0) if noised is None else _share(model.noising, noise_level),
         numbers=numbers,
         zero_empty=model.zero_empty,
         edits=family.beside == "image",
@@ -292,12 +312,49 @@ def make_drawing(requests: Sequence[Request], model: ModelInfo) -> Drawing:
     )
 
 
-def _check_image_prompts(requests: Sequence[Request], adapters: int) -> None:
-    """Whether there are as many images and scales as IP-Adapters want.
+def _noise_level(request: Request, model: ModelInfo) -> int:
+    """How much noise the image that the denoiser reads shall have, as a training step; 0 where it reads none.
+
+    Raises:
+        ValueError: where the model has no such level.
+    """
+    given, enlarges = request.noise_level, model.family.beside == "small image"
+    if model.noising is None or not (enlarges or model.family.IMAGE_READERS):
+        if given is not None:
+            raise ValueError(f"noise_level is {given}; this model reads no image with noise, so leave it out.")
+        return 0
+    level = given if given is not None else SMALL_NOISE if enlarges else 0
+    if level >= (most := model.noising.num_train_timesteps):
+        raise ValueError(f"noise_level is {level}; this model's are from 0 to {most - 1}.")
+    return level
+
+
+def _share(noising: SchedulerConfig | None, level: int) -> tuple[float, float]:
+    """A noise level, and the share of the image in the variance there."""
+    assert noising is not None, "a model that noises an image has a schedule for it"
+    return float(level), float(make_schedule(noising).alpha_bar[level])
+
+
+def _check_image_prompts(requests: Sequence[Request], model: ModelInfo) -> None:
+    """Whether there are as many images and scales as IP-Adapters, or the model itself, want, and prompts where they are
+    read.
 
     Raises:
         ValueError: in one sentence.
     """
+    adapters, family = model.ip_adapters, model.family
+    if not family.TEXT_ENCODERS:
+        for one in requests:
+            texts = (one.prompt, one.negative_prompt, one.to_prompt, one.source_prompt)
+            if any(texts) or one.regions:
+                raise ValueError('This model reads an image and no prompt; give image_prompt, and "" as the prompt.')
+    if family.IMAGE_READERS:
+        if any(len(one.image_prompt) != 1 for one in requests):
+            raise ValueError("This model reads an image in the prompt's place, or beside it; give one as image_prompt.")
+        if requests[0].image_prompt_scale != (1.0,):
+            raise ValueError("image_prompt_scale is for IP-Adapters; this model reads the image itself, so leave it "
+                             "out.")  # fmt: skip
+        return
     counts = [len(one.image_prompt) for one in requests]
     if len(set(counts)) > 1:
         raise ValueError(f"Requests that are drawn together have {min(counts)} and {max(counts)} of image_prompt; give "
@@ -322,7 +379,7 @@ def _prompt_pixels(requests: Sequence[Request], model: ModelInfo) -> tuple[Float
     if model.image_pixels is None or not requests[0].image_prompt:
         return ()
     found = np.stack([[model.image_pixels(pixels_of(image)) for image in one.image_prompt] for one in requests])
-    return (found,) if model.ip_adapters == 1 else tuple(found[:, i : i + 1] for i in range(model.ip_adapters))
+    return (found,) if model.ip_adapters <= 1 else tuple(found[:, i : i + 1] for i in range(model.ip_adapters))
 
 
 def _check_beside(request: Request, family: Family) -> None:
@@ -334,6 +391,8 @@ def _check_beside(request: Request, family: Family) -> None:
     kind = family.beside
     if kind == "mask" and request.mask is None and request.outpaint is None:
         raise ValueError("This model is for inpainting; give an image and a mask.")
+    if kind == "small image" and request.image is None:
+        raise ValueError("This model enlarges an image; give the image.")
     if kind == "image" and request.image is None:
         raise ValueError("This model edits an image, and the prompt says how; give the image.")
     if (kind == "depth") != (request.depth is not None):
@@ -341,12 +400,13 @@ def _check_beside(request: Request, family: Family) -> None:
                          "depth is for models that read a depth map, and this one does not; leave it out.")  # fmt: skip
     if kind != "image" and request.image_guidance is not None:
         raise ValueError("image_guidance is for models that edit images by instruction; leave it out.")
-    if kind == "image":
+    if kind in ("image", "small image"):
+        does = "edits" if kind == "image" else "enlarges"
         for name in ("mask", "outpaint", "invert", "upscale"):
             if getattr(request, name) is not None:
-                raise ValueError(f"This model edits the whole image; leave out {name}.")
+                raise ValueError(f"This model {does} the whole image; leave out {name}.")
         if request.latent_upscale > 1 or request.strength != 1:
-            raise ValueError("This model edits the image from noise; leave out strength and latent_upscale.")
+            raise ValueError(f"This model {does} the image from noise; leave out strength and latent_upscale.")
 
 
 def check_read(request: Request, families: Sequence[Family]) -> None:

@@ -185,6 +185,11 @@ class Pipeline:
         if refiner is not None and refiner.networks.beside is not None:
             raise ValueError(f"The refiner {refiner.name!r} reads a {refiner.networks.beside} beside latents; give one "
                              "that reads latents alone.")  # fmt: skip
+        if model.noising is None and self.networks.image_noise((1, 1, 1)) is not None:
+            raise ValueError(
+                f"The model {self.name!r} reads an image with noise, and has no noise schedule for it "
+                "(image_noising_scheduler or low_res_scheduler): it is not whole."
+            )
         self._fitting: set[tuple[Any, tuple[int, ...]]] = set()
         self.info = ModelInfo(
             self.networks,
@@ -196,6 +201,7 @@ class Pipeline:
             model.zero_empty,
             len(model.ip_adapters),
             None if model.image_encoder is None else model.image_encoder.pixels,
+            model.noising,
         )
         """What requests need to know of the model."""
 
@@ -489,7 +495,8 @@ class Pipeline:
         requests = singles(self.requests(prompts, negative_prompt, **fields))
         drawing = make_drawing(requests, self.info)
         check_read(requests[0], [self.networks])
-        if drawing.mask is None and (unused := sorted(OF_INPAINTING & fields.keys())):
+        reads = drawing.edits or drawing.image_noise is not None
+        if drawing.mask is None and not reads and (unused := sorted(OF_INPAINTING & fields.keys())):
             raise ValueError(f"{unused[0]} changes a guess only where a mask keeps a part of an image; leave it out.")
         program = self.program(drawing.settings)
         inputs, _, _ = make_inputs(drawing, self.model.tokenizers, self.params, program)
@@ -526,7 +533,7 @@ class Pipeline:
             raise ValueError("seed is an empty list; give at least one.")
         requests = [Request(seed=one, size=size, rng=rng) for one in seeds]
         shape = latent_shape(image_size(requests[0], self.networks, self.size), self.networks)
-        return seeded([request.seed for request in requests], shape, rng)[1]
+        return seeded([request.seed for request in requests], shape, rng, self.networks.image_noise(shape))[1]
 
     def encode(self, images: UInt8[np.ndarray, "b h2 w2 3"]) -> Float[Array, "b h w c"]:
         """Images to their most likely latents, at unit variance.

@@ -89,12 +89,31 @@ def keys_and_noise(
     return jax.vmap(draw)(seeds)
 
 
+def noise_beside(seeds: UInt32[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
+    """Noise for each image that the denoiser reads, from its own seed alone, and unlike that of `keys_and_noise`."""
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), shape))(seeds)
+
+
 @partial(Compiled, static_argnames=("program", "clip_skip"))
 def encode_prompts(
     params: tuple[Params, ...], tokens: tuple[Tokens, ...], *, program: Program, clip_skip: int = 0
 ) -> Conditioning:
     """Texts [*n], as each of the text encoders reads them, to the denoiser's conditioning [*n, ...]."""
     return program.family.encode_prompts(params, tokens, clip_skip)
+
+
+@partial(Compiled, static_argnames="program")
+def read_images(
+    params: tuple[Params, ...],
+    pixels: Float[Array, "b s s 3"],
+    noise: Float[Array, "b d"] | None,
+    level: Float[Array, ""],
+    alpha_bar: Float[Array, ""],
+    *,
+    program: Program,
+) -> Float[Array, "b d2"]:
+    """Images that the model itself reads; see `Family.read_image`."""
+    return program.family.read_image(params, pixels, noise, level, alpha_bar)
 
 
 @partial(Compiled, static_argnames="program")
@@ -208,7 +227,7 @@ def beside_each_prompt(inputs: Inputs) -> Any:
     b, phases, prompts = jnp.shape(inputs.conditioning.context)[:3]
     parts = inputs.weights.shape[-4]
     which = np.minimum(np.arange(prompts), 1)  # the negative prompt's, then the others'
-    counts = jnp.asarray(np.arange(prompts) <= parts)[:, None, None]
+    counts = jnp.asarray(np.arange(prompts) <= parts)[None, None, :, None, None]
 
     def spread(x: Array) -> Array:
         return jnp.broadcast_to(x[:, None, which], (b, phases, prompts, *x.shape[2:]))

@@ -343,9 +343,12 @@ class Request:
     """Follow it where the prompt says little or nothing: the networks see the prompt's half of guidance alone."""
     image_prompt: Annotated[tuple[Pixels, ...], Field(images_of, per_image=True)] = ()
     """An image that stands beside the prompt, by an IP-Adapter: one or several for one adapter; of several adapters, a
-    tuple with one for each."""
+    tuple with one for each. For models that read an image themselves (variations, unCLIP), that image."""
     image_prompt_scale: Annotated[tuple[float, ...], Field(numbers, needs=("image_prompt",))] = (1.0,)
     """How much it counts beside the prompt: 0 is not at all; one for all IP-Adapters, or one each."""
+    noise_level: Annotated[int | None, Field(partial(whole_number, low=0))] = None
+    """For models that read an image with noise, how much of it, as a training step: more leaves the model more to
+    find. None is 0 for unCLIP's, 20 for those that enlarge an image."""
     latents: Annotated[np.ndarray | None, Field(unit_noise, per_image=True)] = None
     """Unit normal noise [h, w, c] in place of the seed's."""
     steps: Annotated[int | None, Field(count)] = None

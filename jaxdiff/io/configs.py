@@ -85,6 +85,6 @@ def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
         out["cross_attention_dim"] = width[0]
     if isinstance(act := out.get("act_fn"), str):
         out["act_fn"] = "silu" if act.lower() == "swish" else act.lower()
-    if out.get("addition_embed_type") is None:
+    if out.get("addition_embed_type") is None and out.get("class_embed_type") is None:
         out = {name: value for name, value in out.items() if name not in _OF_ADDED}
     return out

@@ -25,7 +25,7 @@ _NAMES = {"ControlNetModel": NAME, "T2IAdapter": "t2i_adapter"}
 _PREFIX = "control_model."
 _EMBEDDING = "controlnet_cond_embedding."
 _ORIGINAL = "input_hint_block."
-_ONLY = {**UNET_ONLY, "encoder_hid_dim": (None,), "num_class_embeds": (None,)}
+_ONLY = {**UNET_ONLY, "encoder_hid_dim": (None,)}
 _STEM = "diffusion_pytorch_model"
 
 

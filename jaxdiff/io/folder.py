@@ -14,7 +14,17 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, load_json, naming, to_dict
+from jaxdiff.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ImageNormalizerConfig,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+    load_json,
+    naming,
+    to_dict,
+)
 from jaxdiff.io.configs import TRANSFORMERS_IGNORED, one_spelling, read_values
 from jaxdiff.io.convert import from_torch, torch_views
 from jaxdiff.io.scheduler import MARK, read_scheduler, scheduler_class, scheduler_values
@@ -22,7 +32,7 @@ from jaxdiff.io.single_file import SingleFile, is_single, open_single
 from jaxdiff.io.weights import Stored, open_safetensors, open_weights, read_metadata, stored, write_safetensors
 from jaxdiff.types import Params
 
-NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
+NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig | CLIPVisionConfig | ImageNormalizerConfig
 logger = logging.getLogger(__name__)
 
 
@@ -56,8 +66,6 @@ UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "dual_cross_attention": (False,),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
     "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,),
@@ -89,12 +97,29 @@ NETWORKS = {
                              _TEXT_LEFT_OUT),
     "text_encoder_2": _Network(CLIPTextConfig, "transformers", "CLIPTextModelWithProjection", "model", _TEXT_ONLY,
                                TRANSFORMERS_IGNORED, _TEXT_LEFT_OUT),
+    "image_encoder": _Network(CLIPVisionConfig, "transformers", "CLIPVisionModelWithProjection", "model",
+                              {"model_type": ("clip_vision_model",)}, TRANSFORMERS_IGNORED),
+    "image_normalizer": _Network(ImageNormalizerConfig, "stable_diffusion", "StableUnCLIPImageNormalizer",
+                                 "diffusion_pytorch_model", {}, frozenset()),
 }  # fmt: skip
+NOISINGS = ("image_noising_scheduler", "low_res_scheduler")
+"""The folder of the noise schedule of an image that the denoiser reads."""
+PROCESSOR = "feature_extractor"
+"""The folder that says how images become what an image encoder reads."""
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """The folder of each text encoder's tokenizer."""
 
 UNMAPPED = "unmapped.safetensors"
 """In a folder that was made of a single file, the tensors that have no place in a folder."""
+
+
+class Part(NamedTuple):
+    """A folder of a model that holds one JSON file."""
+
+    library: str
+    cls: str
+    file: str
+    values: Mapping[str, Any]
 
 
 class Unmapped(NamedTuple):
@@ -141,7 +166,7 @@ def read_index(path: Path | str) -> dict[str, Any]:
             continue
         if name in parts and value not in (parts[name], *ALSO.get(name, ())):
             raise ValueError(f"{index_file}: {name} is {value}; supported: {parts[name]}.")
-        if name not in parts and name not in ("scheduler", *TOKENIZERS.values()):
+        if name not in parts and name not in ("scheduler", *NOISINGS, *TOKENIZERS.values()):
             raise ValueError(f"{index_file}: {name} is {value}; models with such a part are not supported.")
     return index
 
@@ -193,12 +218,13 @@ def write_folder(
     path: Path | str,
     networks: Mapping[str, tuple[NetworkConfig, Params]],
     scheduler: SchedulerConfig,
-    tokenizer: Path | TokenizerFiles,
+    tokenizer: Path | TokenizerFiles | None,
     defaults: Mapping[str, Any] | None = None,
     dtype: DTypeLike | None = np.float32,
     unmapped: Unmapped | None = None,
     tokenizer_2: TokenizerFiles | None = None,
     about: Mapping[str, Any] | None = None,
+    parts: Mapping[str, Part] | None = None,
 ) -> None:
     """Writes what `diffusers.StableDiffusionPipeline.from_pretrained` loads; all of it, or nothing.
 
@@ -209,12 +235,13 @@ def write_folder(
         path: a new or empty folder, or one that this function wrote.
         networks: config and params of each, by the name of its folder.
         scheduler: the noise schedule.
-        tokenizer: a folder of its files, or a tokenizer that can write them.
+        tokenizer: a folder of its files, or a tokenizer that can write them; None without a text encoder.
         defaults: settings that the model is sampled with where a user gives none, as JSON values.
         dtype: float32, float16 or bfloat16, the type of the stored weights; None is each one's own.
         unmapped: what a single file had that has no place in a folder.
         tokenizer_2: the second text encoder's tokenizer.
         about: further values of `model_index.json`, such as its `_class_name`.
+        parts: further folders, of `NOISINGS` and `PROCESSOR`.
 
     Raises:
         ValueError: when the folder holds anything else or cannot be written, a weight does not fit into the type, or
@@ -240,7 +267,10 @@ def write_folder(
         cls = scheduler_class(scheduler, (defaults or {}).get("sampler"))
         values = {"_class_name": cls} | _VERSION | scheduler_values(scheduler)
         _write_json(new / "scheduler" / "scheduler_config.json", values)
-        readers = [name for name in networks if name in TOKENIZERS] or ["text_encoder"]
+        for name, part in (parts or {}).items():
+            (new / name).mkdir()
+            _write_json(new / name / part.file, dict(part.values))
+        readers = [name for name in networks if name in TOKENIZERS]
         for name, own in zip(readers, (tokenizer, tokenizer_2), strict=False):
             folder = new / TOKENIZERS[name]
             folder.mkdir()
@@ -251,7 +281,7 @@ def write_folder(
             elif own is not None:
                 own.save(folder)
         safety = {"requires_safety_checker": False, "safety_checker": [None, None]}
-        missing = () if "text_encoder" in readers else ("text_encoder", "tokenizer")
+        missing = ("text_encoder", "tokenizer") if readers == ["text_encoder_2"] else ()
         index = {
             **about,
             **_VERSION,
@@ -263,6 +293,7 @@ def write_folder(
             **{TOKENIZERS[name]: ["transformers", "CLIPTokenizer"] for name in readers},
             **{name: [None, None] for name in missing},
             **{name: [NETWORKS[name].library, NETWORKS[name].cls] for name in networks},
+            **{name: [part.library, part.cls] for name, part in (parts or {}).items()},
         }
         _write_json(new / "model_index.json", index)
         _write_unmapped(new, unmapped)
@@ -447,12 +478,13 @@ def _write_network(
     values = to_dict(config)
     if isinstance(config, UNetConfig):  # diffusers reads heads from `attention_head_dim` only
         values |= {"attention_head_dim": list(config.heads), "num_attention_heads": None}
-    if network.library == "diffusers":
+    if network.library != "transformers":
         values = {"_class_name": network.cls} | _VERSION | MARK | values
     else:
         kinds = Counter(one.dtype.name for one in tensors.values())
         most = kinds.most_common(1)[0][0]
-        values |= {"architectures": [network.cls], "model_type": "clip_text_model", "dtype": most} | MARK
+        kind = "clip_vision_model" if isinstance(config, CLIPVisionConfig) else "clip_text_model"
+        values |= {"architectures": [network.cls], "model_type": kind, "dtype": most} | MARK
     _write_json(folder / "config.json", values)
     write_safetensors(folder / f"{network.stem}.safetensors", tensors, {"format": "pt"})
 
@@ -473,7 +505,8 @@ def check_target(path: Path | str, name: str | None = None) -> None:
 def _target(path: Path, name: str | None = None) -> tuple[Path, str, set[str]]:
     """Where a model, or one network of it, is written, and what may be there; the arguments of `replaced`."""
     if name is None:
-        return path.absolute(), "model_index.json", {*NETWORKS, "scheduler", *TOKENIZERS.values(), UNMAPPED}
+        folders = {*NETWORKS, "scheduler", *NOISINGS, PROCESSOR, *TOKENIZERS.values()}
+        return path.absolute(), "model_index.json", {*folders, UNMAPPED}
     return path.absolute() / name, "config.json", {f"{NETWORKS[name].stem}.safetensors", UNMAPPED}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from jaxdiff.config import CLIPVisionConfig, ImageProcessorConfig, load_json, naming
+from jaxdiff.config import CLIPVisionConfig, ImageProcessorConfig, load_json, naming, to_dict
 from jaxdiff.io.configs import TRANSFORMERS_IGNORED, read_values
 from jaxdiff.io.convert import from_torch
 from jaxdiff.io.weights import open_weights
@@ -120,6 +120,13 @@ def read_processor(folder: Path, config: CLIPVisionConfig) -> ImageProcessorConf
     if given != (size, size):
         raise ValueError(f"{file} makes images of the size {list(given)}, and the image encoder reads {size}x{size}.")
     return processor
+
+
+def processor_values(config: ImageProcessorConfig) -> dict[str, Any]:
+    """The values of its `preprocessor_config.json`, which `read_processor` and transformers read."""
+    short = {"shortest_edge": config.size[0]} if len(config.size) == 1 else None
+    size, crop = (dict(zip(("height", "width"), sides, strict=False)) for sides in (config.size, config.crop_size))
+    return {"image_processor_type": "CLIPImageProcessor"} | to_dict(config) | {"size": short or size, "crop_size": crop}
 
 
 def _sides(file: Path, name: str, given: Any) -> Any:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,8 @@ WRITTEN = {
 """The classes that are written for a model's own sampler; for any other it is DDIM's."""
 # What diffusers' StableDiffusionPipeline sets, whatever the scheduler's class and file say.
 PIPELINE = {"steps_offset": 1, "clip_sample": False}
+# Pipelines that set nothing.
+_LITERAL = ("StableDiffusionXL", "StableDiffusionUpscale", "StableDiffusionImageVariation", "StableUnCLIP")
 # How a scheduler takes its steps, and what plays no part in drawing.
 _IGNORED = frozenset({
     "skip_prk_steps", "variance_type", "solver_order", "solver_type", "algorithm_type", "lower_order_final",
@@ -147,6 +149,21 @@ def read_scheduler(path: Path | str) -> SchedulerConfig:
             " and ".join(str(PIPELINE[name]) for name in changed),
         )
     return replace(config, **PIPELINE)
+
+
+def read_noising(folder: Path) -> SchedulerConfig:
+    """The noise schedule by which an image that the denoiser reads is noised: the folder's `scheduler_config.json`.
+
+    Raises:
+        ValueError: as `read_scheduler`.
+    """
+    file = folder / "scheduler_config.json"
+    values = load_json(file)
+    if (cls := values.get("_class_name")) not in SCHEDULERS:
+        raise ValueError(f"{file}: the scheduler's class (_class_name) is {json.dumps(cls)}; supported: "
+                         f"{', '.join(SCHEDULERS)}.")  # fmt: skip
+    values = _own(file, values, cls)
+    return read_values(file, values, SchedulerConfig, _ONLY, _IGNORED, SCHEDULERS[cls].defaults)
 
 
 def read_sampler(path: Path | str) -> dict[str, str]:
@@ -211,6 +228,12 @@ def scheduler_values(config: SchedulerConfig) -> dict[str, Any]:
     return {name: v for name, v in to_dict(config).items() if (name in names if flow else name not in left_out)}
 
 
+def noising_values(config: SchedulerConfig) -> dict[str, Any]:
+    """The values of a `scheduler_config.json` that `read_noising` and diffusers' DDPMScheduler read."""
+    names = {f.name for f in fields(config)} - {"shift", "final_sigmas_type", "set_alpha_to_one", "trained_betas"}
+    return {"_class_name": "DDPMScheduler"} | {name: v for name, v in to_dict(config).items() if name in names}
+
+
 def _load(path: Path | str) -> tuple[Path, dict[str, Any], str, bool, bool]:
     """The scheduler's file, its values, its class, whether this package wrote the model folder, and whether the values
     mean what they say."""
@@ -226,4 +249,4 @@ def _load(path: Path | str) -> tuple[Path, dict[str, Any], str, bool, bool]:
     if not isinstance(cls, str) or cls not in SCHEDULERS:
         raise ValueError(f"{file}: the scheduler's class (_class_name) is {cls!r}; supported: {', '.join(SCHEDULERS)}.")
     ours = MARK.items() <= index.items()
-    return file, values, cls, ours, ours or str(index.get("_class_name", "")).startswith("StableDiffusionXL")
+    return file, values, cls, ours, ours or str(index.get("_class_name", "")).startswith(_LITERAL)

@@ -13,7 +13,7 @@ from jaxdiff.nn.attention import CONTEXT_KEYS
 from jaxdiff.nn.blocks import CrossAttentionMiddle, DownStage, UpStage
 from jaxdiff.nn.conv import Conv3x3
 from jaxdiff.nn.layers import GroupNorm, Remat, TimestepMLP, timestep_embedding
-from jaxdiff.nn.linear import Dense
+from jaxdiff.nn.linear import Dense, Embed
 from jaxdiff.types import Context, Params
 
 OUTER = 2
@@ -47,7 +47,9 @@ class UNet2DConditionModel(nn.Module):
     the way down and (in the same order of levels) on the way up; 0 is a level without attention, and `mid_depth` is the
     middle's. `activation` and `scale_shift` are those of all residual blocks, `mid_divisor` is the middle's divisor
     (see `ResnetBlock`). With `center_input` the network reads 2 x - 1. With `number_features` it takes `pooled` and
-    `numbers`, and each number becomes so many features; with `guidance_features` it takes `guidance`, likewise.
+    `numbers`, and each number becomes so many features; with `guidance_features` it takes `guidance`, likewise. With
+    `embeds_pooled` it takes `pooled` alone; with `labels` it takes one of so many, as the first of `numbers`.
+    `only_context` says for each level whether what is else self-attention reads the prompt's features, too.
     """
 
     out_channels: int
@@ -68,6 +70,9 @@ class UNet2DConditionModel(nn.Module):
     center_input: bool = False
     number_features: int | None = None
     guidance_features: int | None = None
+    embeds_pooled: bool = False
+    labels: int | None = None
+    only_context: tuple[bool, ...] = ()
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
 
@@ -143,6 +148,12 @@ class UNet2DConditionModel(nn.Module):
             ).astype(self.dtype)
         emb = waves(t, self.channels[0]).astype(self.dtype)
         emb = TimestepMLP(width, self.dtype, self.activation, name="time_embedding")(emb, scales)
+        if self.embeds_pooled:
+            assert pooled is not None, "this network reads a vector"
+            emb += TimestepMLP(width, self.dtype, name="class_embedding")(pooled.astype(self.dtype))
+        if self.labels is not None:
+            assert numbers is not None, "this network reads a label"
+            emb += Embed(self.labels, width, self.dtype, name="class_embedding")(numbers[:, 0].astype(jnp.int32))
         if self.number_features is not None:
             assert pooled is not None, "this network reads a vector for the whole prompt"
             assert numbers is not None, "this network reads numbers"
@@ -164,7 +175,7 @@ class UNet2DConditionModel(nn.Module):
 
     def middle(self) -> CrossAttentionMiddle:
         """The stage at the bottom."""
-        sizes = self._stage(len(self.channels) - 1, self.mid_depth)
+        sizes = self._stage(len(self.channels) - 1, self.mid_depth) | {"only_context": False}
         return CrossAttentionMiddle(layers=1, divisor=self.mid_divisor, name="mid_block", **sizes)
 
     def up(self, i: int) -> UpStage:
@@ -185,6 +196,7 @@ class UNet2DConditionModel(nn.Module):
             "remat": self.remat,
             "activation": self.activation,
             "scale_shift": self.scale_shift,
+            "only_context": level < len(self.only_context) and self.only_context[level],
         }
 
 
@@ -203,9 +215,6 @@ def prompt_keys(params: Params, context: Context, dtype: DTypeLike) -> Params:
     return kept
 
 
-Images = tuple[Float[Array, "*b t c"], Float[Array, "*b t c"]]
-
-
 def cross_attentions(net: UNet2DConditionModel) -> list[tuple[tuple[str, ...], int]]:
     """Where the params tree has its cross-attentions, and how many channels each has: those on the way down, those on
     the way up, those in the middle."""
@@ -221,8 +230,8 @@ def cross_attentions(net: UNet2DConditionModel) -> list[tuple[tuple[str, ...], i
     ]
 
 
-def with_images(prompts: Params, net: UNet2DConditionModel, images: tuple[tuple[Images, ...], ...]) -> Params:
-    """The collection "prompt" with keys and values of images: for each cross-attention those of several images."""
+def with_images(prompts: Params, net: UNet2DConditionModel, images: tuple[Any, ...]) -> Params:
+    """The collection "prompt" with keys and values [*b, t, c] of images: for each cross-attention several pairs."""
     out = dict(prompts)
     for (path, _), own in zip(cross_attentions(net), images, strict=True):
         node = out

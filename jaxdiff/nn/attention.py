@@ -367,14 +367,20 @@ def _in_parts(net: Callable[[Params, Array], Array], tokens: int) -> Callable[[P
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention on the prompt, feed-forward; each behind a norm, each added."""
+    """Self-attention, cross-attention on the prompt, feed-forward; each behind a norm, each added.
+
+    With `only_context` the first attends to the prompt, as the second does.
+    """
 
     heads: int
     dtype: DTypeLike = jnp.float32
+    only_context: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"], context: Context) -> Float[Array, "b t c"]:
-        x += Attention(self.heads, dtype=self.dtype, name="attn1")(LayerNorm(dtype=self.dtype, name="norm1")(x))
+        x += Attention(self.heads, dtype=self.dtype, name="attn1")(
+            LayerNorm(dtype=self.dtype, name="norm1")(x), context if self.only_context else None
+        )
         x += Attention(self.heads, dtype=self.dtype, name="attn2")(
             LayerNorm(dtype=self.dtype, name="norm2")(x), context
         )
@@ -389,6 +395,7 @@ class Transformer2D(nn.Module):
     groups: int
     linear_projection: bool
     dtype: DTypeLike = jnp.float32
+    only_context: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], context: Context) -> Float[Array, "b h w c"]:
@@ -399,7 +406,8 @@ class Transformer2D(nn.Module):
         else:
             y = Conv1x1(c, dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)
         for i in range(self.depth):
-            y = BasicTransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{i}")(y, context)
+            block = BasicTransformerBlock(self.heads, self.dtype, self.only_context, name=f"transformer_blocks_{i}")
+            y = block(y, context)
         if self.linear_projection:
             y = Dense(c, dtype=self.dtype, name="proj_out")(y).reshape(b, h, w, c)
         else:

@@ -85,7 +85,7 @@ class Stage(nn.Module):
 
     `depth` is the number of transformer blocks after each residual block; 0 means no attention. `remat` is what
     the backward pass computes again in each child: see `jaxdiff.nn.layers.remat`. `activation` (of `ACTIVATIONS`),
-    `scale_shift` and `divisor` are those of its residual blocks.
+    `scale_shift` and `divisor` are those of its residual blocks, `only_context` that of its transformers.
     """
 
     channels: int
@@ -100,6 +100,7 @@ class Stage(nn.Module):
     activation: str = "silu"
     scale_shift: bool = False
     divisor: float = 1.0
+    only_context: bool = False
 
     def resnet(self, i: int) -> ResnetBlock:
         """Residual block number `i`."""
@@ -110,7 +111,8 @@ class Stage(nn.Module):
     def transformer(self, i: int) -> Transformer2D:
         """The transformer after residual block number `i`."""
         cls = remat(Transformer2D, self.remat)
-        return cls(self.depth, self.heads, self.groups, self.linear_projection, self.dtype, name=f"attentions_{i}")
+        sizes = self.depth, self.heads, self.groups, self.linear_projection, self.dtype, self.only_context
+        return cls(*sizes, name=f"attentions_{i}")
 
 
 class DownStage(Stage):

@@ -44,6 +44,17 @@ class Prompts(NamedTuple):
     """The step at which each phase begins, 0 for the first; padding begins at `steps`, which is never."""
 
 
+def nothing(b: int) -> Prompts:
+    """A batch's prompts for a model that reads none: one part in one phase, and no words."""
+    return Prompts(
+        ids=np.zeros((b, 1, 2, 1, 1), np.int32),
+        token_weights=np.ones((b, 1, 2, 1, 1), np.float32),
+        part_weights=np.ones((b, 1, 1), np.float32),
+        part_region=np.full((b, 1), -1, np.int32),
+        starts=np.zeros((b, 1), np.int32),
+    )
+
+
 def alike(prompts: Sequence[Prompts]) -> list[Prompts]:
     """One batch's prompts by several tokenizers, with as many chunks by each.
 

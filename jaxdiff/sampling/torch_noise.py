@@ -50,16 +50,26 @@ class TorchGenerator:
         return radius * math.cos(angle)
 
 
-def torch_latents(seed: int, shape: tuple[int, int, int], count: int) -> Float32[np.ndarray, "n h w c"]:
+def torch_latents(
+    seed: int, shape: tuple[int, int, int], count: int, before: tuple[int, ...] | None = None
+) -> Float32[np.ndarray, "n h w c"]:
     """What a diffusers pipeline with `generator=torch.Generator().manual_seed(seed)` draws for one image, in turn.
 
     Args:
         seed: torch's.
         shape: height, width and channels; torch draws channels first.
         count: how many; the first is the starting noise, and each random step takes the next.
+        before: the shape of what is drawn before them; see `torch_before`.
     """
     generator, (h, w, c) = TorchGenerator(seed), shape
+    if before is not None:
+        generator.randn((before[-1], *before[:-1]))
     return np.stack([generator.randn((c, h, w)).transpose(1, 2, 0) for _ in range(count)])
+
+
+def torch_before(seed: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "*hw c"]:
+    """What such a pipeline draws first, where it noises the image that it reads; torch draws channels first."""
+    return np.moveaxis(TorchGenerator(seed).randn((shape[-1], *shape[:-1])), 0, -1)
 
 
 def _box_muller(uniform: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:

@@ -125,6 +125,9 @@ def read_folder(args: Args) -> Source:
         params = check_network("vae", config, params, vae)
         return Source("the folder of a VAE,", {"vae": (config, params)}, unmapped=read_unmapped(vae))
     folder, model = exported(args.src), read_model(args.src)
+    if model.noising is not None or model.family.IMAGE_READERS:
+        raise ValueError(f"{args.src} is a model that reads an image by CLIP, or enlarges one; such models stay the "
+                         "folders that they are.")  # fmt: skip
     networks = {model.family.FOLDERS[role]: network for role, network in model.networks.items()}
     pads = {
         role: None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id

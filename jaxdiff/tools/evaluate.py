@@ -168,7 +168,7 @@ def concepts(
     folder = features or Path(data_dir) / "features"
     look = open_features(folder)
     pipe = load(model)
-    if pipe.networks.beside:
+    if pipe.networks.needs_image:
         raise ValueError("The model draws nothing without an image; concepts are drawn from captions.")
     drawings = read_drawings(data_dir, pipe.size[0] if pipe.size else 64)
     chosen = sample(drawings, n, seed, split)

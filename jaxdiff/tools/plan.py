@@ -199,7 +199,7 @@ def sample_program(config: TrainConfig, mesh: Mesh, steps: int) -> Program:
     assert family is not None, "a task has a family's networks"
     configs = {role: folders[name] for role, name in family.FOLDERS.items()}
     program = programs.Program(family.of(configs, dtype), task.scheduler)
-    if program.family.beside:
+    if program.family.needs_image:
         raise ValueError("--sample draws from a prompt alone, and this UNet is for inpainting; --forward plans it.")
     whole = NamedSharding(mesh, P())
     params = {

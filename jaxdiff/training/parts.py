@@ -48,6 +48,9 @@ def read_vae(task: DiffusionTask, data: DataConfig) -> tuple[VAEConfig, Params]:
     vae, params = read_part(task.vae, "vae", None, "DiffusionTask.vae")
     if task.reads_sizes and not is_single(task.vae):
         check_latents(find_part(task.vae, "vae"))
+    if task.unet.class_embed_type is not None or task.unet.labels is not None:
+        raise ValueError("The UNet reads an image's embedding (class_embed_type) or a label (num_class_embeds); such "
+                         "models are sampled, and not trained.")  # fmt: skip
     if task.unet.in_channels == 2 * vae.latent_channels or task.unet.in_channels == vae.latent_channels + 1:
         raise ValueError(
             f"UNetConfig.in_channels is {task.unet.in_channels}, of a model that reads an image or a depth map beside "

@@ -1,5 +1,6 @@
 """CLIP's vision tower is transformers', and so are the images that it reads."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_towers(kind, whole, images, tmp_path, figures):
         out = theirs.vision_model(pixels, output_hidden_states=True)
         embedding = theirs.visual_projection(out.pooler_output)
     params = check_network("image_encoder", encoder.config, encoder.params, tmp_path)
-    found = net.apply({"params": params}, own)
+    found = net.apply({"params": params}, jnp.asarray(own))
     expected = {"embedding": embedding, "pooled": out.pooler_output, "penultimate": out.hidden_states[-2]}
     for name, tensor in expected.items():
         error = relative_error(getattr(found, name), tensor.numpy())

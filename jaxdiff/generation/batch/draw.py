@@ -201,7 +201,7 @@ def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
         values["embeddings"] = [{"file": one.path.as_posix(), "word": one.word} for one in pipe.model.embeddings]
     if request.control_image:
         values["controls"] = [control.path.as_posix() for control in pipe.model.controls]
-    if request.image_prompt:
+    if request.image_prompt and pipe.model.ip_adapters:
         values["ip_adapters"] = [adapter.path.as_posix() for adapter in pipe.model.ip_adapters]
         assert pipe.model.image_encoder is not None, "what IP-Adapters read"
         values["image_encoder"] = pipe.model.image_encoder.path.as_posix()

@@ -105,7 +105,7 @@ def write(args: Args, pipe: Pipeline) -> None:
     width, height = size = image_size(request_of(args), pipe.networks, pipe.size)
     factor = pipe.networks.factor
     program = pipe.program(request_of(args))
-    if program.family.beside:
+    if program.family.needs_image:
         raise ValueError("This model draws with an image; the export draws from prompts alone.")
     if not isinstance(program.family, StableDiffusion) or program.family.embeds_guidance:
         kind = "reads its guidance scale" if program.family.embeds_guidance else "is Stable Diffusion XL"
