@@ -166,6 +166,10 @@ class Args:
     file: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
     refiner: Path | None = None
     """A model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner."""
+    denoiser: Path | None = None
+    """A folder or a single file, such as a GGUF file, whose denoiser takes the place of the model's own."""
+    vae: Path | None = None
+    """A folder or a single file whose autoencoder takes the place of the model's own."""
     loras: Annotated[tuple[LoRAFlag, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora")] = ()
     """A LoRA or one of its kin (LoCon, LoHa, LoKr, DoRA, IA3), and how strongly: 0 is not at all, 1 as trained; a
     second number is for the text encoders. Give it again for more of them."""
@@ -198,7 +202,8 @@ class Args:
     dtype: str | None = None
     """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
     memory: Memory = "normal"
-    """low keeps one network at a time, its kernels in 16 bits: less than half the memory, about 1.4 times the time."""
+    """low keeps one network at a time, its kernels in 16 bits: less than half the memory, about 1.4 times the time;
+    lowest keeps most of them in 8 bits."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
@@ -235,10 +240,13 @@ def main(args: Args) -> int:
         prompts = (line.request.prompt for line in lines if line.request and not line.request.literal)
         for name in dict.fromkeys(name for prompt in prompts for name in named(prompt)):
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
+    if args.controls and not any(job.request.control_image for job in wanted):
+        raise ValueError("--control has nothing to go by; give an image by --control-image, or leave it out.")
     devices = jax.local_devices()
     several = devices if min(len(devices), n) > 1 else None
     more: dict[str, Any] = {"loras": args.loras, "embeddings": args.embeddings, "refiner": args.refiner}
     more |= {"controls": args.controls, "ip_adapters": args.ip_adapters, "image_encoder": args.image_encoder}
+    more |= {"denoiser": args.denoiser, "vae": args.vae}
     pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **more, **vars(args.file))
     if args.like is not None:
         check_like(args, pipe)
@@ -362,6 +370,7 @@ def draw_file(args: Args, pipe: Pipeline, wanted: list[Job], part: int, parts: i
         batch["memory"] = args.memory
     if pipe.refiner is not None:
         batch["refiner"] = pipe.refiner.name
+    batch |= pipe.model.exchanged
     if args.loras:
         batch["loras"] = [list(one.values.values()) for one in args.loras]
     if args.controls:
@@ -472,11 +481,9 @@ def check_like(args: Args, pipe: Pipeline) -> None:
     carried = read_settings(args.like) or {}
     if args.model is None and carried.get("model") != pipe.name:
         raise ValueError(f"{args.like} was drawn by the model {carried.get('model')!r}; give its folder by --model.")
-    refiner = None if pipe.refiner is None else pipe.refiner.name
-    if args.refiner is None and carried.get("refiner") != refiner:
-        raise ValueError(
-            f"{args.like} was drawn with the refiner {carried['refiner']!r}; give its folder by --refiner."
-        )
+    for part, given in {"refiner": args.refiner, "denoiser": args.denoiser, "vae": args.vae}.items():
+        if given is None and (known := carried.get(part)) is not None:
+            raise ValueError(f"{args.like} was drawn with the {part} {known!r}; give it by --{part}.")
     was = dict(Request.of({name: carried[name] for name in (*PICTURES, "prompt") if name in carried}).pictures())
     for name, path in args.request.pictures():
         known = carried.get(f"{name}_sha256")
@@ -490,7 +497,21 @@ def parse(argv: Sequence[str] | None) -> Args:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--like", type=Path)
     path = first.parse_known_args(words)[0].like
-    return tyro.cli(Args, args=words, default=Args() if path is None else like(path))
+    return tyro.cli(Args, args=words, default=Args() if path is None else without_given(like(path), words))
+
+
+def without_given(args: Any, words: Sequence[str]) -> Any:
+    """The arguments without the lists of which a flag is among the words, which would be added to them."""
+    given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    emptied = {}
+    for one in fields(args):
+        marks = getattr(one.type, "__metadata__", ())
+        names = [one.name, *(mark.name for mark in marks if getattr(mark, "name", None))]
+        if tyro.conf.UseAppendAction in marks and given & set(names):
+            emptied[one.name] = ()
+    if isinstance(getattr(args, "request", None), Flags):
+        emptied["request"] = without_given(args.request, words)
+    return replace(args, **emptied)
 
 
 def current_flag(word: str) -> str:

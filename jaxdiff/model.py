@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxdiff import build
 from jaxdiff.build import NetworkConfig
-from jaxdiff.config import SchedulerConfig, load_json, naming
+from jaxdiff.config import SchedulerConfig, VAEConfig, load_json, naming
 from jaxdiff.data.tokens import Tokenizer, declared_length
 from jaxdiff.families import FAMILIES, Family, StableDiffusion, StableDiffusionXL, StableDiffusionXLRefiner, family_of
 from jaxdiff.io.control import ControlNet, read_control
@@ -111,6 +111,8 @@ class Model:
     """A tiny autoencoder for previews."""
     tokenizer_2: Tokenizer | None = None
     """The second text encoder's."""
+    exchanged: Mapping[str, str] = field(default_factory=dict)
+    """The networks, by role, that were taken from another file or folder, and its name."""
     zero_empty: bool = False
     """Whether an empty negative prompt is zeros, and not what the text encoders make of it."""
 
@@ -157,6 +159,32 @@ class Model:
         """The same model with other params, by role."""
         networks = {role: Network(network.config, params[role]) for role, network in self.networks.items()}
         return replace(self, networks=networks)
+
+    def with_network(self, role: str, path: str | Path) -> "Model":
+        """The same model with another's network in place of its own, such as a VAE that was trained further.
+
+        Args:
+            role: "denoiser" or "vae".
+            path: a diffusers folder, or a single file that has the network.
+
+        Raises:
+            ValueError: where it has none, is damaged, or does not fit the others.
+        """
+        name = self.family.FOLDERS[role]
+        config, params = read_network(path, name)
+        own = self.networks[role].config
+        if isinstance(config, VAEConfig) and isinstance(own, VAEConfig) and is_single(path):
+            # Which the file of a VAE alone does not say.
+            config = replace(config, scaling_factor=own.scaling_factor, sample_size=own.sample_size)
+        network = Network(config, check_network(name, config, params, path))
+        model = replace(
+            self,
+            networks={**self.networks, role: network},
+            exchanged={**self.exchanged, role: Path(path).resolve().name},
+        )
+        with naming(path):
+            model.modules()
+        return model
 
     def with_loras(self, loras: Iterable[Any]) -> "Model":
         """The same model with LoRAs merged in; what they change is computed when it is placed or saved.

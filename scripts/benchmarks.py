@@ -108,8 +108,8 @@ def marked(readme: Path) -> tuple[str, str]:
 def table(figures: dict[str, dict[str, Any]]) -> str:
     """Markdown: what ran where, and a row a benchmark."""
     machines = dict.fromkeys(caption(values) for values in figures.values())
-    lines = [*machines, "", "| what | jaxdiff | diffusers | ours / theirs | to make | memory at most | diffusers' | to repeat |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("what", "jaxdiff", "diffusers", "ours / theirs", "to make", "memory at most", "diffusers'", "to repeat")
+    lines = [*machines, "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for name, values in figures.items():
         what, words = FULL[name]
         result = values["results"][0]

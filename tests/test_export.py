@@ -28,7 +28,7 @@ from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import Request
 from jaxdiff.io.images import read_settings
 from jaxdiff.model import EMBEDDED
-from jaxdiff.sampling.samplers import SAMPLERS, count_steps, make_sigmas
+from jaxdiff.sampling.samplers import count_steps, make_sigmas
 from jaxdiff.tools.export import load
 from jaxdiff.tools.export.__main__ import Args, cli, weights, write
 from jaxdiff.tools.export.program import all_levels, custom_calls, export, inputs_of
@@ -231,9 +231,10 @@ def test_the_tpu_compiler_takes_the_program_that_a_cpu_wrote(folder):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddim"])
+# One of each kind: with a history, with noise of its own, with two guesses a step. All are exported in one way.
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", "heun"])
 @pytest.mark.slow
-def test_every_samplers_program_can_be_exported_and_draws_its_picture(pipe, tmp_path, sampler):
+def test_samplers_of_every_kind_can_be_exported_and_draw_their_pictures(pipe, tmp_path, sampler):
     write(Args(tmp_path / "out", sampler=sampler), pipe)
     ours = load.Model(tmp_path / "out")
     assert off(ours("a dog", steps=4, seed=2), pipe("a dog", steps=4, seed=2, sampler=sampler)) <= 1

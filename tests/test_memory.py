@@ -66,14 +66,16 @@ def test_a_file_that_is_replaced_or_deleted_stays_what_it_was(folder):
     np.testing.assert_array_equal(Pipeline(read_model(folder.parent / "again"))("a dog", **SETTINGS), wanted)
 
 
-@pytest.mark.parametrize("memory", ["normal", "low"])
+@pytest.mark.parametrize("memory", ["normal", "low", "lowest"])
 def test_shapes_are_those_of_the_weights_to_come(model, memory, monkeypatch):
     monkeypatch.setattr("jaxdiff.nn.conv.prepared_tile", lambda c, c2: 4)
+    monkeypatch.setattr("jaxdiff.nn.linear._NARROWED", 0)
     placed = Weights(model.params, np.float32, memory=memory)
     for role in placed:
         shapes, found = placed.shapes(role), placed[role]
         assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
-    assert (memory == "normal") == any("winograd" in path for path, _ in leaves(placed.shapes("denoiser")))
+    for name, kept in {"winograd": "normal", "step": "lowest"}.items():
+        assert (memory == kept) == any(name in path for path, _ in leaves(placed.shapes("denoiser")))
 
 
 def test_with_little_memory_one_network_is_there_at_a_time(model):
@@ -88,6 +90,25 @@ def test_with_little_memory_images_are_nearly_the_same(model, pipe):
     wanted = pipe(["a dog", "a cat"], **SETTINGS).astype(int)
     found = Pipeline(model, memory="low")(["a dog", "a cat"], **SETTINGS)
     assert 0 < np.abs(found - wanted).max() <= 4
+
+
+def test_with_8_bits_images_are_those_of_weights_in_whole_steps(model, monkeypatch):
+    monkeypatch.setattr("jaxdiff.nn.linear._NARROWED", 0)
+
+    def rounded(path, leaf):
+        if leaf.ndim < 2:
+            return leaf
+        half = leaf.astype(np.float16).astype(np.float32)
+        if path[0].key == "vae" or path[-1].key != "kernel":
+            return half
+        step = np.abs(half).max(tuple(range(half.ndim - 1))) / np.float32(127)
+        return np.round(half / step) * step
+
+    wanted = Pipeline(model.with_params(jax.tree.map_with_path(rounded, model.params)))("a dog", **SETTINGS)
+    found = Pipeline(model, memory="lowest")("a dog", **SETTINGS)
+    plain = Pipeline(model)("a dog", **SETTINGS)
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert np.abs(found.astype(int) - plain).max() > 8
 
 
 @pytest.mark.parametrize("make", [np.asarray, jax.numpy.asarray])
@@ -126,7 +147,7 @@ def test_a_program_is_checked_against_memory_once(model, monkeypatch):
 
 
 def test_another_word_for_memory_is_refused(model):
-    with pytest.raises(ValueError, match=r"memory.*'high'.*normal or low"):
+    with pytest.raises(ValueError, match=r"memory.*'high'.*normal, low, lowest"):
         Pipeline(model, memory="high")
 
 

@@ -231,6 +231,10 @@ def test_control_images_are_followed_and_told(sample, folder, tmp_path):
     code, (again,), _ = sample("--like", path)
     assert code == 0
     assert Path(again).read_bytes() == Path(path).read_bytes()
+    code, (other,), _ = sample("--like", path, "--control-scale", 0.2)
+    assert (code, read_settings(other)["control_scale"]) == (0, [0.2])
+    code, _, said = sample("a dog", "--control", "net")
+    assert (code, "--control-image" in said) == (2, True)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a dog", "control_image": "c.png", "control_scale": 0.7}\n')
     assert sample("--from-file", "p.jsonl", "--control", "net")[0] == 0
     for words in (("--control-image", "none.png"), ("--control-image", "c.png"), ("--control-scale", 0.5)):
@@ -398,6 +402,15 @@ def test_what_is_given_beside_like_counts(sample, pipe):
     code, (path,), _ = sample("--like", first, "--seed", 8, "a red apple")
     assert code == 0
     np.testing.assert_array_equal(opened(path), pipe("a red apple", seed=8, guidance=3, steps=3)[0])
+
+
+def test_a_list_that_is_given_beside_like_takes_the_place_of_the_images_own(sample):
+    _, (first,), _ = sample("a dog", "--region", "0,0,0.5,1:a cat", "--region", "0.5,0,1,1:a bird")
+    code, (path,), _ = sample("--like", first, "--region", "0,0,1,0.5:an apple")
+    assert code == 0
+    assert [region["prompt"] for region in read_settings(path)["regions"]] == ["an apple"]
+    code, (path,), _ = sample("--like", first, "--seed", 4)
+    assert [region["prompt"] for region in read_settings(path)["regions"]] == ["a cat", "a bird"]
 
 
 def test_an_image_that_has_changed_since_is_told(sample, photo):

@@ -98,7 +98,6 @@ def test_networks_are_shown_the_same_bits_on_any_mesh(name: str, seen_by_one: di
 # name -> (processes, devices of each, mesh)
 TOPOLOGIES = {
     "1": (1, 1, ""),
-    "2": (1, 2, "--mesh.fsdp 2"),
     "4": (1, 4, "--mesh.fsdp 2"),
     "8": (1, 8, "--mesh.fsdp 2 --mesh.tensor 2"),
     "2x4": (2, 4, "--mesh.fsdp 2"),
@@ -138,7 +137,7 @@ def on_eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", [name for name in TOPOLOGIES if name != "8"])
+@pytest.mark.parametrize("topology", ["1", "2x4", "2x4, tensor 8"])
 def test_a_run_ends_with_the_same_parameters_on_any_topology(topology: str, on_eight: Path, tmp_path: Path) -> None:
     train(topology, tmp_path / "run")
     found = differences(on_eight, tmp_path / "run")
@@ -147,7 +146,7 @@ def test_a_run_ends_with_the_same_parameters_on_any_topology(topology: str, on_e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["1", "4", "2x4"])
+@pytest.mark.parametrize("topology", ["4", "2x4"])
 def test_a_checkpoint_of_eight_devices_goes_on_elsewhere(topology: str, on_eight: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(on_eight, workdir)

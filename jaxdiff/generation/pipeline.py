@@ -60,6 +60,14 @@ Images = UInt8[np.ndarray, "b h w 3"]
 Latents = Float32[np.ndarray, "b h w c"]
 
 
+_LESS = {
+    "normal": 'memory="low" (--memory low), or a smaller size',
+    "low": 'memory="lowest" (--memory lowest), or a smaller size',
+    "lowest": "a smaller size, or fewer prompts at once",
+}
+"""What takes less, by how much memory is used now."""
+
+
 def load(
     path: str | Path | None = None,
     dtype: str | None = None,
@@ -77,18 +85,20 @@ def load(
     image_encoder: str | Path | None = None,
     preview: str | Path | None = None,
     refiner: str | Path | None = None,
+    denoiser: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> "Pipeline":
     """Reads a text-to-image model; programs are kept for the next process (see `enable_compilation_cache`).
 
     Args:
-        path: a diffusers folder, a run directory of `train.py`, or a `.safetensors` or `.ckpt` file in the original
-            layout of Stable Diffusion 1, 2 or XL; None is the model that comes with the package.
+        path: a diffusers folder, a run directory of `train.py`, or a `.safetensors`, `.ckpt` or `.gguf` file in the
+            original layout of Stable Diffusion 1, 2 or XL; None is the model that comes with the package.
         dtype: what the networks compute in, "float32" or "bfloat16"; None is float32 on CPUs, else bfloat16.
         devices: over which images are spread, `jax.local_devices()` for all here; None is the first alone.
         adapters: functions of the params by role, which are applied in order before anything is cast or placed. The
             arrays that they are given are views of files, and cannot be written to: they return others.
         memory: "low" keeps one network at a time, and its kernels in 16 bits: less than half the memory, about 1.4
-            times the time, and a little accuracy.
+            times the time, and a little accuracy. "lowest" has those of all but the autoencoder in 8 bits.
         tokenizer: for a single file, the model's or the refiner's, in CLIP's place: a folder with vocab.json and
             merges.txt, or a diffusers folder.
         prediction_type: for a single file, which does not say it: "epsilon" or "v_prediction"; None is epsilon for
@@ -104,6 +114,9 @@ def load(
         preview: the folder of a tiny autoencoder (TAESD), by which `Pipeline.preview` makes images.
         refiner: a model of the same latents that takes the last steps, such as Stable Diffusion XL's refiner; see
             `Request.refiner_start`.
+        denoiser: a folder or a single file whose denoiser takes the place of the model's own, such as a GGUF file of
+            a denoiser alone.
+        vae: a folder or a single file whose autoencoder takes the place of the model's own.
 
     Raises:
         ValueError: in one sentence, when anything is missing, damaged or not supported.
@@ -114,6 +127,9 @@ def load(
     options = FileOptions(None if tokenizer is None else Path(tokenizer), prediction_type, ema)
     files = is_single(EMBEDDED if path is None else path), refiner is not None and is_single(refiner)
     model = read_model(path, options=FileOptions() if files == (False, True) else options)
+    for role, other in (("denoiser", denoiser), ("vae", vae)):
+        if other is not None:
+            model = model.with_network(role, other)
     if adapters:
         model = model.with_params(merge_adapters(model.params, adapters))
     if isinstance(loras, str | Path):
@@ -444,20 +460,19 @@ class Pipeline:
         """
         if jax.default_backend() != "cpu" or self._mesh is not None or (run, shape) in self._fitting:
             return
-        decoder, low = self._decoder(jax.ShapeDtypeStruct(shape, jnp.float32)), self.params.memory == "low"
+        decoder, memory = self._decoder(jax.ShapeDtypeStruct(shape, jnp.float32)), self.params.memory
         give_back_memory()
         there, free, total = resident_bytes(), free_bytes(), memory_bytes()
         if there is None or free is None:
             return
         steps = sum(map(self.params.missing_bytes, roles)) + temporaries(run)
         last = self.params.missing_bytes("vae") + temporaries(decoder)
-        beside = 0 if low else sum(map(self.params.missing_bytes, roles))
+        beside = sum(map(self.params.missing_bytes, roles)) if memory == "normal" else 0
         more = max(0, max(steps, beside + last) - self.params.passing_bytes())
         b, (h, w) = shape[0], (side * self.networks.factor for side in shape[1:3])
         told = (
             f"{b} x {w}x{h} pixels need about {more / 1e9:.2f} GB of memory "
-            f"beside the {there / 1e9:.2f} GB that this process has, and {{}}; use "
-            + ("a smaller size, or fewer prompts at once" if low else 'memory="low" (--memory low), or a smaller size')
+            f"beside the {there / 1e9:.2f} GB that this process has, and {{}}; use " + _LESS[memory]
         )
         if there + more > total:
             raise ValueError(told.format(f"this machine has {total / 1e9:.2f} GB in all") + ".")

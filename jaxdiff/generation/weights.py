@@ -13,11 +13,12 @@ from jax.typing import DTypeLike
 
 from jaxdiff.io.mapped import check_unchanged, release
 from jaxdiff.nn.conv import prepare
+from jaxdiff.nn.linear import narrow
 from jaxdiff.runtime.compile import is_large
 from jaxdiff.runtime.memory import memory_bytes
 from jaxdiff.types import Params
 
-Memory = Literal["normal", "low"]
+Memory = Literal["normal", "low", "lowest"]
 ALIGNED = 64
 """Bytes; where memory has to begin for XLA's CPU devices to use it without a copy."""
 STEPS = "denoiser"
@@ -41,10 +42,10 @@ def check_memory(memory: Any) -> Memory:
     """How much memory to use.
 
     Raises:
-        ValueError: where it is neither "normal" nor "low".
+        ValueError: where it is none of these words.
     """
     if memory not in get_args(Memory):
-        raise ValueError(f"memory is {memory!r}; choose {' or '.join(get_args(Memory))}.")
+        raise ValueError(f"memory is {memory!r}; choose one of {', '.join(get_args(Memory))}.")
     return memory
 
 
@@ -61,6 +62,7 @@ class Weights:
             dtype: what the networks compute in.
             device: a device or a sharding; None is the default device.
             memory: "low" keeps one network at a time, and its kernels in 16 bits; they are widened where they are used.
+                "lowest" has those of all networks but the autoencoder in 8.
         """
         self._params, self._dtype, self._device, self.memory = params, dtype, device, memory
         self._lock = threading.RLock()
@@ -121,6 +123,8 @@ class Weights:
         return self.memory == "normal" and not (on_cpu and not _at_steps(role) and is_large(self._params[role]))
 
     def _finish(self, role: str) -> Callable[[Path, Params], Params] | None:
+        if self.memory == "lowest":
+            return None if role in ("vae", PREVIEW) else narrow
         # With kernels in Winograd's form SD1.5's denoiser takes 1.7 times its weights; other things need memory, too.
         weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(self._params[role]))
         enough = self.memory == "normal" and 2 * weights < memory_bytes()
@@ -209,5 +213,5 @@ def _check_range(path: Path, is_beyond: bool) -> None:
     if is_beyond:
         raise ValueError(
             f"{'/'.join(path)} has a number beyond {np.finfo(np.float16).max:g}, the most that 16 bits hold; "
-            'leave out memory="low" (--memory low).'
+            "leave out memory (--memory)."
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdiff.io.gguf import HostArray
 from jaxdiff.types import Params
 
 Path = tuple[str, ...]
@@ -88,7 +89,7 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in torch_views(params).items()}
 
 
-def from_torch(tensors: Iterable[tuple[str, np.ndarray]]) -> Params:
+def from_torch(tensors: Iterable[tuple[str, HostArray]]) -> Params:
     """The tree of torch's (name, array) pairs, old names included. Leaves are views of the arrays: nothing is read.
 
     Raises:

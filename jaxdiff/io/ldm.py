@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from jaxdiff.io.gguf import HostArray
+
 Table = dict[str, str]
 Tensors = dict[str, np.ndarray]
 
@@ -189,7 +191,7 @@ def translate(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
-def from_ldm(tensors: Mapping[str, np.ndarray], table: Table) -> dict[str, tuple[str, np.ndarray]]:
+def from_ldm(tensors: Mapping[str, HostArray], table: Table) -> dict[str, tuple[str, HostArray]]:
     """The tensors by diffusers' names, as views, each with the original name it came from; without what has no name."""
     inverse = {theirs: ours for ours, theirs in table.items()}
     found = {}
@@ -240,7 +242,7 @@ def _modules(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _apart(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+def _apart(name: str, array: HostArray) -> list[tuple[str, HostArray]]:
     """OpenCLIP's stacked projections, each by the name that it would have alone."""
     module, found, leaf = name.rpartition(".attn.in_proj_")
     if not found or not array.ndim or array.shape[0] % len(_STACKED):
@@ -255,7 +257,7 @@ def _of_vae_attention(name: str) -> bool:
     )  # fmt: skip
 
 
-def _as_linear(name: str, array: np.ndarray) -> np.ndarray:
+def _as_linear(name: str, array: HostArray) -> HostArray:
     if name == _PROJECTION:
         return array.T
     return array[:, :, 0, 0] if _of_vae_attention(name) and array.shape[2:] == (1, 1) else array

@@ -1,4 +1,5 @@
-"""Models in one file, in the original layout of Stable Diffusion 1, 2 and XL: `.safetensors`, `.ckpt` of torch.save.
+"""Models in one file, in the original layout of Stable Diffusion 1, 2 and XL: `.safetensors`, `.ckpt` of torch.save,
+or `.gguf` in blocks of a few bits.
 
 Such a file holds tensors by their names in the original code and nothing else. Its networks' sizes are found from the
 names and shapes. What these do not say is what the known layouts have (`jaxdiff.io.layouts`); a file that was
@@ -21,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxdiff.config import CLIPTextConfig, SchedulerConfig, UNetConfig, VAEConfig, from_dict, naming, to_dict
 from jaxdiff.io import ldm
 from jaxdiff.io.convert import from_torch, torch_views
+from jaxdiff.io.gguf import HostArray
 from jaxdiff.io.layouts import (
     CLASSES,
     EMA,
@@ -43,11 +45,11 @@ from jaxdiff.io.layouts import (
     used_layers,
     xl_layout,
 )
-from jaxdiff.io.weights import Stored, listed, open_file, read_metadata, stored, write_safetensors
+from jaxdiff.io.weights import Stored, listed, open_model, read_metadata, stored, write_safetensors
 from jaxdiff.types import Params
 
 NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 logger = logging.getLogger(__name__)
 _SAID = "jaxdiff"
@@ -59,7 +61,7 @@ class SingleFile:
     """A file's tensors, mapped, and what is found in them. Made by `open_single`."""
 
     path: Path
-    tensors: Mapping[str, np.ndarray]
+    tensors: Mapping[str, HostArray]
     """By the file's own names."""
     metadata: Mapping[str, str]
     prediction_type: str | None = None
@@ -222,7 +224,7 @@ class SingleFile:
         return 96 if self.layout is SD2 and self._prediction[0] == "v_prediction" else self.layout.side
 
     @cached_property
-    def spare(self) -> dict[str, np.ndarray]:
+    def spare(self) -> dict[str, HostArray]:
         """The tensors that are no part of the networks, by the file's own names.
 
         With `ema` these are neither the plain weights nor the averages, which have taken their place.
@@ -255,7 +257,7 @@ class SingleFile:
     def _anchor(self, name: str) -> str:
         return self.places[name].prefix + self.places[name].anchor
 
-    def _found(self, name: str) -> dict[str, tuple[str, np.ndarray]]:
+    def _found(self, name: str) -> dict[str, tuple[str, HostArray]]:
         """A network's tensors by diffusers' names, each with the file's own name."""
         if name not in self._networks:
             if name not in self.places:
@@ -283,7 +285,7 @@ class SingleFile:
         return self._networks[name]
 
     @cached_property
-    def _networks(self) -> dict[str, dict[str, tuple[str, np.ndarray]]]:
+    def _networks(self) -> dict[str, dict[str, tuple[str, HostArray]]]:
         return {}
 
     @property
@@ -300,7 +302,7 @@ class SingleFile:
         name = original.removeprefix(self.places["unet"].prefix)
         return f"{EMA}diffusion_model{name.replace('.', '')}"
 
-    def _average(self, original: str) -> np.ndarray:
+    def _average(self, original: str) -> HostArray:
         if (array := self.tensors.get(self._flat(original))) is None:
             raise ValueError(
                 f"{self.path} has no averaged (EMA) weights: {self._flat(original)} is missing; load it without ema."
@@ -330,7 +332,7 @@ def open_single(path: Path | str, prediction_type: str | None = None, ema: bool 
     if prediction_type is not None and prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTIONS)}.")
     path = Path(path)
-    tensors, metadata = open_file(path)
+    tensors, metadata = open_model(path)
     file = SingleFile(path, tensors, metadata or {}, prediction_type, ema)
     if other := seems_to_be(file.tensors):
         raise ValueError(f"{path} seems to be {other}.")

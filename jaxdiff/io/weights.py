@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxdiff.config import load_json
 from jaxdiff.io.convert import leaves, torch_axes, torch_name
+from jaxdiff.io.gguf import MAGIC, HostArray, open_gguf
 from jaxdiff.io.mapped import map_file, release
 from jaxdiff.io.torch_files import open_torch
 from jaxdiff.types import Params
@@ -83,20 +84,28 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
-    """The tensors of a safetensors file or one of torch.save, told by how it begins, and the texts of the former.
+    """As `open_model`, with arrays of what is in blocks."""
+    tensors, texts = open_model(path)
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}, texts
+
+
+def open_model(path: Path) -> tuple[dict[str, HostArray], dict[str, str] | None]:
+    """The tensors of a file of safetensors, GGUF or torch.save, told by how it begins, and the texts of the former two.
 
     Raises:
-        ValueError: as `open_safetensors` and `open_torch` do.
+        ValueError: as `open_safetensors`, `open_gguf` and `open_torch` do.
     """
     try:
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    if head.startswith(MAGIC):
+        return open_gguf(path)
     # The size of a safetensors header may begin as a pickle does; JSON follows it.
     if head.startswith(b"PK\x03\x04") or (head[:2] in _PICKLES and head[8:] != b"{"):
-        return open_torch(path), None
-    return open_safetensors(path), read_metadata(path)
+        return {**open_torch(path)}, None
+    return {**open_safetensors(path)}, read_metadata(path)
 
 
 def stored(tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None = None) -> dict[str, Stored]:

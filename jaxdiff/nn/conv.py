@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdiff.nn.layers import KEPT
-from jaxdiff.nn.linear import add, at_width
+from jaxdiff.nn.linear import STEP, add, at_width, in_steps
 from jaxdiff.types import Params
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -61,6 +61,7 @@ class Conv3x3(nn.Module):
         if transformed is None:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels))
             y: Any = conv3x3(*at_width(x, kernel, self.dtype), stride=self.stride, padding=padding)
+            y = in_steps(y, self.get_variable("params", STEP))
         else:
             y = _prepared(x.astype(self.dtype), transformed, padding)
         if not self.use_bias:

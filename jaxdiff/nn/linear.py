@@ -14,6 +14,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxdiff.types import Params
+
 
 def add(x: Float[Array, "*shape"], y: Float[Array | np.ndarray, "*smaller"]) -> Float[Array, "*shape"]:
     """x + y in the type of `x`, over the shape of which `y` is repeated; y's gradient is summed in float32."""
@@ -47,6 +49,42 @@ def at_width(x: Any, kernel: Any, dtype: DTypeLike) -> tuple[Array, Array]:
     return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
 
 
+STEP = "step"
+"""The name of what a kernel of 8 bits counts in, beside it: one number for each channel of the result."""
+_NARROWED = 2**16
+"""Numbers of a kernel from which it is worth 8 bits: smaller ones, of a network's ends, take no memory."""
+
+
+def narrow(path: tuple[str, ...], module: Params) -> Params:
+    """A module's arrays with its kernel in 8 bits: multiples, up to 127, of a step for each channel of the result.
+
+    Half a step is at most 1/254 of the channel's largest weight, and the result is multiplied by the steps, so that
+    products stay those of the small whole numbers, which bfloat16 holds exactly. Such a tree is for drawing alone.
+
+    Args:
+        path: the module's.
+        module: its arrays by name.
+    """
+    kernel = module.get("kernel")
+    if kernel is None or kernel.size < _NARROWED:
+        return module
+    return {**module, **_narrowed(kernel)}
+
+
+@jax.jit
+def _narrowed(kernel: Float[Array, "*c c2"]) -> Params:
+    wide = kernel.astype(jnp.float32)
+    step = jnp.abs(wide).max(range(wide.ndim - 1), keepdims=True) / 127
+    return {"kernel": jnp.round(wide / jnp.where(step > 0, step, 1)).astype(jnp.int8), STEP: step.reshape(-1)}
+
+
+def in_steps(y: Float[Array, "*b c2"], step: Float[Array, " c2"] | None) -> Float[Array, "*b c2"]:
+    """The result of a kernel that counts in steps; of any other it is the result itself."""
+    if step is None:
+        return y
+    return (y.astype(jnp.float32) * step.reshape((1,) * (y.ndim - 1) + (-1,))).astype(y.dtype)
+
+
 class Dense(nn.Module):
     """x W + b. Parameters are those of `flax.linen.Dense`."""
 
@@ -58,7 +96,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b {self.features}"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         x, kernel = at_width(x, kernel, self.dtype)
-        y = x @ kernel
+        y = in_steps(x @ kernel, self.get_variable("params", STEP))
         if not self.use_bias:
             return y
         return add(y, self.param("bias", nn.initializers.zeros_init(), (self.features,)))
@@ -75,7 +113,7 @@ class Conv1x1(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (1, 1, x.shape[-1], self.channels))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
         x, kernel = at_width(x, kernel, self.dtype)
-        return add(x @ kernel[0, 0], bias)
+        return add(in_steps(x @ kernel[0, 0], self.get_variable("params", STEP)), bias)
 
 
 class Embed(nn.Module):

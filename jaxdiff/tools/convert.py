@@ -109,7 +109,7 @@ def read_file(args: Args) -> Source:
         file.pads,
         file.zero_empty,
         file.defaults,
-        Unmapped(file.spare, file.metadata),
+        Unmapped({name: np.asarray(array) for name, array in file.spare.items()}, file.metadata),
         tuple(file.unknown),
     )
 

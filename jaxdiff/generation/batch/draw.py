@@ -195,6 +195,7 @@ def metadata(pipe: Pipeline, request: Request, image: Image) -> dict[str, Any]:
         values["memory"] = pipe.params.memory
     if pipe.refiner is not None:
         values["refiner"] = pipe.refiner.name
+    values |= pipe.model.exchanged
     if pipe.model.loras:
         values["loras"] = [lora.values for lora in pipe.model.loras]
     if pipe.model.embeddings:

@@ -38,7 +38,8 @@ class Args:
     dtype: str | None = None
     """What the networks compute in: float32 (the default on CPUs) or bfloat16 (elsewhere)."""
     memory: Memory = "normal"
-    """low keeps one network at a time, its kernels in 16 bits: less than half the memory, about 1.4 times the time."""
+    """low keeps one network at a time, its kernels in 16 bits: less than half the memory, about 1.4 times the time;
+    lowest keeps most of them in 8 bits."""
     preview: Path | None = None
     """The folder of a tiny autoencoder (TAESD), by which the guesses on the way are shown in the image's size."""
     out: Path | None = None
