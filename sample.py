@@ -245,8 +245,8 @@ def main(args: Args) -> int:
     devices = jax.local_devices()
     several = devices if min(len(devices), n) > 1 else None
     more: dict[str, Any] = {"loras": args.loras, "embeddings": args.embeddings, "refiner": args.refiner}
+    more |= {"controls": args.controls, "denoiser": args.denoiser, "vae": args.vae}
     more |= {"controls": args.controls, "ip_adapters": args.ip_adapters, "image_encoder": args.image_encoder}
-    more |= {"denoiser": args.denoiser, "vae": args.vae}
     pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **more, **vars(args.file))
     if args.like is not None:
         check_like(args, pipe)

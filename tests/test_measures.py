@@ -13,7 +13,7 @@ from jaxdiff.evaluation.comparison import Comparison, measures
 from jaxdiff.evaluation.extractor import Seen
 from jaxdiff.evaluation.frechet import Gaussian, Moments, frechet_distance, frechet_infinity
 from jaxdiff.evaluation.neighbours import nearest_neighbour, radii, support
-from jaxdiff.evaluation.pairwise import check_sets
+from jaxdiff.evaluation.blocks import check_sets
 from jaxdiff.evaluation.resize import resize, resize_matrix
 from jaxdiff.evaluation.scores import clip_score, inception_score
 

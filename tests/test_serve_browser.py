@@ -1,8 +1,6 @@
 """The page in a real browser: Chromium, driven as a user would."""
 
 import base64
-import json
-import shutil
 
 import numpy as np
 import pytest
@@ -10,24 +8,16 @@ from PIL import Image
 
 from jaxdiff.io.images import read_image, read_settings
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs the browser extra")
+pytest.importorskip("selenium.webdriver", reason="needs the browser extra")
 
-from selenium.webdriver import ActionChains, Keys  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
-from test_serve import serving  # noqa: E402
+from chromium import MISSING, Window, chromium
+from selenium.webdriver import ActionChains, Keys
+from test_serve import serving
 
-from jaxdiff.tools.serve.requests import Limits  # noqa: E402
-from jaxdiff.tools.serve.worker import Worker  # noqa: E402
+from jaxdiff.tools.serve.requests import Limits
+from jaxdiff.tools.serve.worker import Worker
 
-CHROMIUM, DRIVER = (shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver"))
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium-driver)"),
-]
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--window-size=1280,1000")  # fmt: skip
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
 
 @pytest.fixture(scope="module")
@@ -44,35 +34,16 @@ def downloads(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory, downloads):
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile"), downloads) as driver:
+        yield driver
 
 
-class Page:
+class Page(Window):
     """What a user sees and does."""
 
     def __init__(self, browser, address: str) -> None:
-        self.browser = browser
-        browser.get_log("performance")
-        browser.get_log("browser")
-        browser.get(address)
+        super().__init__(browser, address)
         self.until(lambda: self.all("#steps"))
-
-    def until(self, condition):
-        return WebDriverWait(self.browser, 60, 0.02).until(lambda _: condition())
-
-    def one(self, selector: str):
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector: str):
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
     def write(self, selector: str, text: object) -> None:
         self.one(selector).send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.BACKSPACE + str(text))
@@ -105,18 +76,12 @@ class Page:
     def said(self) -> str:
         return self.one("#error").text
 
-    def requests(self) -> list[str]:
-        """Everything that the browser fetched."""
-        events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
-        return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-
 
 @pytest.fixture
 def page(browser, address):
     page = Page(browser, address)
     yield page
-    complaints = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert [text for text in complaints if "status of 400" not in text] == []
+    assert [text for text in page.complaints() if "status of 400" not in text] == []
 
 
 def test_a_prompt_is_typed_and_its_picture_appears_and_is_downloaded_with_its_settings(page, pipe, address, downloads):
@@ -224,20 +189,9 @@ def test_what_is_refused_is_said_on_the_page(page):
 
 def test_everything_that_can_be_turned_has_a_name(page):
     page.one("summary").click()
-    nameless = page.browser.execute_script("""
-        return [...document.querySelectorAll("input, select, textarea, button, canvas")]
-          .filter((one) => one.checkVisibility() && !(one.labels?.length || one.ariaLabel || one.textContent.trim()))
-          .map((one) => one.outerHTML);
-    """)
-    assert nameless == []
+    assert page.nameless() == []
 
 
 @pytest.mark.parametrize("width", [360, 820, 1280])
 def test_nothing_is_wider_than_the_window(page, width):
-    page.browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    )
-    try:
-        assert page.browser.execute_script("return document.documentElement.scrollWidth") <= width
-    finally:
-        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert page.width_in(width) <= width

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from jaxdiff.evaluation.pairwise import Features, Others, check_sets, slices
+from jaxdiff.evaluation.blocks import Features, Others, check_sets, slices
 
 SIZES = 15
 """Numbers of pictures between a fifth of all and all of them, through which the line for `frechet_infinity` goes."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from jaxdiff.evaluation.pairwise import Block, Features, Others, blocks, check_sets
+from jaxdiff.evaluation.blocks import Block, Features, Others, blocks, check_sets
 
 Kernel = Callable[[Block], Float[np.ndarray, "r c"]]
 """From a block of products to the kernel's values."""

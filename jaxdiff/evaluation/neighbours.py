@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxdiff.evaluation.pairwise import Features, Others, blocks, check_sets, slices
+from jaxdiff.evaluation.blocks import Features, Others, blocks, check_sets, slices
 
 BALL, DENSITY_BALL = 3, 5
 """k of precision and recall (Kynkaanniemi et al. 2019), and of density and coverage (Naeem et al. 2020)."""

@@ -97,7 +97,7 @@ def _params(path: Path, tensors: Mapping[str, np.ndarray]) -> Params:
 def _original(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Any, Params]:
     """The config and the params of a file with original names; what it has beside is left out, as `lora_` or `ema`."""
     found = ldm.from_ldm(tensors, ldm.control_table(*ldm.control_sizes(tensors)))
-    ours = {name: array for name, (_, array) in found.items()}
+    ours = {name: np.asarray(array) for name, (_, array) in found.items()}
     return _config_of(path, ours), _params(path, ours)
 
 

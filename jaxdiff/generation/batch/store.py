@@ -150,12 +150,7 @@ class Store:
 
     def entries(self) -> list[dict[str, Any]]:
         """What the index files say of images that are there, of all processes: by line and seed, each once."""
-        found: dict[str, dict[str, Any]] = {}
-        for part in sorted(self.folder.glob("images*.jsonl")):
-            for line in part.read_bytes().split(b"\n"):
-                if (entry := _entry(line)) and self._is_whole(entry):
-                    found[entry["file"]] = entry
-        return sorted(found.values(), key=lambda entry: (entry["line"], entry["seed"]))
+        return read_entries(self.folder)
 
     def finish(self, title: str = "") -> list[Path]:
         """Writes what shows the images that are there, and returns the paths.
@@ -185,12 +180,6 @@ class Store:
             cell[top : top + image.shape[0], left : left + image.shape[1]] = image
             cells.append(cell)
         return contact_sheet(cells, [str(entry["settings"].get("prompt", "")) for entry in entries])
-
-    def _is_whole(self, entry: dict[str, Any]) -> bool:
-        try:
-            return (self.folder / entry["file"]).stat().st_size == entry["bytes"]
-        except (OSError, ValueError):  # ValueError: a name that no file can have
-            return False
 
     def _check(self, batch: dict[str, Any], everything: list[Job]) -> None:
         """That the folder is this batch's, or becomes it."""
@@ -251,6 +240,23 @@ class Store:
             return partial.replace(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def read_entries(folder: Path) -> list[dict[str, Any]]:
+    """What a folder's index files say of images that are there whole: by line and seed, each once."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in sorted(folder.glob("images*.jsonl")):
+        for line in part.read_bytes().split(b"\n"):
+            if (entry := _entry(line)) and _is_whole(folder, entry):
+                found[entry["file"]] = entry
+    return sorted(found.values(), key=lambda entry: (entry["line"], entry["seed"]))
+
+
+def _is_whole(folder: Path, entry: dict[str, Any]) -> bool:
+    try:
+        return (folder / entry["file"]).stat().st_size == entry["bytes"]
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return False
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

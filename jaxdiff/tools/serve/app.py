@@ -1,8 +1,6 @@
 """The page and what it asks, over HTTP: a browser may talk to it from the page itself, and from nowhere else."""
 
 import asyncio
-import base64
-import hashlib
 import ipaddress
 import json
 import re
@@ -24,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import jaxdiff
 from jaxdiff.generation.request import Request
+from jaxdiff.io.pages import content_policy
 from jaxdiff.sampling.samplers import SAMPLERS, WITH_ETA
 from jaxdiff.tools.serve.requests import Limits, Refused, read_request
 from jaxdiff.tools.serve.worker import Job, Worker
@@ -44,9 +43,10 @@ def make_app(worker: Worker, names: Sequence[str] = (), is_open: bool = False) -
         is_open: whether it may be reached by addresses other than this machine's own.
     """
     page = PAGE.read_bytes()
+    policy = f"{content_policy(page.decode(), 'data: blob:')}; connect-src 'self'; frame-ancestors 'none'"
 
     async def index(request: HTTPRequest) -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _policy(page.decode())})
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     async def info(request: HTTPRequest) -> Response:
         return JSONResponse(await run_in_threadpool(describe, worker))
@@ -196,14 +196,3 @@ def _is_known(host: str, names: Sequence[str], is_open: bool) -> bool:
     except ValueError:
         return False
     return is_open or address.is_loopback
-
-
-def _policy(page: str) -> str:
-    """The page runs its own script and looks as its own style says; nothing comes from elsewhere or goes there."""
-
-    def hashed(tag: str) -> str:
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()}'" for t in texts)
-
-    return (f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; img-src data: blob:; "
-            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
