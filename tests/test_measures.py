@@ -9,11 +9,11 @@ import scipy.linalg
 from PIL import Image
 
 from jaxdiff.evaluation import frechet, mmd, pixels
+from jaxdiff.evaluation.blocks import check_sets
 from jaxdiff.evaluation.comparison import Comparison, measures
 from jaxdiff.evaluation.extractor import Seen
 from jaxdiff.evaluation.frechet import Gaussian, Moments, frechet_distance, frechet_infinity
 from jaxdiff.evaluation.neighbours import nearest_neighbour, radii, support
-from jaxdiff.evaluation.blocks import check_sets
 from jaxdiff.evaluation.resize import resize, resize_matrix
 from jaxdiff.evaluation.scores import clip_score, inception_score
 
@@ -132,10 +132,12 @@ def test_kid_is_the_double_sum():
 
 
 def test_kid_of_subsets_that_are_all_is_exact():
-    x, y = drawn(60, 5, 1), drawn(60, 5, 2, 0.4)
+    x, y = (s.astype(np.float64) for s in (drawn(60, 5, 1), drawn(60, 5, 2, 0.4)))
     by_subsets = mmd.kid_by_subsets(x, y, subsets=3, size=60)
     assert by_subsets.mean == pytest.approx(mmd.kid(x, y), rel=1e-10)
     assert by_subsets.deviation < 1e-12
+    single = mmd.kid_by_subsets(x.astype(np.float32), y.astype(np.float32), subsets=1, size=60)
+    assert single.mean == pytest.approx(by_subsets.mean, rel=1e-5)
     with pytest.raises(ValueError, match="size is 1000"):
         mmd.kid_by_subsets(x, y)
 

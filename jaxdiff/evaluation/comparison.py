@@ -7,10 +7,10 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxdiff.evaluation import frechet, mmd, two_sample
+from jaxdiff.evaluation.blocks import check_sets
 from jaxdiff.evaluation.extractor import Extractor, Seen
 from jaxdiff.evaluation.features import CLIP
 from jaxdiff.evaluation.neighbours import DENSITY_BALL, support
-from jaxdiff.evaluation.blocks import check_sets
 from jaxdiff.evaluation.pixel_adversary import pixel_test
 from jaxdiff.evaluation.pixels import SpectrumSum, psnr, ssim
 from jaxdiff.evaluation.scores import clip_score, inception_score

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Float, Float64, Int
 from scipy import stats
 
+from jaxdiff.evaluation.blocks import Features, Others, check_sets
 from jaxdiff.evaluation.mmd import check_paired, shuffled
 from jaxdiff.evaluation.neighbours import nearest_neighbour
-from jaxdiff.evaluation.blocks import Features, Others, check_sets
 
 LOGIT_VARIANCE = 4.0
 """Of the logistic regression's logits before it has seen an image: its prior, which is its regularisation."""
