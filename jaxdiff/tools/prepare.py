@@ -21,7 +21,8 @@ class Args:
     """
 
     name: Annotated[str, tyro.conf.Positional] = "emoji"
-    """`emoji`, or any TFDS data set's name; or `features`, the network that `evaluate concepts` looks through."""
+    """`emoji`, or any TFDS data set's name; or `features`, the network that `evaluate concepts` and `evaluate images` look
+    through."""
     data_dir: Path = Path("data")
     """Where to write it; the `DataConfig.root` of a run."""
     downloads: Path | None = None
