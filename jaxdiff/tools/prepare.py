@@ -21,7 +21,7 @@ class Args:
     """
 
     name: Annotated[str, tyro.conf.Positional] = "emoji"
-    """`emoji`, or any TFDS data set's name; or `features`, the network that `evaluate concepts` and `evaluate images` look
+    """`emoji`, or any TFDS data set's name; or `features`, the network that `evaluate concepts` and `images` look
     through."""
     data_dir: Path = Path("data")
     """Where to write it; the `DataConfig.root` of a run."""
