@@ -242,11 +242,13 @@ def main(args: Args) -> int:
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
     if args.controls and not any(job.request.control_image for job in wanted):
         raise ValueError("--control has nothing to go by; give an image by --control-image, or leave it out.")
+    if args.ip_adapters and not any(job.request.image_prompt for job in wanted):
+        raise ValueError("--ip-adapter has nothing to go by; give an image by --image-prompt, or leave it out.")
     devices = jax.local_devices()
     several = devices if min(len(devices), n) > 1 else None
     more: dict[str, Any] = {"loras": args.loras, "embeddings": args.embeddings, "refiner": args.refiner}
     more |= {"controls": args.controls, "denoiser": args.denoiser, "vae": args.vae}
-    more |= {"controls": args.controls, "ip_adapters": args.ip_adapters, "image_encoder": args.image_encoder}
+    more |= {"ip_adapters": args.ip_adapters, "image_encoder": args.image_encoder}
     pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **more, **vars(args.file))
     if args.like is not None:
         check_like(args, pipe)

@@ -397,8 +397,9 @@ def read_model(
     texts: list[Any] = [networks[role].config for role in family.TEXT_ENCODERS]
     encoder = None
     if ENCODER in networks:
-        own, place = networks[ENCODER], folder / ENCODER
-        encoder = ImageEncoder(place, own.config, own.params, read_processor(place, own.config))
+        config: Any = networks[ENCODER].config
+        place = folder / ENCODER
+        encoder = ImageEncoder(place, config, networks[ENCODER].params, read_processor(place, config))
     noisings = [name for name in NOISINGS if index.get(name) not in (None, [None, None])]
     folders = [tokenizer_folder(folder, TOKENIZERS[family.FOLDERS[role]]) for role in family.TEXT_ENCODERS]
     tokenizers = [

@@ -260,7 +260,8 @@ def test_image_prompts_are_seen_and_told(sample, folder, tmp_path):
     assert Path(again).read_bytes() == Path(path).read_bytes()
     (tmp_path / "p.jsonl").write_text('{"prompt": "a dog", "image_prompt": ["p.png", "p.png"]}\n')
     assert sample("--from-file", "p.jsonl", "--ip-adapter", file.name)[0] == 0
-    for words in (("--image-prompt", "none.png"), ("--image-prompt", "p.png"), ("--image-prompt-scale", 0.5)):
+    for words in (("--image-prompt", "none.png"), ("--image-prompt", "p.png"), ("--image-prompt-scale", 0.5),
+                  ("--ip-adapter", file.name)):  # fmt: skip
         code, _, said = sample("a dog", *words)
         assert (code, len(said.splitlines())) == (2, 1)
 

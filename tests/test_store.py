@@ -204,6 +204,8 @@ def test_a_fingerprint_changes_with_any_argument_and_the_images_contents(tmp_pat
                {"control_image": (str(image),)}, {"control_image": (str(image),) * 2},
                {"control_image": str(image), "control_scale": 0.5}, {"control_image": str(image), "control_start": 0.5},
                {"control_image": str(image), "control_end": 0.5}, {"control_image": str(image), "control_guess": True},
+               {"image_prompt": (str(image),)}, {"image_prompt": (str(image),), "image_prompt_scale": 0.5},
+               {"noise_level": 3},
                ]  # fmt: skip
     assert {one.name for one in fields(Request)} - {"latents"} == {name for change in changed for name in change}
     assert len({base, *(of(**change) for change in changed)}) == 1 + len(changed)

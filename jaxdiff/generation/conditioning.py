@@ -219,7 +219,7 @@ def read_image_prompts(drawing: Drawing, noise: AnyArray | None, params: Weights
 def _noised(drawing: Drawing, noise: AnyArray | None) -> Float32[np.ndarray, "b h w 3"]:
     """The images that are enlarged, from -1 to 1, with noise."""
     assert drawing.small is not None
-    _, alpha_bar = np.float32(drawing.noise_level)
+    alpha_bar = np.float32(drawing.noise_level[1])
     image = drawing.small.astype(np.float32) / 127.5 - 1
     return np.sqrt(alpha_bar) * image + np.sqrt(1 - alpha_bar) * np.asarray(noise)
 

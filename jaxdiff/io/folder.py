@@ -271,6 +271,7 @@ def write_folder(
             (new / name).mkdir()
             _write_json(new / name / part.file, dict(part.values))
         readers = [name for name in networks if name in TOKENIZERS]
+        readers = readers or ([] if tokenizer is None else ["text_encoder"])
         for name, own in zip(readers, (tokenizer, tokenizer_2), strict=False):
             folder = new / TOKENIZERS[name]
             folder.mkdir()

@@ -156,17 +156,18 @@ def processed(image: UInt8[np.ndarray, "h w 3"], config: ImageProcessorConfig) -
         if len(config.size) == 1:
             short = config.size[0]
             # As transformers rounds: down.
-            sides = int(short * height / min(height, width)), int(short * width / min(height, width))
+            down, across = (int(short * side / min(height, width)) for side in (height, width))
         else:
-            sides = config.size
-        image = np.asarray(Image.fromarray(image).resize(sides[::-1], Image.Resampling(config.resample)))
+            down, across = config.size
+        image = np.asarray(Image.fromarray(image).resize((across, down), Image.Resampling(config.resample)))
     if config.do_center_crop:
         for axis, n in enumerate(config.crop_size):
             image = _middle(image, axis, n)
     pixels = image.astype(np.float64) * config.rescale_factor if config.do_rescale else image
     pixels = pixels.astype(np.float32)
     if config.do_normalize:
-        pixels = (pixels - np.float32(config.image_mean)) / np.float32(config.image_std)
+        mean, std = (np.array(colour, np.float32) for colour in (config.image_mean, config.image_std))
+        pixels = (pixels - mean) / std
     return pixels
 
 

@@ -175,7 +175,8 @@ class UNet2DConditionModel(nn.Module):
 
     def middle(self) -> CrossAttentionMiddle:
         """The stage at the bottom."""
-        sizes = self._stage(len(self.channels) - 1, self.mid_depth) | {"only_context": False}
+        sizes = self._stage(len(self.channels) - 1, self.mid_depth)
+        sizes["only_context"] = False
         return CrossAttentionMiddle(layers=1, divisor=self.mid_divisor, name="mid_block", **sizes)
 
     def up(self, i: int) -> UpStage:

@@ -113,7 +113,8 @@ def write(args: Args, pipe: Pipeline) -> None:
                          "draw with it by sample.py or the page.")  # fmt: skip
     levels = all_levels(program, args.schedule)
 
-    tokenizer, empty = pipe.model.tokenizer, pipe.model.tokenizer([""])[0]
+    (tokenizer,) = pipe.model.tokenizers
+    empty = tokenizer([""])[0]
     inputs = inputs_of(program, args.batch, len(empty))
     stored, computed = weights(pipe, args.dtype)
     exported = export(
@@ -204,7 +205,7 @@ def check_tokenizer(folder: Path, text: dict[str, Any], pipe: Pipeline) -> None:
     """
     theirs = load.Tokenizer(load.read_json(folder / load.VOCAB), load.read_merges(folder / load.MERGES), **text)
     for trial in (*TRIALS, *text["special"], *(f"{word}s" for word in text["special"])):
-        if (theirs([trial]) != pipe.model.tokenizer([trial])).any():
+        if (theirs([trial]) != pipe.model.tokenizers[0]([trial])).any():
             raise ValueError(f"The model's tokenizer is not CLIP's: of {trial!r} it makes other tokens, so the loader "
                              "cannot do without the package tokenizers, and the model is not exported.")  # fmt: skip
 
