@@ -98,7 +98,7 @@ def kid_by_subsets(x: Features, y: Others, subsets: int = SUBSETS, size: int = S
     rng = np.random.default_rng(seed)
     parts = ((s[rng.choice(len(s), size, replace=False)] for s in (x, y)) for _ in range(subsets))
     kernel, dtype = polynomial(x.shape[1]), np.result_type(x, y)
-    found = [mmd2(*pair, kernel, dtype=dtype) for pair in parts]
+    found = [mmd2(a, b, kernel, dtype=dtype) for a, b in parts]
     return Subsets(float(np.mean(found)), float(np.std(found)))
 
 
