@@ -26,6 +26,8 @@ from jaxdiff.data.resident import Resident
 from jaxdiff.data.sources import summary
 from jaxdiff.data.tokens import Tokenizer
 from jaxdiff.evaluation.denoising import Heldout, as_metrics, denoising_errors, heldout
+from jaxdiff.evaluation.drawn import DrawnMeasures
+from jaxdiff.evaluation.features import open_features
 from jaxdiff.evaluation.lpips import compiled_lpips, read_lpips
 from jaxdiff.evaluation.plots import can_plot, plot_metrics
 from jaxdiff.families import family_of
@@ -341,6 +343,7 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
     check_contents(contents, workdir)  # before anything is encoded
     requests = sample_requests(config, vae, tokenizers, captions)
     measured = measured_on(config, captions)
+    measures = drawn_measures(config, measured)
     if not is_remote(workdir):
         check_target(str(workdir / "export"))
     if task.latent_variants:
@@ -358,7 +361,8 @@ def diffusion_run(config: TrainConfig, workdir: epath.Path) -> Run:
         images = pipe.draw(requests)
         with staged(workdir / "samples") as folder:
             write_png(folder, f"{step:07}", contact_sheet(list(images), [request.prompt for request in requests]))
-        return as_metrics(denoising_errors(pipe, measured, batch=min(32, data.batch_size))) if measured else {}
+        figures = as_metrics(denoising_errors(pipe, measured, batch=min(32, data.batch_size))) if measured else {}
+        return figures | measures(pipe, requests[0].steps or EVAL_STEPS) if measures else figures
 
     def read(step: int, rows: Sequence[int]) -> Batches:
         told = {"seed": config.seed, "start_step": step, "rows": rows, "numbers": task.reads_sizes}
@@ -392,6 +396,21 @@ def measured_on(config: TrainConfig, source: Source) -> Heldout | None:
     if leads():
         print(f"Evaluations measure the error of the guess on {len(found.images)} images ({data.source}, {split}).")
     return found
+
+
+def drawn_measures(config: TrainConfig, measured: Heldout | None) -> DrawnMeasures | None:
+    """What evaluations measure of images that are drawn for held-out captions; None where nothing.
+
+    Raises:
+        ValueError: where there are no such images, or the network that looks at them is missing.
+    """
+    if not config.eval_measures or not leads():
+        return None
+    if measured is None:
+        raise ValueError("TrainConfig.eval_measures need held-out images with captions, and these data or this model "
+                         "have none: leave them out.")  # fmt: skip
+    folder = Path(config.eval_features) if config.eval_features else Path(config.data.root) / "features"
+    return DrawnMeasures(config.eval_measures, measured, open_features(folder))
 
 
 def open_heldout(data: DataConfig, captions: bool = True) -> Source:

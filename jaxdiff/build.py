@@ -12,6 +12,7 @@ from jaxdiff.config import (
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
+    Dinov2Config,
     ImageNormalizerConfig,
     IPAdapterConfig,
     LPIPSConfig,
@@ -23,6 +24,7 @@ from jaxdiff.config import (
 from jaxdiff.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxdiff.models.clip_vision import CLIPVisionModelWithProjection
 from jaxdiff.models.controlnet import ControlNetModel
+from jaxdiff.models.dinov2 import Dinov2Model
 from jaxdiff.models.image_normalizer import StableUnCLIPImageNormalizer
 from jaxdiff.models.ip_adapter import IPAdapter
 from jaxdiff.models.lpips import LPIPS, SMALLEST
@@ -39,6 +41,7 @@ NetworkConfig = (
     | VAEConfig
     | CLIPTextConfig
     | CLIPVisionConfig
+    | Dinov2Config
     | ImageNormalizerConfig
     | IPAdapterConfig
     | T2IAdapterConfig
@@ -182,6 +185,23 @@ def image_encoder(config: CLIPVisionConfig, dtype: DTypeLike = jnp.float32) -> C
     )
 
 
+def dinov2(config: Dinov2Config, dtype: DTypeLike = jnp.float32) -> Dinov2Model:
+    """A reader of images that was trained without texts, for features to compare sets of images by."""
+    return Dinov2Model(
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        mlp_ratio=config.mlp_ratio,
+        patch_size=config.patch_size,
+        activation=config.hidden_act,
+        swiglu=config.use_swiglu_ffn,
+        qkv_bias=config.qkv_bias,
+        registers=config.num_register_tokens,
+        eps=config.layer_norm_eps,
+        dtype=dtype,
+    )
+
+
 def image_normalizer(config: ImageNormalizerConfig, dtype: DTypeLike = jnp.float32) -> StableUnCLIPImageNormalizer:
     """What adds noise to an image's embedding."""
     return StableUnCLIPImageNormalizer(config.embedding_dim, dtype)
@@ -241,6 +261,8 @@ def example_inputs(config: NetworkConfig) -> tuple[tuple[Any, ...], dict[str, An
         return (image, image) if isinstance(config, LPIPSConfig) else (image,), {}
     if isinstance(config, TinyVAEConfig):
         return (jnp.zeros((1, config.factor, config.factor, 3)),), {}
+    if isinstance(config, Dinov2Config):
+        return (jnp.zeros((1, config.image_size, config.image_size, 3)),), {}
     if isinstance(config, ImageNormalizerConfig):
         return (*(jnp.zeros((1, config.embedding_dim)),) * 2, *(jnp.ones(()),) * 2), {}
     if isinstance(config, IPAdapterConfig):

@@ -462,3 +462,8 @@ def test_a_frozen_text_encoder_needs_weights_and_networks_need_sizes() -> None:
         TrainConfig("runs/x", frozen, model="models/sd15")
     with pytest.raises(ValueError, match="DiffusionTask names no network's size: give --model FOLDER"):
         TrainConfig("runs/x", DiffusionTask())
+
+
+def test_measures_of_what_is_drawn_need_held_out_images():
+    with pytest.raises(ValueError, match="heldout of 20 images or more"):
+        TrainConfig(workdir="runs/x", task=VAETask(), eval_measures=("kid",))

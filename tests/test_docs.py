@@ -34,7 +34,7 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/extending.md", "docs/evaluation.md"])
 def test_every_snippet_runs(page, in_a_folder):
     names: dict = {}
     for code in blocks(page, "python"):

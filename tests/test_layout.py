@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
         "model", "families", "prompts", "sampling", "diffusion", "nn", "data", "io", "runtime", "config", "types",
     },
     "evaluation": {
-        "generation", "model", "models", "families", "diffusion", "data", "io", "runtime", "config", "types",
+        "generation", "model", "models", "build", "families", "diffusion", "data", "io", "runtime", "config", "types",
     },
     "__init__": {"generation"},
 }  # fmt: skip

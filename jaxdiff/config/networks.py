@@ -275,6 +275,45 @@ class VAEConfig(Checked):
 
 
 @dataclass(frozen=True)
+class Dinov2Config(Checked):
+    """`config.json` of a DINOv2, with or without registers."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    mlp_ratio: int = 4
+    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"] = "gelu"
+    layer_norm_eps: float = 1e-6
+    image_size: int = 224
+    """Pixels along each side, that its table of positions is for."""
+    patch_size: int = 14
+    qkv_bias: bool = True
+    use_swiglu_ffn: bool = False
+    num_register_tokens: int = 0
+
+    def _check(self) -> None:
+        positive(
+            self, "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "layer_norm_eps",
+            "image_size", "patch_size",
+        )  # fmt: skip
+        at_most(self, MOST_LAYERS, "num_hidden_layers")
+        at_most(self, 4096, "image_size", "mlp_ratio", "num_register_tokens")
+        require(
+            self.num_register_tokens >= 0,
+            f"Dinov2Config.num_register_tokens is {self.num_register_tokens}; it must not be negative.",
+        )
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"Dinov2Config.hidden_size {self.hidden_size} is "
+            f"not a multiple of num_attention_heads {self.num_attention_heads}.",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"Dinov2Config.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.",
+        )
+
+
+@dataclass(frozen=True)
 class TinyVAEConfig(Checked):
     """`config.json` of an AutoencoderTiny, such as TAESD's: a factor of 2 for each level after the first."""
 

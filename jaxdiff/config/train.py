@@ -102,6 +102,12 @@ class TrainConfig(Checked):
     and attention, which costs hardly any work. blocks: all inside each block, about a third more work."""
     log_every: int = 50
     eval_every: int = 1000
+    eval_measures: tuple[Literal["fd", "kid", "support", "told_apart"], ...] = ()
+    """What evaluations measure of images drawn for the captions of `DiffusionTask.heldout` images, against these: the
+    Frechet distance; KID with its p-value; precision, recall, density and coverage; whether each image's nearest
+    neighbour tells drawn from real. By features of EfficientNet-Lite0 (`python -m jaxdiff.tools.prepare features`)."""
+    eval_features: str = ""
+    """The folder of that network's weights; empty: `features` in `DataConfig.root`."""
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay."""
@@ -125,6 +131,11 @@ class TrainConfig(Checked):
             require(getattr(self, name) >= 0, f"TrainConfig.{name} is {getattr(self, name)}; it must not be negative.")
         require(bool(self.workdir), "TrainConfig.workdir is empty; name a folder for the run.")
         require(0 <= self.seed < 2**32, f"TrainConfig.seed is {self.seed}; it must lie from 0 to {2**32 - 1}.")
+        require(
+            not self.eval_measures or (isinstance(self.task, DiffusionTask) and self.task.heldout >= 20),
+            "TrainConfig.eval_measures are of what is drawn for the captions of held-out images: they need a "
+            "DiffusionTask with a heldout of 20 images or more, such as --task.heldout 256.",
+        )
         if isinstance(self.task, DiffusionTask):
             require(
                 self.task.sized or bool(self.model),

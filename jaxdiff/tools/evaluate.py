@@ -1,4 +1,5 @@
-"""Measures a model: `python -m jaxdiff.tools.evaluate` with `denoising`, `concepts`, `colours` or `reconstruction`."""
+"""Measures a model: `python -m jaxdiff.tools.evaluate` with `images`, `denoising`, `concepts`, `colours` or
+`reconstruction`."""
 
 import itertools
 import json
@@ -18,11 +19,16 @@ from jaxdiff.config import DataConfig, VAETask
 from jaxdiff.data.captions import COLOURS, background
 from jaxdiff.data.loader import batches, open_source
 from jaxdiff.evaluation import check_count
+from jaxdiff.evaluation.comparison import Pairs, compare
 from jaxdiff.evaluation.concepts import Gallery, concept_accuracy, images_for, read_drawings, sample
 from jaxdiff.evaluation.denoising import as_metrics, as_table, denoising_errors, heldout
-from jaxdiff.evaluation.features import kept, open_features
+from jaxdiff.evaluation.features import kept, open_features, open_network
 from jaxdiff.evaluation.lpips import FILES, compiled_lpips, read_lpips
-from jaxdiff.runtime.cli import exit_code
+from jaxdiff.evaluation.resize import Rule
+from jaxdiff.evaluation.sets import Drawing, open_set
+from jaxdiff.evaluation.sets import through as decoded
+from jaxdiff.io.storage import write_bytes
+from jaxdiff.runtime.cli import check_writable, exit_code
 from jaxdiff.training.tasks.vae import psnr, reconstruct
 
 FRAME = 3  # pixels along each edge that are taken for background
@@ -198,6 +204,76 @@ def concepts(
     print(json.dumps(found.record() | settings, indent=2) if as_json else found.table())
 
 
+def images(
+    a: Annotated[Path, tyro.conf.Positional],
+    b: Annotated[Path, tyro.conf.Positional],
+    features: Literal["efficientnet-lite0", "inception", "dinov2", "clip"] = "efficientnet-lite0",
+    weights: Path | None = None,
+    resize: Rule = "clean",
+    pairs: Pairs = "none",
+    prompts: Path | None = None,
+    model: Path | None = None,
+    through: Path | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    dimensions: int | None = None,
+    bootstrap: int = 20,
+    pixels: bool = False,
+    data_dir: Path = Path("data"),
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Compares the images of A, which are judged, with those of B, which are taken for real: docs/evaluation.md.
+
+    Args:
+        a: a folder of images; a model (diffusers folder, run directory or single file), which draws `--prompts`; or a
+            file of prompts (.txt, .jsonl, .csv, .tsv), which `--model` draws.
+        b: as `a`.
+        features: the network that looks at the images.
+        weights: its weights: of `inception` the file pt_inception-2015-12-05-6726825d.pth; of `dinov2` and `clip` a
+            folder of transformers; of `efficientnet-lite0` the folder that `python -m jaxdiff.tools.prepare features`
+            filled, DATA_DIR/features if left out.
+        resize: how images get the network's size.
+        pairs: whether image i of A and of B have one prompt, or are even copies of each other, which adds PSNR, SSIM.
+        prompts: a file of prompts, for models.
+        model: for files of prompts; the embedded model if left out.
+        through: a model through whose autoencoder the images of B go first: its faults then count for nothing.
+        n: takes the first images of each, at most so many.
+        seed: of the first drawn image, and of splits and permutations.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance; the model's own if left out.
+        dimensions: principal components of B that the Frechet distance is measured in; all if left out.
+        bootstrap: replicates for the Frechet distance's intervals; 0 leaves them out.
+        pixels: trains a small network to tell the images apart by their pixels, too; images must have one size.
+        data_dir: where `prepare` put the features' network.
+        json_file: a file that is written with everything.
+    """
+    if bootstrap < 0 or bootstrap == 1:
+        raise ValueError(f"--bootstrap is {bootstrap}; it must be 0, or at least 2.")
+    if weights is None and features != "efficientnet-lite0":
+        raise ValueError(f"The weights of {features} are not part of this package; name them, --weights PATH.")
+    if json_file is not None:
+        check_writable(json_file.parent)
+    look = open_network(features, weights or data_dir / "features", resize)
+    drawing = Drawing(model, prompts, seed, steps, guidance)
+    judged, real = open_set(a, drawing, n), open_set(b, drawing, n)
+    if through is not None:
+        real = decoded(load(through), real)
+    found = compare(
+        judged, real, look, pairs=pairs, dimensions=dimensions, bootstrap=bootstrap, pixels=pixels, seed=seed
+    )
+    print(found.table())
+    if json_file is not None:
+        write_bytes(json_file, json.dumps(found.record(), indent=2).encode())
+
+
 if __name__ == "__main__":
-    commands = {"colours": colours, "concepts": concepts, "denoising": denoising, "reconstruction": reconstruction}
+    commands = {
+        "colours": colours,
+        "concepts": concepts,
+        "denoising": denoising,
+        "images": images,
+        "reconstruction": reconstruction,
+    }
     sys.exit(exit_code(lambda: tyro.extras.subcommand_cli_from_dict(commands)))

@@ -21,8 +21,8 @@ class Args:
     """
 
     name: Annotated[str, tyro.conf.Positional] = "emoji"
-    """`emoji`, or any TFDS data set's name; or `features`, the network that `evaluate concepts` looks through; or
-    `lpips`, the networks of the perceptual distance."""
+    """`emoji`, or any TFDS data set's name; or `features`, the network that `evaluate concepts` and `images` look
+    through; or `lpips`, the networks of the perceptual distance."""
     data_dir: Path = Path("data")
     """Where to write it; the `DataConfig.root` of a run."""
     downloads: Path | None = None

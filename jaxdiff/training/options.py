@@ -35,7 +35,7 @@ from jaxdiff.runtime.distributed import leads
 logger = logging.getLogger(__name__)
 
 FREE = re.compile(
-    r"workdir|steps|seconds|steps_per_call|log_every|eval_every|checkpoint_every|keep_checkpoints|keep_every"
+    r"workdir|steps|seconds|steps_per_call|log_every|eval_\w+|checkpoint_every|keep_checkpoints|keep_every"
     r"|max_skipped|profile|tensorboard|remat|mesh\..*|distributed\..*|cache"
     r"|data\.(root|workers|resident|max_bad_share|heldout)|task\.(prompts|guidance|heldout|lpips\.folder)"
     r"|optim\.(?!(name|state_dtype|rates)$).*"

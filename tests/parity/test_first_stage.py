@@ -96,7 +96,8 @@ def test_the_authors_package(backbone, folder, figures, monkeypatch):
     """With the same weights; it takes layers from torchvision, of which nothing else is needed."""
     models = SimpleNamespace(alexnet=lambda **_: layers_of("alex"), vgg16=lambda **_: layers_of("vgg"))
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
-    theirs = pytest.importorskip("lpips", exc_type=ImportError)
+    why = "pip install --no-deps lpips: it asks for torchvision, whose build must be torch's own"
+    theirs = pytest.importorskip("lpips", reason=why, exc_type=ImportError)
     params = real_params(backbone, folder)
     metric = theirs.LPIPS(net=backbone, pnet_rand=True, verbose=False).eval()
     convs = [module for module in metric.net.modules() if isinstance(module, torch.nn.Conv2d)]
