@@ -26,7 +26,7 @@ from jaxdiff.generation.weights import Memory, check_memory
 from jaxdiff.io.embeddings import Embedding
 from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_image
 from jaxdiff.io.lora import LoRA
-from jaxdiff.model import DTYPES, FileOptions
+from jaxdiff.model import DTYPES, EMBEDDED, FileOptions
 from jaxdiff.prompts.wildcards import Wildcards, named
 from jaxdiff.runtime import distributed
 from jaxdiff.runtime.cli import check_writable, exit_code, part_of
@@ -45,8 +45,10 @@ def region(text: str) -> Region:
     Raises:
         ValueError: where it is written otherwise.
     """
-    box, _, prompt = text.partition(":")
+    box, colon, prompt = text.partition(":")
     try:
+        if not colon:
+            raise ValueError(text)
         left, top, right, bottom = map(float, box.split(","))
         return Region(prompt, (left, top, right, bottom))
     except ValueError:
@@ -240,6 +242,10 @@ def main(args: Args) -> int:
         prompts = (line.request.prompt for line in lines if line.request and not line.request.literal)
         for name in dict.fromkeys(name for prompt in prompts for name in named(prompt)):
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
+    if args.like is not None and args.model is None:
+        carried = (read_settings(args.like) or {}).get("model")
+        if carried != EMBEDDED.name:
+            raise ValueError(f"{args.like} was drawn by the model {carried!r}; give its folder by --model.")
     if args.controls and not any(job.request.control_image for job in wanted):
         raise ValueError("--control has nothing to go by; give an image by --control-image, or leave it out.")
     if args.ip_adapters and not any(job.request.image_prompt for job in wanted):
@@ -481,8 +487,6 @@ def check_like(args: Args, pipe: Pipeline) -> None:
     """Checks that the model is the image's; warns where an image that it was made from has changed."""
     assert args.like is not None
     carried = read_settings(args.like) or {}
-    if args.model is None and carried.get("model") != pipe.name:
-        raise ValueError(f"{args.like} was drawn by the model {carried.get('model')!r}; give its folder by --model.")
     for part, given in {"refiner": args.refiner, "denoiser": args.denoiser, "vae": args.vae}.items():
         if given is None and (known := carried.get(part)) is not None:
             raise ValueError(f"{args.like} was drawn with the {part} {known!r}; give it by --{part}.")
@@ -508,7 +512,7 @@ def without_given(args: Any, words: Sequence[str]) -> Any:
     emptied = {}
     for one in fields(args):
         marks = getattr(one.type, "__metadata__", ())
-        names = [one.name, *(mark.name for mark in marks if getattr(mark, "name", None))]
+        names = [one.name, *(mark.name.replace("-", "_") for mark in marks if getattr(mark, "name", None))]
         if tyro.conf.UseAppendAction in marks and given & set(names):
             emptied[one.name] = ()
     if isinstance(getattr(args, "request", None), Flags):

@@ -1,6 +1,7 @@
 """A model in memory: its networks by role, and what belongs to them. Loading and saving; nothing is drawn here."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -51,6 +52,7 @@ from jaxdiff.io.weights import check_params
 from jaxdiff.runtime.programs import remembered
 from jaxdiff.types import Params
 
+logger = logging.getLogger(__name__)
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
 UPSCALER = "StableDiffusionUpscalePipeline"
 """The class in diffusers that draws with Stable Diffusion whose denoiser enlarges images."""
@@ -160,26 +162,37 @@ class Model:
         networks = {role: Network(network.config, params[role]) for role, network in self.networks.items()}
         return replace(self, networks=networks)
 
-    def with_network(self, role: str, path: str | Path) -> "Model":
+    def with_network(self, role: str, path: str | Path, prediction_type: str | None = None) -> "Model":
         """The same model with another's network in place of its own, such as a VAE that was trained further.
 
         Args:
             role: "denoiser" or "vae".
             path: a diffusers folder, or a single file that has the network.
+            prediction_type: what the denoiser predicts; None is what the folder or the file says, else as the model's
+                own.
 
         Raises:
             ValueError: where it has none, is damaged, or does not fit the others.
         """
         name = self.family.FOLDERS[role]
         config, params = read_network(path, name)
-        own = self.networks[role].config
-        if isinstance(config, VAEConfig) and isinstance(own, VAEConfig) and is_single(path):
-            # Which the file of a VAE alone does not say.
+        own, scheduler = self.networks[role].config, self.scheduler
+        if isinstance(config, VAEConfig) and isinstance(own, VAEConfig):
+            if config.factor != own.factor:
+                raise ValueError(f"{path} has {config.factor} pixels to each latent, and the model's own autoencoder "
+                                 f"{own.factor}; give one of {own.factor}.")  # fmt: skip
+            # The latents that the denoiser knows are those of the model's own scale.
             config = replace(config, scaling_factor=own.scaling_factor, sample_size=own.sample_size)
+        elif role == "denoiser" and (found := prediction_type or _prediction_of(Path(path))):
+            if found != scheduler.prediction_type and prediction_type is None:
+                logger.warning("%s: its denoiser predicts %s, and is taken so, where the model's own predicts %s.",
+                               path, found, scheduler.prediction_type)  # fmt: skip
+            scheduler = replace(scheduler, prediction_type=found)
         network = Network(config, check_network(name, config, params, path))
         model = replace(
             self,
             networks={**self.networks, role: network},
+            scheduler=scheduler,
             exchanged={**self.exchanged, role: Path(path).resolve().name},
         )
         with naming(path):
@@ -483,6 +496,14 @@ def check_dtype(dtype: str | None) -> str:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}.")
     return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def _prediction_of(path: Path) -> str | None:
+    """What a folder or a file says that its denoiser predicts; None where it does not."""
+    if is_single(path):
+        return open_single(path).told_prediction
+    folder = exported(path)
+    return read_scheduler(folder).prediction_type if (folder / "scheduler").is_dir() else None
 
 
 def exported(path: Path) -> Path:

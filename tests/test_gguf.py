@@ -139,6 +139,16 @@ def test_an_autoencoder_alone_keeps_the_models_own_scale(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.params, own.params | {"vae": other.params["vae"]})
 
 
+def test_a_denoiser_predicts_what_its_folder_or_the_user_says(model, files, tmp_path):
+    other = replace(model, scheduler=replace(model.scheduler, prediction_type="v_prediction"))
+    other.save(tmp_path / "v")
+    assert jaxdiff.load(files[2], denoiser=tmp_path / "v").model.scheduler.prediction_type == "v_prediction"
+    for said in ("epsilon", "v_prediction"):
+        found = jaxdiff.load(files[2], denoiser=files[0], prediction_type=said).model
+        assert found.scheduler == replace(model.scheduler, prediction_type=said)
+    assert jaxdiff.load(tmp_path / "v", denoiser=files[0]).model.scheduler.prediction_type == "v_prediction"
+
+
 def test_a_network_that_does_not_fit_is_refused(files, tmp_path):
     denoiser = replace(LIKE_SD1["denoiser"], cross_attention_dim=32)
     text_encoder = replace(LIKE_SD1["text_encoder"], hidden_size=32)
@@ -146,6 +156,11 @@ def test_a_network_that_does_not_fit_is_refused(files, tmp_path):
     narrow.save(tmp_path / "narrow")
     with pytest.raises(ValueError, match=r"narrow: The denoiser's cross_attention_dim is 32"):
         jaxdiff.load(files[2], denoiser=tmp_path / "narrow")
+    deeper = replace(VAE, block_out_channels=(32,) * 3, down_block_types=("DownEncoderBlock2D",) * 3,
+                     up_block_types=("UpDecoderBlock2D",) * 3)  # fmt: skip
+    tiny.model(BETAS, **LIKE_SD1 | {"vae": deeper}).save(tmp_path / "deeper")
+    with pytest.raises(ValueError, match=r"deeper has 4 pixels to each latent"):
+        jaxdiff.load(files[2], vae=tmp_path / "deeper")
     tensors = {name: array for name, array in load_file(files[1]).items() if not name.startswith("first_stage")}
     save_file(tensors, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=r"b.safetensors has no vae"):

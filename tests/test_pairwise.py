@@ -240,3 +240,19 @@ def test_known_strengths_lie_in_the_intervals_and_their_order_is_found(of_rater,
     print(f"inside {inside}, in order {ordered} of {repeats}")
     assert (inside >= 0.9 * repeats).all()
     assert ordered >= 0.95 * repeats
+
+
+@pytest.mark.parametrize(("counts", "bounded"), [
+    ([[3, 0, 0]], False),
+    ([[6, 0, 1]], False),  # if ties are rare and the one far above the other, all of this is likelier
+    ([[6, 1, 0]], True),
+    ([[6, 1, 2]], True),
+    ([[0, 0, 4]], False),  # ties alone: how much commoner than choices has no bound
+    ([[2, 0, 0], [0, 2, 0], [2, 0, 0]], True),  # 0 over 1, 2 over 0, 1 over 2
+    ([[2, 0, 0], [2, 0, 0], [2, 0, 0]], False),  # 0 over both
+    ([[2, 0, 0], [0, 0, 1], [2, 0, 0]], True),  # 0 over 1, 1 over 2, which ties with 0
+    ([[2, 0, 0], [0, 0, 1], [0, 0, 1]], False),
+])  # fmt: skip
+def test_strengths_have_a_bound_where_every_model_has_lost_to_every_other_by_some_way(counts, bounded):
+    models = {1: 2, 3: 3}[len(counts)]
+    assert bool(davidson(np.array(counts, float), models).bounded) is bounded

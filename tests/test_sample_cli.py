@@ -27,7 +27,7 @@ from jaxdiff.io.weights import stored, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from sample import cli  # noqa: E402
+from sample import cli, region  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +403,12 @@ def test_what_is_given_beside_like_counts(sample, pipe):
     code, (path,), _ = sample("--like", first, "--seed", 8, "a red apple")
     assert code == 0
     np.testing.assert_array_equal(opened(path), pipe("a red apple", seed=8, guidance=3, steps=3)[0])
+
+
+@pytest.mark.parametrize("text", ["0,0,1,0.5", "0,0,1:a dog", "a dog", ""])
+def test_a_region_has_a_box_and_a_prompt(text):
+    with pytest.raises(ValueError, match="LEFT,TOP,RIGHT,BOTTOM:PROMPT"):
+        region(text)
 
 
 def test_a_list_that_is_given_beside_like_takes_the_place_of_the_images_own(sample):

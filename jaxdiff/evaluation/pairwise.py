@@ -171,9 +171,31 @@ def davidson(counts: Float[np.ndarray, "*batch pairs 3"], models: int, steps: in
         if (largest[:, 0] < 1e-10).all() or (np.abs(x).max(-1)[largest[:, 0] >= 1e-10] > 2 * LIMIT).all():
             break
     b = x[:, :models] - x[:, :models].mean(-1, keepdims=True)
-    bounded = np.abs(x).max(-1) <= LIMIT
+    bounded = _bounded(flat, models) & (np.abs(x).max(-1) <= LIMIT)
     log_nu = np.where(ties, x[:, models], -np.inf)
     return Strengths(b.reshape(*batch, models), log_nu.reshape(batch), bounded.reshape(batch))
+
+
+def _bounded(flat: Float[np.ndarray, "n pairs 3"], models: int) -> Bool[np.ndarray, " n"]:
+    """Whether there are likeliest strengths, of each table.
+
+    There are none where strengths can move without end so that no answer gets less likely. If ties get no commoner,
+    they can unless each model has won against or tied with each other that it was compared with, itself or by way of
+    others. If ties get commoner by t, whoever wins must rise above whoever loses by 2 t or more, and models that tie
+    may part by 2 t at most: this is possible unless round some circle of models there are more wins than ties.
+    """
+    won = np.zeros((len(flat), models, models), bool)
+    tied = np.zeros_like(won)
+    for k, (i, j) in enumerate(zip(*np.triu_indices(models, 1), strict=True)):
+        won[:, i, j], won[:, j, i] = flat[:, k, FIRST] > 0, flat[:, k, SECOND] > 0
+        tied[:, i, j] = tied[:, j, i] = flat[:, k, TIE] > 0
+    reach = won | tied
+    far = np.where(won, -1.0, np.where(tied, 1.0, np.inf))
+    for k in range(models):
+        reach |= reach[:, :, k, None] & reach[:, None, k, :]
+        far = np.minimum(far, far[:, :, k, None] + far[:, None, k, :])
+    circles = (np.diagonal(far, axis1=1, axis2=2) < 0).any(-1)
+    return (reach == reach.swapaxes(1, 2)).all((1, 2)) & (circles | ~tied.any((1, 2)))
 
 
 def groups(counts: Float[np.ndarray, "pairs 3"], models: int) -> list[list[int]]:

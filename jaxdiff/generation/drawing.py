@@ -40,6 +40,8 @@ IMAGE_GUIDANCE = 1.5
 """How closely an edited image follows the one that it is made of, where a request does not say."""
 SMALL_NOISE = 20
 """How much noise an image has that a model enlarges, as a training step, where a request does not say."""
+MOST_SMALL_NOISE = 350
+"""The most noise that such a model was trained at; diffusers' `max_noise_level`."""
 UPSCALE_STRENGTH = 0.35
 """How much of an enlarged image is drawn anew, where the request does not say."""
 
@@ -324,8 +326,11 @@ def _noise_level(request: Request, model: ModelInfo) -> int:
             raise ValueError(f"noise_level is {given}; this model reads no image with noise, so leave it out.")
         return 0
     level = given if given is not None else SMALL_NOISE if enlarges else 0
-    if level >= (most := model.noising.num_train_timesteps):
-        raise ValueError(f"noise_level is {level}; this model's are from 0 to {most - 1}.")
+    most = model.noising.num_train_timesteps - 1
+    if enlarges:
+        most = min(most, MOST_SMALL_NOISE)
+    if level > most:
+        raise ValueError(f"noise_level is {level}; this model's are from 0 to {most}.")
     return level
 
 

@@ -101,8 +101,8 @@ def load(
             times the time, and a little accuracy. "lowest" has those of all but the autoencoder in 8 bits.
         tokenizer: for a single file, the model's or the refiner's, in CLIP's place: a folder with vocab.json and
             merges.txt, or a diffusers folder.
-        prediction_type: for a single file, which does not say it: "epsilon" or "v_prediction"; None is epsilon for
-            Stable Diffusion 1, and a guess, with a warning, for 2.
+        prediction_type: for a single file, which does not say it, or for `denoiser`: "epsilon" or "v_prediction";
+            None is epsilon for Stable Diffusion 1, and a guess, with a warning, for 2.
         ema: of a single file, takes the averaged weights of the denoiser.
         loras: files, or pairs of a file and a strength, such as ("flat.safetensors", 0.8); they come after `adapters`.
         embeddings: textual inversions, files or pairs of a file and what its word is called in prompts, such as
@@ -124,12 +124,14 @@ def load(
     check_dtype(dtype)
     check_memory(memory)
     enable_compilation_cache()
-    options = FileOptions(None if tokenizer is None else Path(tokenizer), prediction_type, ema)
+    of_model = prediction_type if denoiser is None else None  # it is the denoiser's
+    options = FileOptions(None if tokenizer is None else Path(tokenizer), of_model, ema)
     files = is_single(EMBEDDED if path is None else path), refiner is not None and is_single(refiner)
     model = read_model(path, options=FileOptions() if files == (False, True) else options)
-    for role, other in (("denoiser", denoiser), ("vae", vae)):
-        if other is not None:
-            model = model.with_network(role, other)
+    if denoiser is not None:
+        model = model.with_network("denoiser", denoiser, prediction_type)
+    if vae is not None:
+        model = model.with_network("vae", vae)
     if adapters:
         model = model.with_params(merge_adapters(model.params, adapters))
     if isinstance(loras, str | Path):

@@ -203,18 +203,25 @@ class SingleFile:
         with naming(self.path):
             return from_dict(cls, dict(values), cls.__name__)
 
+    @property
+    def told_prediction(self) -> str | None:
+        """What the user or the file says that the denoiser predicts; None where neither does."""
+        told = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+        if self.prediction_type is not None:
+            return self.prediction_type
+        if "prediction_type" in (said := self.said.get("scheduler", {})):
+            return str(said["prediction_type"])
+        if (word := self.metadata.get("modelspec.prediction_type")) in told:  # by the standard of Stability AI
+            return told[word]
+        return "v_prediction" if self.layout is not SD2 and "v_pred" in self.tensors else None
+
     @cached_property
     def _prediction(self) -> tuple[str, bool]:
         """What the denoiser predicts, and whether that is a guess: of SD2 there are models of both kinds."""
-        told = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-        if self.prediction_type is not None:
-            return self.prediction_type, False
-        if "prediction_type" in (said := self.said.get("scheduler", {})):
-            return str(said["prediction_type"]), False
-        if (word := self.metadata.get("modelspec.prediction_type")) in told:  # by the standard of Stability AI
-            return told[word], False
+        if (told := self.told_prediction) is not None:
+            return told, False
         if self.layout is not SD2:
-            return ("v_prediction" if "v_pred" in self.tensors else "epsilon"), False
+            return "epsilon", False
         inpaints = "unet" in self.places and self.tensors[self._anchor("unet")].shape[1:2] == (9,)
         return ("epsilon" if inpaints else "v_prediction"), True
 

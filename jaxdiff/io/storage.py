@@ -53,8 +53,12 @@ def write_bytes(path: epath.Path | Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_verified(path: Path, sha256: str) -> bytes:

@@ -253,8 +253,14 @@ def images(
         raise ValueError(f"--bootstrap is {bootstrap}; it must be 0, or at least 2.")
     if weights is None and features != "efficientnet-lite0":
         raise ValueError(f"The weights of {features} are not part of this package; name them, --weights PATH.")
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}; it must not be negative.")
+    if dimensions is not None and dimensions < 1:
+        raise ValueError(f"--dimensions is {dimensions}; it must be at least 1.")
     if json_file is not None:
         check_writable(json_file.parent)
+        if json_file.is_dir():
+            raise ValueError(f"--json is {str(json_file)!r}, and that is a folder; name a file.")
     look = open_network(features, weights or data_dir / "features", resize)
     drawing = Drawing(model, prompts, seed, steps, guidance)
     judged, real = open_set(a, drawing, n), open_set(b, drawing, n)

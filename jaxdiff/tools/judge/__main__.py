@@ -83,6 +83,8 @@ def count(
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             bad += 1
+    if not raters and bad:
+        return 2
     if not raters:
         raise ValueError("There are no answers to count; give the files that raters handed in.")
     each, left_out = one_each(raters)

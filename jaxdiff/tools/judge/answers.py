@@ -95,7 +95,7 @@ def read_key(path: Path) -> Key:
             and all(isinstance(name, str) for name in models)
             and len(set(models)) == len(models) > 1
             and all(type(m) in (int, type(None)) and m in numbers for m in key.model_of.values())
-            and all(type(line) is int for line in key.lines)
+            and all(type(line) is int and 0 <= line < 2**31 for line in key.lines)
             and all(len({key.model_of[name] for name in pair}) == len(pair) == 2 for pair in key.pairs)
         )
     except (KeyError, TypeError, AttributeError):

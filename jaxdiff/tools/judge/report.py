@@ -23,6 +23,7 @@ from jaxdiff.tools.judge.answers import QUESTIONS, Answer, Key, Rater
 
 ASKED = {"fits": "Which fits the text better?", "drawn": "Which is better drawn?"}
 POINTS = 400 / math.log(10)
+MOST_RESAMPLES = 100_000
 """Of the scale that chess players know: 400 points more are ten to one."""
 
 
@@ -171,8 +172,8 @@ def study_record(
     """
     if not 0 <= least <= 1:
         raise ValueError(f"least is {least}; the share of checks that must be right is from 0 to 1.")
-    if resamples < 100:
-        raise ValueError(f"resamples is {resamples}; it must be at least 100.")
+    if not 100 <= resamples <= MOST_RESAMPLES:
+        raise ValueError(f"resamples is {resamples}; it must be from 100 to {MOST_RESAMPLES}.")
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must not be negative.")
     raters = sorted(raters, key=lambda rater: rater.name)
