@@ -209,6 +209,7 @@ def alone():
     return make_mesh(devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_steps_that_one_takes():
     task = replace(TASK, adversary=replace(ADVERSARY, start=1), init="somewhere", train_encoder=False)
     (*_, expected), told = run(alone(), task, 3)

@@ -27,6 +27,7 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_each_image_is_edited_by_itself(editor, images):
     together = editor(["a dog", "a red apple"], image=images, seed=4, **ASKED)
     alone = [editor(prompt, image=image, seed=4 + i, **ASKED)[0]

@@ -248,6 +248,7 @@ def test_strength_0_is_the_plain_model_and_only_what_is_touched_becomes_an_array
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(placed))
 
 
+@pytest.mark.slow
 def test_pictures_change_and_are_kept_by_saving(model, write, weights, tmp_path):
     tensors = low_rank(kohya(TO_Q), weights[f"{TO_Q}.weight"])[0] | low_rank(kohya(FC1), weights[f"{FC1}.weight"])[0]
     path = write(tensors)

@@ -119,6 +119,7 @@ def loras(tmp_path):
         write_safetensors(tmp_path / f"{name}.safetensors", stored(tensors))
 
 
+@pytest.mark.slow
 def test_loras_are_drawn_with_and_told(sample, folder, loras):
     words = ("a dog", "--lora", "a.safetensors:0.5", "--lora", "b.safetensors")
     code, (path,), _ = sample(*words)
@@ -193,6 +194,7 @@ def words(tmp_path):
     write_safetensors(tmp_path / "w.safetensors", stored(tensors))
 
 
+@pytest.mark.slow
 def test_textual_inversions_are_drawn_with_and_told(sample, folder, words):
     code, _, said = sample("a gnu", "--embedding", "w.safetensors:gnu")
     assert (code, "it has <quagga>, zebra" in said) == (2, True)
@@ -411,6 +413,7 @@ def test_a_region_has_a_box_and_a_prompt(text):
         region(text)
 
 
+@pytest.mark.slow
 def test_a_list_that_is_given_beside_like_takes_the_place_of_the_images_own(sample):
     _, (first,), _ = sample("a dog", "--region", "0,0,0.5,1:a cat", "--region", "0.5,0,1,1:a bird")
     code, (path,), _ = sample("--like", first, "--region", "0,0,1,0.5:an apple")

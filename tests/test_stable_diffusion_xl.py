@@ -24,6 +24,7 @@ def pipe(model):
     return jaxdiff.Pipeline(model)
 
 
+@pytest.mark.slow
 def test_image_i_of_a_batch_is_the_image_of_its_own_prompt_and_seed(pipe):
     prompts = ["a red apple", "a dog", "(a dog:1.3) AND a red apple on a " + "blue " * 30]
     together = pipe(prompts, ["", "a dog", ""], seed=5, **ASKED)
@@ -46,6 +47,7 @@ def test_empty_negative_prompts_are_encoded_where_the_model_says_so(pipe):
     np.testing.assert_array_equal(encoded("a dog", " ", **ASKED), pipe("a dog", " ", **ASKED))
 
 
+@pytest.mark.slow
 def test_a_model_that_refines_itself_draws_as_if_alone(model, pipe):
     refined = jaxdiff.Pipeline(model, refiner=jaxdiff.Pipeline(model))
     wanted = {"steps": 6, "guidance": 4.0, "seed": 3}
@@ -61,6 +63,7 @@ def test_a_model_that_refines_itself_draws_as_if_alone(model, pipe):
         assert tiny.off(refined("a dog", **wanted, **more), pipe("a dog", **wanted, **more)) <= 1
 
 
+@pytest.mark.slow
 def test_another_refiner_changes_the_image(model, pipe):
     refined = jaxdiff.Pipeline(model, refiner=jaxdiff.Pipeline(tiny.xl_model(seed=1)))
     assert tiny.off(refined("a dog", **ASKED, refiner_start=0.5), pipe("a dog", **ASKED)) > 2
