@@ -24,7 +24,17 @@ from jaxdiff.generation.pipeline import Pipeline
 from jaxdiff.generation.request import PICTURES, RENAMED, Region, Request, current_name
 from jaxdiff.generation.weights import Memory, check_memory
 from jaxdiff.io.embeddings import Embedding
-from jaxdiff.io.images import FORMATS, contact_sheet, film_strip, read_settings, slug, write_gif, write_image
+from jaxdiff.io.images import (
+    FORMATS,
+    SHEET,
+    STEPS,
+    contact_sheet,
+    film_strip,
+    read_settings,
+    slug,
+    write_gif,
+    write_image,
+)
 from jaxdiff.io.lora import LoRA
 from jaxdiff.model import DTYPES, EMBEDDED, FileOptions
 from jaxdiff.prompts.wildcards import Wildcards, named
@@ -242,10 +252,8 @@ def main(args: Args) -> int:
         prompts = (line.request.prompt for line in lines if line.request and not line.request.literal)
         for name in dict.fromkeys(name for prompt in prompts for name in named(prompt)):
             warnings.warn(f"{name} is taken as text; give the folder of its file by --wildcards.", PromptWarning, 2)
-    if args.like is not None and args.model is None:
-        carried = (read_settings(args.like) or {}).get("model")
-        if carried != EMBEDDED.name:
-            raise ValueError(f"{args.like} was drawn by the model {carried!r}; give its folder by --model.")
+    if args.like is not None:
+        check_like(args)
     if args.controls and not any(job.request.control_image for job in wanted):
         raise ValueError("--control has nothing to go by; give an image by --control-image, or leave it out.")
     if args.ip_adapters and not any(job.request.image_prompt for job in wanted):
@@ -256,8 +264,6 @@ def main(args: Args) -> int:
     more |= {"controls": args.controls, "denoiser": args.denoiser, "vae": args.vae}
     more |= {"ip_adapters": args.ip_adapters, "image_encoder": args.image_encoder}
     pipe = jaxdiff.load(args.model, args.dtype, several, memory=args.memory, **more, **vars(args.file))
-    if args.like is not None:
-        check_like(args, pipe)
     if args.from_file is not None:
         bad = draw_file(args, pipe, wanted, part, parts)
         return 2 if bad or any(line.problem for line in lines) else 0
@@ -354,8 +360,8 @@ def draw_prompts(args: Args, pipe: Pipeline, wanted: list[Job]) -> None:
         paths = [write_image(args.out, name, drawn.image, how, args.format)]
         if drawn.frames:
             steps = [f"step {i}" for i in range(1, len(drawn.frames) + 1)]
-            paths += [write_image(args.out, f"{paths[0].stem}-steps", film_strip(drawn.frames, steps))]
-            paths += [write_gif(args.out, f"{paths[0].stem}-steps", drawn.frames)]
+            paths += [write_image(args.out, f"{paths[0].stem}{STEPS}", film_strip(drawn.frames, steps))]
+            paths += [write_gif(args.out, f"{paths[0].stem}{STEPS}", drawn.frames)]
         if frames > 1 or len(shown) < SHEET_IMAGES:
             shown[job.index] = drawn._replace(frames=())
         return paths
@@ -368,7 +374,7 @@ def draw_prompts(args: Args, pipe: Pipeline, wanted: list[Job]) -> None:
             report([write_gif(args.out, stem(drawn[i].job), [one.image for one in drawn[i : i + frames]])])
     elif len(drawn) > 1:
         captions = [one.job.request.prompt if args.metadata else "" for one in drawn]
-        report([write_image(args.out, "contact-sheet", contact_sheet([one.image for one in drawn], captions))])
+        report([write_image(args.out, SHEET, contact_sheet([one.image for one in drawn], captions))])
 
 
 def draw_file(args: Args, pipe: Pipeline, wanted: list[Job], part: int, parts: int) -> int:
@@ -483,10 +489,12 @@ def carried_embedding(one: Mapping[str, Any]) -> Embedding:
     return Embedding.of((one.get("file"), one.get("word")))
 
 
-def check_like(args: Args, pipe: Pipeline) -> None:
+def check_like(args: Args) -> None:
     """Checks that the model is the image's; warns where an image that it was made from has changed."""
     assert args.like is not None
     carried = read_settings(args.like) or {}
+    if args.model is None and (model := carried.get("model")) != EMBEDDED.name:
+        raise ValueError(f"{args.like} was drawn by the model {model!r}; give its folder by --model.")
     for part, given in {"refiner": args.refiner, "denoiser": args.denoiser, "vae": args.vae}.items():
         if given is None and (known := carried.get(part)) is not None:
             raise ValueError(f"{args.like} was drawn with the {part} {known!r}; give it by --{part}.")

@@ -10,7 +10,7 @@ import tiny
 
 from jaxdiff import build
 from jaxdiff.config import CLIPVisionConfig, ImageProcessorConfig, to_dict
-from jaxdiff.evaluation.clip import image_embeddings
+from jaxdiff.evaluation.features import open_network
 from jaxdiff.io.convert import torch_views
 from jaxdiff.io.image_encoder import processed, read_image_encoder
 from jaxdiff.io.weights import stored, write_safetensors
@@ -33,12 +33,12 @@ def test_a_folder_is_read_and_embeds_images_whatever_stands_beside_them(folder):
     assert read_image_encoder(folder.parent).config == CONFIG
     folder.with_name("image_encoder").rename(folder)
     check_network("image_encoder", encoder.config, encoder.params, folder)
-    net = build.image_encoder(encoder.config)
     images = [np.random.default_rng(i).integers(0, 256, (20 + i, 9, 3)).astype(np.uint8) for i in range(3)]
-    together = image_embeddings(net, encoder, images)
+    look = open_network("clip", folder).look
+    together = look(images).features
     assert together.shape == (3, CONFIG.projection_dim)
     for image, embedding in zip(images, together, strict=True):
-        np.testing.assert_allclose(image_embeddings(net, encoder, [image])[0], embedding, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(look([image]).features[0], embedding, rtol=1e-5, atol=1e-5)
 
 
 def test_a_patch_is_read_as_by_the_convolution_that_its_weights_are_named_for():

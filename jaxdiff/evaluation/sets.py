@@ -1,7 +1,6 @@
 """Sets of images that are compared: a folder's, or what a model draws for a file of prompts."""
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxdiff.generation.batch.draw import draw_all
 from jaxdiff.generation.batch.files import read_requests
 from jaxdiff.generation.batch.groups import jobs_of
 from jaxdiff.generation.pipeline import Pipeline, load
+from jaxdiff.io.images import is_sheet
 from jaxdiff.io.images.read import read_image
 from jaxdiff.io.single_file import is_single
 from jaxdiff.io.weights import listed
@@ -25,8 +25,6 @@ from jaxdiff.model import exported
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 logger = logging.getLogger(__name__)
-# What sample.py writes beside its images.
-_SHEETS = re.compile(r"((^|/)contact-sheet|-steps)(-\d+)?\.\w+$")
 PROMPTS = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv")
 
 
@@ -92,7 +90,7 @@ def folder_set(path: Path, n: int | None = None) -> ImageSet:
     """
     listing = list_images(path)
     items = [item for item in listing.items if not item.malformed]
-    if sheets := [item for item in items if _SHEETS.search(item.name)]:
+    if sheets := [item for item in items if is_sheet(item.name)]:
         logger.warning("%s: contact sheets and film strips are left out: %s.", path, listed(i.name for i in sheets))
     items = [item for item in items if item not in sheets][:n]
     if not items:

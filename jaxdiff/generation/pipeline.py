@@ -134,14 +134,14 @@ def load(
         model = model.with_network("vae", vae)
     if adapters:
         model = model.with_params(merge_adapters(model.params, adapters))
-    if isinstance(loras, str | Path):
-        raise ValueError(f"loras is {shown(loras)}; give a list of files, or of pairs of a file and a strength.")
-    if isinstance(embeddings, str | Path):
-        raise ValueError(f"embeddings is {shown(embeddings)}; give a list of files, or of pairs of a file and a word.")
-    if isinstance(controls, str | Path):
-        raise ValueError(f"controls is {shown(controls)}; give a list of folders or files.")
-    if isinstance(ip_adapters, str | Path):
-        raise ValueError(f"ip_adapters is {shown(ip_adapters)}; give a list of files.")
+    for name, given, of in (
+        ("loras", loras, "files, or of pairs of a file and a strength"),
+        ("embeddings", embeddings, "files, or of pairs of a file and a word"),
+        ("controls", controls, "folders or files"),
+        ("ip_adapters", ip_adapters, "files"),
+    ):
+        if isinstance(given, str | Path):
+            raise ValueError(f"{name} is {shown(given)}; give a list of {of}.")
     if loras := tuple(loras):
         model = model.with_loras(loras)
     if embeddings := tuple(embeddings):

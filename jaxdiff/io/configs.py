@@ -68,6 +68,13 @@ def read_values(
         raise ValueError(sentence if sentence.startswith(str(file)) else f"{file}: {sentence}") from error
 
 
+def square_sides(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The values, of which those that name both of a square's sides name one."""
+    sides = {name: values.get(name) for name in names}
+    squares = {n: x[0] for n, x in sides.items() if isinstance(x, list) and len(x) == 2 and x[0] == x[1]}
+    return {**values, **squares}
+
+
 def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values in the one spelling that the dataclasses have, of several that mean the same.
 
@@ -78,9 +85,7 @@ def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(values)
     if isinstance(nested := out.get("text_config"), dict) and "hidden_size" not in out:
         out = dict(nested)
-    size, width = out.get("sample_size"), out.get("cross_attention_dim")
-    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
-        out["sample_size"] = size[0]
+    out, width = square_sides(out, "sample_size"), out.get("cross_attention_dim")
     if isinstance(width, list) and width and width.count(width[0]) == len(width):
         out["cross_attention_dim"] = width[0]
     if isinstance(act := out.get("act_fn"), str):

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxdiff.config import Dinov2Config, load_json
-from jaxdiff.io.configs import TRANSFORMERS_IGNORED, read_values
+from jaxdiff.config import Dinov2Config, load_json, naming
+from jaxdiff.io.configs import TRANSFORMERS_IGNORED, read_values, square_sides
 from jaxdiff.io.convert import from_torch
 from jaxdiff.io.weights import open_weights
 from jaxdiff.types import Params
@@ -40,19 +40,14 @@ def read_dinov2(path: Path | str) -> Dinov2:
     values = load_json(file)
     if (kind := values.get("model_type")) not in _TYPES:
         raise ValueError(f"{file}: model_type is {json.dumps(kind)}; supported: {', '.join(_TYPES)}.")
-    for name in ("image_size", "patch_size"):
-        side = values.get(name)
-        if isinstance(side, list) and len(side) == 2 and side[0] == side[1]:
-            values[name] = side[0]
+    values = square_sides(values, "image_size", "patch_size")
     defaults = {"num_register_tokens": 4} if kind == "dinov2_with_registers" else {}
     config = read_values(file, values, Dinov2Config, _ONLY, _IGNORED, defaults)
-    try:
-        # Under a name of its own nothing passes for a text encoder's. The mask stands for patches in training alone.
-        tensors = {
-            f"dinov2.{name.removeprefix('dinov2.').removeprefix('dinov2_with_registers.')}": array
-            for name, array in open_weights(path, "model").items()
-            if not name.endswith("mask_token")
-        }
+    # Under a name of its own nothing passes for a text encoder's. The mask stands for patches in training alone.
+    tensors = {
+        f"dinov2.{name.removeprefix('dinov2.').removeprefix('dinov2_with_registers.')}": array
+        for name, array in open_weights(path, "model").items()
+        if not name.endswith("mask_token")
+    }
+    with naming(path):
         return Dinov2(path, config, from_torch(tensors.items()).get("dinov2", {}))
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error

@@ -15,7 +15,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from jaxdiff.config import CLIPVisionConfig, ImageProcessorConfig, load_json, naming, to_dict
-from jaxdiff.io.configs import TRANSFORMERS_IGNORED, read_values
+from jaxdiff.io.configs import TRANSFORMERS_IGNORED, read_values, square_sides
 from jaxdiff.io.convert import from_torch
 from jaxdiff.io.weights import open_weights
 from jaxdiff.types import Params
@@ -90,10 +90,7 @@ def read_vision_config(file: Path) -> CLIPVisionConfig:
             f"{file}: the model_type is {json.dumps(kind)}; supported are CLIP's vision tower (clip_vision_model) and "
             "whole CLIP models (clip)."
         )
-    sides = {name: values[name] for name in ("image_size", "patch_size") if name in values}
-    values |= {
-        name: side[0] for name, side in sides.items() if isinstance(side, list) and side and side == side[:1] * 2
-    }
+    values = square_sides(values, "image_size", "patch_size")
     return read_values(file, values, CLIPVisionConfig, _ONLY, TRANSFORMERS_IGNORED)
 
 

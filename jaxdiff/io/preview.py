@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxdiff.config import TinyVAEConfig, load_json
+from jaxdiff.config import TinyVAEConfig, load_json, naming
 from jaxdiff.io.configs import one_spelling, read_values
 from jaxdiff.io.convert import from_torch
 from jaxdiff.io.weights import open_weights
@@ -41,7 +41,6 @@ def read_tiny_vae(path: Path | str) -> TinyVAE:
     if (cls := values.get("_class_name")) != "AutoencoderTiny":
         raise ValueError(f"{file}: the class is {json.dumps(cls)}; supported: AutoencoderTiny.")
     config = read_values(file, values, TinyVAEConfig, _ONLY, _IGNORED)
-    try:
-        return TinyVAE(path, config, from_torch(open_weights(path, "diffusion_pytorch_model").items()))
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    tensors = open_weights(path, "diffusion_pytorch_model")
+    with naming(path):
+        return TinyVAE(path, config, from_torch(tensors.items()))

@@ -89,7 +89,7 @@ def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]
     return {name: np.asarray(tensor) for name, tensor in tensors.items()}, texts
 
 
-def open_model(path: Path) -> tuple[dict[str, HostArray], dict[str, str] | None]:
+def open_model(path: Path) -> tuple[Mapping[str, HostArray], dict[str, str] | None]:
     """The tensors of a file of safetensors, GGUF or torch.save, told by how it begins, and the texts of the former two.
 
     Raises:
@@ -104,8 +104,8 @@ def open_model(path: Path) -> tuple[dict[str, HostArray], dict[str, str] | None]
         return open_gguf(path)
     # The size of a safetensors header may begin as a pickle does; JSON follows it.
     if head.startswith(b"PK\x03\x04") or (head[:2] in _PICKLES and head[8:] != b"{"):
-        return {**open_torch(path)}, None
-    return {**open_safetensors(path)}, read_metadata(path)
+        return open_torch(path), None
+    return open_safetensors(path), read_metadata(path)
 
 
 def stored(tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None = None) -> dict[str, Stored]:

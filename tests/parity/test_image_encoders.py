@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from jaxdiff import build
-from jaxdiff.evaluation.clip import image_embeddings
+from jaxdiff.evaluation.features import open_network
 from jaxdiff.io.image_encoder import read_image_encoder
 from jaxdiff.model import check_network
 
@@ -70,7 +70,7 @@ def test_towers(kind, whole, images, tmp_path, figures):
         error = relative_error(getattr(found, name), tensor.numpy())
         figures[f"CLIP's vision tower, {kind}, {'CLIP' if whole else 'tower'}: {name}"] = error
         assert error < 1e-5
-    assert relative_error(image_embeddings(net, encoder, images), embedding.numpy()) < 1e-5
+    assert relative_error(open_network("clip", tmp_path).look(images).features, embedding.numpy()) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from jaxdiff.config import load_json
 from jaxdiff.generation.batch.groups import Job
 from jaxdiff.generation.batch.page import page
 from jaxdiff.generation.request import PICTURES, Pixels, Request
-from jaxdiff.io.images import FORMATS, contact_sheet, encode_image, read_image, slug
+from jaxdiff.io.images import FORMATS, SHEET, contact_sheet, encode_image, read_image, slug
 
-_RUN, _PAGE, _SHEET = "batch.json", "index.html", "contact-sheet.png"
+_RUN, _PAGE, _SHEET = "batch.json", "index.html", f"{SHEET}.png"
 
 
 def fingerprint(wanted: Iterable[Job]) -> str:

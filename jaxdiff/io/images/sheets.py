@@ -1,11 +1,21 @@
 """Several images in one: contact sheets and film strips."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+SHEET, STEPS = "contact-sheet", "-steps"
+"""What a contact sheet is called, and what follows an image's name in that of the film strip of its steps."""
+_SHEETS = re.compile(rf"((^|/){SHEET}|{STEPS})(-\d+)?\.\w+$")
+
+
+def is_sheet(name: str) -> bool:
+    """Whether a file is called as a contact sheet or a film strip is, and shows several images."""
+    return _SHEETS.search(name) is not None
 
 
 def contact_sheet(
